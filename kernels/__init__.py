@@ -1,0 +1,1 @@
+"""Triton faces of the operators; imported as `oder_fast.kernels`."""

@@ -1,0 +1,17 @@
+"""The operators' contract: documentation, checks, choice of the face, fake kernel and vjp."""
+
+from .faces import BackendUnavailableError, available
+from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient, radon_red_update
+from .red_update import RedUpdate, red_update
+
+__all__ = [
+    "BackendUnavailableError",
+    "RedUpdate",
+    "available",
+    "radon_adjoint",
+    "radon_backproject",
+    "radon_forward",
+    "radon_gradient",
+    "radon_red_update",
+    "red_update",
+]

@@ -1,0 +1,185 @@
+"""The faces of the operators: which are here, which one a call runs on, and why one is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.complex64, torch.complex128),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.complex64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16, torch.complex64),
+}
+# The codes that the compiled faces take; complex tensors reach them as pairs of reals.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Best first; the baseline module also tells which of the others this processor can run.
+CPU_ISAS = ("avx512", "avx2", "baseline")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A face that was asked for by name is not here or cannot take these tensors."""
+
+
+class _Compiled:
+    """A compiled face: passes tensors on as addresses, and the threads or the stream to run on."""
+
+    def __init__(self, module: ModuleType, kind: str) -> None:
+        self.module = module
+        self.kind = kind
+
+    def launch(self, name: str, like: Tensor, *args: Any) -> None:
+        raw = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in args]
+        if self.kind == "cuda" and like.is_cuda:
+            with torch.cuda.device(like.device):
+                getattr(self.module, name)(*raw, torch.cuda.current_stream().cuda_stream)
+        else:
+            getattr(self.module, name)(*raw, torch.get_num_threads() if self.kind == "cpu" else 0)
+
+
+class _Triton:
+    """The Triton face: its launchers take the tensors themselves."""
+
+    def __init__(self, modules: list[ModuleType]) -> None:
+        self.functions = {name: f for m in modules for name, f in vars(m).items() if callable(f)}
+
+    def launch(self, name: str, like: Tensor, *args: Any) -> None:
+        if like.is_cuda:
+            with torch.cuda.device(like.device):
+                self.functions[name](*args)
+        else:
+            self.functions[name](*args)
+
+
+Face = _Compiled | _Triton
+_override: dict[str, ModuleType] = {}
+
+
+def _import(name: str) -> ModuleType | str:
+    """Return the module, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+
+
+@cache
+def _cpu() -> Face | str:
+    baseline = _import("oder_fast._cpu_baseline")
+    if isinstance(baseline, str):
+        return f"the C++ kernels were not built ({baseline}); reinstall with a C++17 compiler on the PATH"
+    for isa in CPU_ISAS:
+        if isa in baseline.supported_isas():
+            module = _import(f"oder_fast._cpu_{isa}")
+            if isinstance(module, ModuleType):
+                return _Compiled(module, "cpu")
+    return _Compiled(baseline, "cpu")
+
+
+@cache
+def _cuda() -> Face | str:
+    module = _import("oder_fast._cuda")
+    if isinstance(module, str):
+        return (
+            f"the CUDA kernels were not built ({module}); reinstall with nvcc on the PATH, "
+            "see oder_fast.build_info()"
+        )
+    return _Compiled(module, "cuda")
+
+
+@cache
+def _triton() -> Face | str:
+    found = importlib.util.find_spec("triton")
+    if found is None:
+        return "the package triton is not installed"
+    return _Triton([importlib.import_module(f"oder_fast.kernels.{stem}") for stem in ("radon", "red_update")])
+
+
+def _find(backend: str) -> Face | str:
+    if backend in _override:
+        return _Compiled(_override[backend], backend)
+    return {"cpu": _cpu, "cuda": _cuda, "triton": _triton}[backend]()
+
+
+def _reason_against(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the face cannot take such tensors; None where it can."""
+    found = _find(backend)
+    if isinstance(found, str):
+        return found
+    if dtype not in DTYPES[backend]:
+        return f"it has no kernel for {dtype}"
+    if backend == "cpu" and device.type != "cpu":
+        return f"it takes CPU tensors, got {device}"
+    if backend == "cuda" and device.type != "cuda" and backend not in _override:
+        return f"it takes CUDA tensors, got {device}"
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it takes CUDA tensors (CPU tensors only with TRITON_INTERPRET=1), got {device}"
+    return None
+
+
+def face(backend: str) -> Face:
+    """Return a face that `resolve` has named."""
+    found = _find(backend)
+    if isinstance(found, str):
+        raise BackendUnavailableError(f"backend {backend!r} is not available: {found}")
+    return found
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the face to run on: the named one, or the fastest that is here.
+
+    Args:
+        backend: One of `BACKENDS`; ``"auto"`` obeys the environment variable ``ODER_FAST_BACKEND``.
+        device: Where the tensors are.
+        dtype: Of the image.
+
+    Raises:
+        BackendUnavailableError: If the named face is missing or cannot take such tensors.
+        ValueError: If the name is none of `BACKENDS`.
+    """
+    if backend == "auto":
+        backend = os.environ.get("ODER_FAST_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    if backend != "auto":
+        reason = _reason_against(backend, device, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {backend!r} is not available: {reason}")
+        return backend
+    for candidate in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        if _reason_against(candidate, device, dtype) is None:
+            return candidate
+    return "reference"
+
+
+def available() -> dict[str, str]:
+    """Return, for each face, ``"available"`` or the reason why it is not."""
+    result = {"reference": "available"}
+    for backend in ("cpu", "cuda", "triton"):
+        found = _find(backend)
+        result[backend] = found if isinstance(found, str) else "available"
+    if result["cuda"] == "available" and not torch.cuda.is_available():
+        result["cuda"] = "built, but torch sees no CUDA device"
+    return result
+
+
+@contextmanager
+def use_module(backend: str, module: ModuleType) -> Iterator[None]:
+    """Run a compiled face on another module: another instruction set, or CUDA kernels built for the host."""
+    _override[backend] = module
+    try:
+        yield
+    finally:
+        del _override[backend]

@@ -1,0 +1,705 @@
+"""The Radon transform and its data-fidelity gradient: parallel beam, Joseph's method, exact transposes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import radon as reference
+from . import _checks, faces
+from . import red_update as red
+from ._library import LIBRARY, register
+
+_GEOMETRY = "int n_bins, float bin_spacing, float bin_offset, float pixel_size, str backend"
+LIBRARY.define(f"radon_forward(Tensor image, Tensor angles, {_GEOMETRY}) -> Tensor")
+for _name in ("radon_adjoint", "radon_backproject"):
+    LIBRARY.define(
+        f"{_name}(Tensor sinogram, Tensor angles, SymInt height, SymInt width, float bin_spacing, "
+        "float bin_offset, float pixel_size, str backend) -> Tensor"
+    )
+LIBRARY.define(
+    f"radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, {_GEOMETRY}) -> Tensor"
+)
+LIBRARY.define(
+    "radon_red_update(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, Tensor denoised, "
+    "Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum, bool nonnegative, "
+    f"{_GEOMETRY}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+# ------------------------------------------------------------------ forward
+
+
+def _forward_impl(
+    image: Tensor,
+    angles: Tensor,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    backend: str,
+) -> Tensor:
+    batch, height, width = image.shape
+    sinogram = image.new_empty(batch, angles.shape[0], n_bins)
+    if image.numel() == 0:
+        return sinogram.zero_()
+    faces.face(backend).launch(
+        "radon_forward",
+        image,
+        faces.DTYPE_CODES[image.dtype],
+        image.contiguous(),
+        sinogram,
+        batch,
+        height,
+        width,
+        angles,
+        angles.shape[0],
+        n_bins,
+        bin_spacing,
+        bin_offset,
+        pixel_size,
+    )
+    return sinogram
+
+
+def _forward_fake(image: Tensor, angles: Tensor, n_bins: int, *_: Any) -> Tensor:
+    return image.new_empty(image.shape[0], angles.shape[0], n_bins)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, angles, _, *geometry = inputs
+    ctx.save_for_backward(angles)
+    ctx.size, ctx.geometry = image.shape[1:], geometry
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (angles,) = ctx.saved_tensors
+    return torch.ops.oder_fast.radon_adjoint(grad, angles, *ctx.size, *ctx.geometry), *[None] * 6
+
+
+register("radon_forward", _forward_impl, _forward_fake, _forward_backward, _forward_setup)
+
+
+# ------------------------------------------------------------------ adjoint
+
+
+def _gather(
+    name: str,
+    sinogram: Tensor,
+    angles: Tensor,
+    height: int,
+    width: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    backend: str,
+) -> Tensor:
+    """Launch `radon_adjoint` or `radon_backproject`."""
+    batch, _, n_bins = sinogram.shape
+    image = sinogram.new_empty(batch, height, width)
+    if image.numel() == 0:
+        return image
+    faces.face(backend).launch(
+        name,
+        sinogram,
+        faces.DTYPE_CODES[sinogram.dtype],
+        sinogram.contiguous(),
+        image,
+        batch,
+        height,
+        width,
+        angles,
+        angles.shape[0],
+        n_bins,
+        bin_spacing,
+        bin_offset,
+        pixel_size,
+    )
+    return image
+
+
+def _adjoint_impl(*args: Any) -> Tensor:
+    return _gather("radon_adjoint", *args)
+
+
+def _backproject_impl(*args: Any) -> Tensor:
+    return _gather("radon_backproject", *args)
+
+
+def _adjoint_fake(sinogram: Tensor, angles: Tensor, height: int, width: int, *_: Any) -> Tensor:
+    return sinogram.new_empty(sinogram.shape[0], height, width)
+
+
+def _adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sinogram, angles, _, _, *geometry = inputs
+    ctx.save_for_backward(angles)
+    ctx.n_bins, ctx.geometry = sinogram.shape[2], geometry
+
+
+def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (angles,) = ctx.saved_tensors
+    return torch.ops.oder_fast.radon_forward(grad, angles, ctx.n_bins, *ctx.geometry), *[None] * 7
+
+
+register("radon_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _adjoint_setup)
+
+
+def _backproject_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # Filtered back-projection only starts an iteration: its transpose, rarely needed, is left to the reference.
+    (angles,) = ctx.saved_tensors
+    zero = grad.new_zeros(grad.shape[0], angles.shape[0], ctx.n_bins)
+    size, geometry = grad.shape[1:], ctx.geometry[:-1]
+    _, transpose = torch.func.vjp(lambda y: reference.radon_backproject(y, angles, *size, *geometry), zero)
+    return transpose(grad)[0], *[None] * 7
+
+
+register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_backward, _adjoint_setup)
+
+
+# ------------------------------------------------------------------ gradient
+
+
+def _residual(
+    image: Tensor, angles: Tensor, views: Tensor | None, n_bins: int, backend: str
+) -> Tensor | None:
+    """Allocate the minibatch's residual; the C++ face keeps its own, in the layout of its back-projection."""
+    if backend == "cpu":
+        return None
+    n_used = angles.shape[0] if views is None else views.shape[0]
+    return image.new_empty(image.shape[0], n_used, n_bins, dtype=torch.float32)
+
+
+def _gradient_impl(
+    image: Tensor,
+    sinogram: Tensor | None,
+    angles: Tensor,
+    views: Tensor | None,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    backend: str,
+) -> Tensor:
+    batch, height, width = image.shape
+    gradient = torch.empty_like(image, memory_format=torch.contiguous_format)
+    if image.numel() == 0:
+        return gradient
+    faces.face(backend).launch(
+        "radon_gradient",
+        image,
+        faces.DTYPE_CODES[image.dtype],
+        image.contiguous(),
+        None if sinogram is None else sinogram.contiguous(),
+        _residual(image, angles, views, n_bins, backend),
+        gradient,
+        batch,
+        height,
+        width,
+        angles,
+        angles.shape[0],
+        views,
+        angles.shape[0] if views is None else views.shape[0],
+        n_bins,
+        bin_spacing,
+        bin_offset,
+        pixel_size,
+    )
+    return gradient
+
+
+def _gradient_fake(image: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(image, memory_format=torch.contiguous_format)
+
+
+def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, sinogram, angles, views, *geometry = inputs
+    ctx.save_for_backward(angles, views)
+    ctx.with_data, ctx.geometry = sinogram is not None, geometry
+
+
+def _fidelity_vjp(
+    grad: Tensor, angles: Tensor, views: Tensor | None, with_data: bool, geometry: list[Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Apply the symmetric normal operator to `grad`, and -A_B with rows back in their places."""
+    normal = torch.ops.oder_fast.radon_gradient(grad, None, angles, views, *geometry)
+    if not with_data:
+        return normal, None
+    used = angles if views is None else angles[views]
+    projected = torch.ops.oder_fast.radon_forward(grad, used, *geometry) * (-angles.shape[0] / used.shape[0])
+    if views is not None:
+        empty = projected.new_zeros(projected.shape[0], angles.shape[0], projected.shape[2])
+        projected = empty.index_add(1, views, projected)
+    return normal, projected
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    angles, views = ctx.saved_tensors
+    with_data = ctx.with_data and ctx.needs_input_grad[1]
+    return *_fidelity_vjp(grad, angles, views, with_data, ctx.geometry), *[None] * 7
+
+
+register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
+
+
+# ------------------------------------------------------------------ RED update
+
+
+def _red_impl(
+    image: Tensor,
+    sinogram: Tensor | None,
+    angles: Tensor,
+    views: Tensor | None,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    nonnegative: bool,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    updated, extrapolated, reductions = red.outputs(image, previous)
+    if image.numel() == 0:
+        return updated, extrapolated, reductions.zero_()
+    batch, height, width = image.shape
+    faces.face(backend).launch(
+        "radon_red_update",
+        image,
+        faces.DTYPE_CODES[image.dtype],
+        image.contiguous(),
+        None if sinogram is None else sinogram.contiguous(),
+        _residual(image, angles, views, n_bins, backend),
+        *red.contiguous(denoised),
+        *red.scalars(step_size, tau),
+        *red.contiguous(previous),
+        *red.scalars(momentum),
+        nonnegative,
+        updated,
+        None if previous is None else extrapolated,
+        reductions,
+        batch,
+        height,
+        width,
+        angles,
+        angles.shape[0],
+        views,
+        angles.shape[0] if views is None else views.shape[0],
+        n_bins,
+        bin_spacing,
+        bin_offset,
+        pixel_size,
+    )
+    return updated, extrapolated, reductions
+
+
+def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return red.outputs(image, args[6])
+
+
+def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, sinogram, angles, views, denoised, step_size, tau, previous, momentum, nonnegative, *rest = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_previous, ctx.geometry = previous is not None, rest
+    ctx.save_for_backward(
+        image,
+        sinogram,
+        angles,
+        views,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        output[0] if nonnegative else None,
+    )
+
+
+def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
+    image, sinogram, angles, views, denoised, step_size, tau, momentum, updated = ctx.saved_tensors
+    # Only the derivative in the step size needs the gradient of the data fidelity itself.
+    if ctx.needs_input_grad[5]:
+        fidelity = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, *ctx.geometry)
+    else:
+        fidelity = torch.zeros_like(image)
+    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = red.vjp(
+        grad_updated,
+        grad_extrapolated if ctx.has_previous else None,
+        image,
+        fidelity,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        updated,
+    )
+    with_data = sinogram is not None and ctx.needs_input_grad[1]
+    normal, grad_sinogram = _fidelity_vjp(grad_fidelity, angles, views, with_data, ctx.geometry)
+    return (
+        grad_image + normal,
+        grad_sinogram,
+        None,
+        None,
+        grad_denoised,
+        grad_step if ctx.needs_input_grad[5] else None,
+        grad_tau,
+        grad_previous,
+        *[None] * 7,
+    )
+
+
+register("radon_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
+
+
+# ------------------------------------------------------------------ what users call
+
+
+def _check_geometry(
+    op: str, angles: Tensor, n_bins: int, spacing: float, offset: float, pixel_size: float, like: Tensor
+) -> Tensor:
+    """Check the geometry and return the angles as the faces take them."""
+    _checks.tensor(op, "angles", angles, ndim=1)
+    _checks.floating(op, "angles", angles)
+    if angles.shape[0] == 0:
+        raise ValueError(f"{op}: angles must hold at least one view, got none")
+    if angles.device != like.device:
+        raise ValueError(f"{op}: angles must be on {like.device}, got {angles.device}")
+    if isinstance(n_bins, bool) or not isinstance(n_bins, (int, torch.SymInt)):
+        raise TypeError(f"{op}: n_bins must be an int, got {type(n_bins).__name__}")
+    if n_bins < 1:
+        raise ValueError(f"{op}: n_bins must be at least 1, got {n_bins}")
+    _checks.positive(op, "bin_spacing", spacing)
+    _checks.positive(op, "pixel_size", pixel_size)
+    if not math.isfinite(offset):
+        raise ValueError(f"{op}: bin_offset must be finite, got {offset}")
+    return angles.detach().to(torch.float64).contiguous()
+
+
+def _check_fidelity(
+    op: str, image: Tensor, sinogram: Tensor | None, angles: Tensor, views: Tensor | None, n_bins: int
+) -> None:
+    _checks.tensor(op, "image", image, ndim=3)
+    _checks.floating(op, "image", image)
+    if sinogram is not None:
+        _checks.tensor(op, "sinogram", sinogram)
+        _checks.same(op, "sinogram", sinogram, "image", image)
+        expected = (image.shape[0], angles.shape[0], n_bins)
+        _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, n_bins")
+    if views is not None:
+        _checks.index(op, "views", views, angles.shape[0], image.device)
+
+
+def radon_forward(
+    image: Tensor,
+    angles: Tensor,
+    n_bins: int,
+    *,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Project images along parallel rays.
+
+    .. math:: y_{b,v,d} = \int x_b \, ds \quad \text{along} \quad x\cos\theta_v + y\sin\theta_v = s_d
+
+    The integral is Joseph's: march along the axis nearer the ray, interpolate linearly along the other, times
+    the step length. x points right and y up from the image centre, which is the axis of rotation; pixels outside
+    the image are zero; :math:`s_d = (d - (D - 1)/2)\,\mathrm{bin\_spacing} + \mathrm{bin\_offset}`.
+
+    Args:
+        image: Shape ``(B, H, W)``, floating point; rows run downward.
+        angles: :math:`\theta_v` in radians, shape ``(V,)``, any order, on the device of `image`.
+        n_bins: Number of detector bins ``D``.
+        bin_spacing: Distance of neighbouring bins, in the unit of `pixel_size`.
+        bin_offset: Position of the detector's centre, same unit.
+        pixel_size: Edge of a pixel; the result is in this unit times the unit of `image`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Sinogram, shape ``(B, V, D)``, dtype of `image`; differentiable any number of times in `image`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or value that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> radon_forward(torch.ones(1, 2, 2), torch.zeros(1), n_bins=2)
+        tensor([[[2., 2.]]])
+
+    References:
+        Joseph, "An improved algorithm for reprojecting rays through pixel images",
+        IEEE Trans. Medical Imaging 1 (1982).
+    """
+    op = "radon_forward"
+    _checks.tensor(op, "image", image, ndim=3)
+    _checks.floating(op, "image", image)
+    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    geometry = (n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
+    if chosen == "reference":
+        return reference.radon_forward(image, angles, *geometry)
+    result: Tensor = torch.ops.oder_fast.radon_forward(image, angles, *geometry, chosen)
+    return result
+
+
+def radon_adjoint(
+    sinogram: Tensor,
+    angles: Tensor,
+    image_shape: tuple[int, int],
+    *,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Back-project sinograms: the exact transpose of `radon_forward`.
+
+    .. math:: x_{b,i,j} = \sum_{v,d} a_{(v,d),(i,j)} \, y_{b,v,d}
+
+    Every pixel gathers from the bins that touch it, in a fixed order: equal bits from run to run.
+
+    Args:
+        sinogram: Shape ``(B, V, D)``, floating point.
+        angles: In radians, shape ``(V,)``, on the device of `sinogram`.
+        image_shape: ``(H, W)`` of the result.
+        bin_spacing: As in `radon_forward`.
+        bin_offset: As in `radon_forward`.
+        pixel_size: As in `radon_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Images, shape ``(B, H, W)``, dtype of `sinogram`; differentiable any number of times in `sinogram`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or value that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> radon_adjoint(torch.ones(1, 1, 2), torch.zeros(1), (2, 2))
+        tensor([[[1., 1.],
+                 [1., 1.]]])
+    """
+    geometry = (bin_spacing, bin_offset, pixel_size)
+    return _back("radon_adjoint", sinogram, angles, image_shape, geometry, backend)
+
+
+def radon_backproject(
+    sinogram: Tensor,
+    angles: Tensor,
+    image_shape: tuple[int, int],
+    *,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Back-project for filtered back-projection: not the adjoint of `radon_forward`.
+
+    .. math:: x_b(p) = \sum_v y_{b,v}(p \cdot \theta_v)
+
+    Each row of the sinogram is interpolated linearly at the pixel's centre, as the inversion formula has it,
+    where the transpose of Joseph's method would leave its pattern of weights in the image.
+
+    Args:
+        sinogram: Filtered sinogram, shape ``(B, V, D)``, floating point.
+        angles: In radians, shape ``(V,)``, on the device of `sinogram`.
+        image_shape: ``(H, W)`` of the result.
+        bin_spacing: As in `radon_forward`.
+        bin_offset: As in `radon_forward`.
+        pixel_size: As in `radon_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Images, shape ``(B, H, W)``, dtype of `sinogram`; differentiable in `sinogram` (in plain PyTorch).
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or value that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> radon_backproject(torch.ones(1, 3, 4), torch.zeros(3), (2, 2))
+        tensor([[[3., 3.],
+                 [3., 3.]]])
+    """
+    geometry = (bin_spacing, bin_offset, pixel_size)
+    return _back("radon_backproject", sinogram, angles, image_shape, geometry, backend)
+
+
+def _back(
+    op: str,
+    sinogram: Tensor,
+    angles: Tensor,
+    image_shape: tuple[int, int],
+    geometry: tuple[float, float, float],
+    backend: str,
+) -> Tensor:
+    """Check and dispatch `radon_adjoint` or `radon_backproject`."""
+    _checks.tensor(op, "sinogram", sinogram, ndim=3)
+    _checks.floating(op, "sinogram", sinogram)
+    batch, _, n_bins = sinogram.shape
+    angles = _check_geometry(op, angles, n_bins, *geometry, sinogram)
+    expected = (batch, angles.shape[0], n_bins)
+    _checks.shape(op, "sinogram", sinogram, expected, "one row for each of the angles")
+    if len(image_shape) != 2 or min(image_shape) < 1:
+        raise ValueError(
+            f"{op}: image_shape must be (height, width), both at least 1, got {tuple(image_shape)}"
+        )
+    chosen = faces.resolve(backend, sinogram.device, sinogram.dtype)
+    args = (sinogram, angles, *image_shape, *map(float, geometry))
+    if chosen == "reference":
+        result: Tensor = getattr(reference, op)(*args)
+        return result
+    result = getattr(torch.ops.oder_fast, op)(*args, chosen)
+    return result
+
+
+def radon_gradient(
+    image: Tensor,
+    sinogram: Tensor | None,
+    angles: Tensor,
+    views: Tensor | None = None,
+    *,
+    n_bins: int | None = None,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the gradient of the least-squares data fidelity over all views or a minibatch of them.
+
+    .. math:: \frac{V}{|B|} \sum_{v \in B} A_v^T (A_v x - y_v)
+
+    An unbiased estimate of the full gradient when each view is as likely to be in the minibatch as any other.
+    Nothing but the residual of the minibatch is stored between projection and back-projection.
+
+    Args:
+        image: Shape ``(B, H, W)``, floating point.
+        sinogram: The measured data of all views, shape ``(B, V, D)``; None for zeros, which gives the normal
+            operator :math:`A_B^T A_B x`.
+        angles: In radians, shape ``(V,)``.
+        views: int64 indices into `angles`, on the device of `image`; None for all. On a GPU indices out of range
+            are not seen (that would cost a synchronisation) and those views count as zero.
+        n_bins: Number of detector bins, where `sinogram` is None.
+        bin_spacing: As in `radon_forward`.
+        bin_offset: As in `radon_forward`.
+        pixel_size: As in `radon_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Like `image`; differentiable any number of times in `image` and `sinogram`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device, value or view index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> radon_gradient(torch.ones(1, 2, 2), torch.full((1, 1, 2), 3.0), torch.zeros(1))
+        tensor([[[-1., -1.],
+                 [-1., -1.]]])
+    """
+    op = "radon_gradient"
+    n_bins = _bins(op, sinogram, n_bins)
+    _check_fidelity(op, image, sinogram, angles, views, n_bins)
+    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    args = (image, sinogram, angles, views, n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
+    if chosen == "reference":
+        return reference.radon_gradient(*args)
+    result: Tensor = torch.ops.oder_fast.radon_gradient(*args, chosen)
+    return result
+
+
+def _bins(op: str, sinogram: Tensor | None, n_bins: int | None) -> int:
+    if sinogram is not None:
+        _checks.tensor(op, "sinogram", sinogram, ndim=3)
+        return sinogram.shape[2]
+    if n_bins is None:
+        raise ValueError(f"{op}: n_bins must be given where sinogram is None")
+    return n_bins
+
+
+def radon_red_update(
+    image: Tensor,
+    sinogram: Tensor | None,
+    angles: Tensor,
+    views: Tensor | None,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    *,
+    previous: Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    nonnegative: bool = False,
+    n_bins: int | None = None,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+    backend: str = "auto",
+) -> red.RedUpdate:
+    r"""Take one RED step with the CT data fidelity: `radon_gradient` with `red_update` as its epilogue.
+
+    .. math:: x^+ = P(s - \gamma (\nabla g_B(s) + \tau (s - D(s)))), \quad s^+ = x^+ + \beta (x^+ - x)
+
+    The gradient never reaches memory: the update is made where the back-projection has its pixel in registers.
+
+    Args:
+        image: The point `s`, shape ``(B, H, W)``, floating point.
+        sinogram: As in `radon_gradient`.
+        angles: As in `radon_gradient`.
+        views: As in `radon_gradient`.
+        denoised: ``D(s)``, like `image`.
+        step_size: As in `red_update`.
+        tau: As in `red_update`.
+        previous: As in `red_update`.
+        momentum: As in `red_update`.
+        nonnegative: As in `red_update`.
+        n_bins: Number of detector bins, where `sinogram` is None.
+        bin_spacing: As in `radon_forward`.
+        bin_offset: As in `radon_forward`.
+        pixel_size: As in `radon_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        A `RedUpdate`, differentiable as that of `red_update`, and in `sinogram`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device, value or view index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.ones(1, 2, 2), torch.full((1, 1, 2), 3.0)
+        >>> radon_red_update(x, y, torch.zeros(1), None, 0 * x, step_size=0.5, tau=0.5).image
+        tensor([[[1.2500, 1.2500],
+                 [1.2500, 1.2500]]])
+    """
+    op = "radon_red_update"
+    n_bins = _bins(op, sinogram, n_bins)
+    _check_fidelity(op, image, sinogram, angles, views, n_bins)
+    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
+    momentum = red.check_prior(op, image, denoised, previous, momentum, nonnegative)
+    step_size = red.parameter(op, "step_size", step_size, image.device)
+    tau = red.parameter(op, "tau", tau, image.device)
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    prior = (denoised, step_size, tau, previous, momentum, nonnegative)
+    geometry = (n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
+    if chosen == "reference":
+        return red.RedUpdate(*reference.radon_red_update(image, sinogram, angles, views, *prior, *geometry))
+    updated, extrapolated, reductions = torch.ops.oder_fast.radon_red_update(
+        image, sinogram, angles, views, *prior, *geometry, chosen
+    )
+    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)

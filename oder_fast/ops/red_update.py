@@ -1,0 +1,270 @@
+"""The step of regularization by denoising, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import red_update as reference
+from . import _checks, faces
+from ._library import LIBRARY, register
+
+SCALAR = (int, float)
+
+
+class RedUpdate(NamedTuple):
+    """What a RED step gives.
+
+    Attributes:
+        image: The updated iterate, shape and dtype of the image.
+        extrapolated: ``image + momentum * (image - previous)``; `image` itself where no momentum was asked for.
+        reductions: Shape ``(B, 3)``, float64, not differentiable: squared norm of the change, squared norm of
+            the updated iterate, and ``<point - image, image - previous>``, which is positive where momentum
+            points uphill (the test of adaptive restart).
+    """
+
+    image: Tensor
+    extrapolated: Tensor
+    reductions: Tensor
+
+
+LIBRARY.define(
+    "red_update(Tensor image, Tensor fidelity_grad, Tensor denoised, Tensor step_size, Tensor tau, "
+    "Tensor? previous, Tensor? momentum, bool nonnegative, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _real(value: Tensor | None) -> Tensor | None:
+    return torch.view_as_real(value) if value is not None and value.is_complex() else value
+
+
+def outputs(image: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate (updated, extrapolated or empty, reductions)."""
+    updated = torch.empty_like(image, memory_format=torch.contiguous_format)
+    extrapolated = torch.empty_like(updated) if previous is not None else image.new_empty(0)
+    return updated, extrapolated, image.new_empty(image.shape[0], 3, dtype=torch.float64)
+
+
+def contiguous(*values: Tensor | None) -> list[Tensor | None]:
+    """Make each tensor contiguous, complex ones as pairs of reals."""
+    return [None if v is None else _real(v.contiguous().resolve_conj()) for v in values]
+
+
+def scalars(*values: Tensor | None) -> list[Tensor | None]:
+    """Make each parameter a contiguous float64 tensor, as the compiled faces read it."""
+    return [None if v is None else v.detach().to(torch.float64).contiguous() for v in values]
+
+
+def _impl(
+    image: Tensor,
+    fidelity_grad: Tensor,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    nonnegative: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    updated, extrapolated, reductions = outputs(image, previous)
+    if image.numel() == 0:
+        return updated, extrapolated, reductions.zero_()
+    out = _real(updated)
+    assert out is not None
+    faces.face(backend).launch(
+        "red_update",
+        image,
+        faces.DTYPE_CODES[out.dtype],
+        *contiguous(image, fidelity_grad, denoised),
+        *scalars(step_size, tau),
+        *contiguous(previous),
+        *scalars(momentum),
+        nonnegative,
+        out,
+        None if previous is None else _real(extrapolated),
+        reductions,
+        image.shape[0],
+        out.numel() // image.shape[0],
+    )
+    return updated, extrapolated, reductions
+
+
+def _fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs(image, args[4])
+
+
+def vjp(
+    grad_updated: Tensor,
+    grad_extrapolated: Tensor | None,
+    image: Tensor,
+    fidelity_grad: Tensor,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    momentum: Tensor | None,
+    updated: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of image (the data fidelity's part left out), fidelity_grad, denoised, step_size, tau
+    and previous; `updated` is given where it was projected.
+    """  # noqa: D205
+    grad_previous = None
+    total = grad_updated
+    if grad_extrapolated is not None and momentum is not None:
+        factor = momentum.to(total.real.dtype).reshape(-1, *[1] * (image.ndim - 1))
+        total = total + (1 + factor) * grad_extrapolated
+        grad_previous = -factor * grad_extrapolated
+    if updated is not None:
+        total = total * (updated > 0)
+    step = step_size.to(total.real.dtype)
+    weight = tau.to(total.real.dtype)
+    prior = image - denoised
+    along_prior = (total.conj() * prior).real.sum()
+    grad_step = -((total.conj() * fidelity_grad).real.sum() + weight * along_prior)
+    return (
+        (1 - step * weight) * total,
+        -step * total,
+        step * weight * total,
+        grad_step.to(step_size.dtype),
+        (-step * along_prior).to(tau.dtype),
+        grad_previous,
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_previous = previous is not None
+    ctx.save_for_backward(
+        image, fidelity_grad, denoised, step_size, tau, momentum, output[0] if nonnegative else None
+    )
+
+
+def _backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    image, fidelity_grad, denoised, step_size, tau, momentum, updated = ctx.saved_tensors
+    grads = vjp(
+        grad_updated,
+        grad_extrapolated if ctx.has_previous else None,
+        image,
+        fidelity_grad,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        updated,
+    )
+    return *grads[:5], grads[5], None, None, None
+
+
+register("red_update", _impl, _fake, _backward, _setup)
+
+
+def parameter(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a 0-d tensor for a float or a 0-d tensor."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be a float or a 0-d floating-point tensor, got {tuple(value.shape)} {value.dtype}"
+            )
+        return value
+    if not isinstance(value, SCALAR):
+        raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    return torch.tensor(float(value), dtype=torch.float64, device=device)
+
+
+def check_prior(
+    op: str,
+    image: Tensor,
+    denoised: Tensor,
+    previous: Tensor | None,
+    momentum: float | Tensor | None,
+    nonnegative: bool,
+) -> Tensor | None:
+    """Check the arguments a RED step shares with its fused form; return the momentum as a tensor (B,)."""
+    for name, value in (("denoised", denoised), ("previous", previous)):
+        if value is None:
+            continue
+        _checks.tensor(op, name, value)
+        _checks.same(op, name, value, "image", image)
+        _checks.shape(op, name, value, tuple(image.shape), "that of image")
+    if nonnegative and image.is_complex():
+        raise ValueError(f"{op}: nonnegative needs a real image, got {image.dtype}")
+    if (previous is None) != (momentum is None):
+        raise ValueError(f"{op}: previous and momentum go together")
+    if momentum is None:
+        return None
+    if not isinstance(momentum, Tensor):
+        return torch.full((image.shape[0],), float(momentum), dtype=torch.float64, device=image.device)
+    if momentum.ndim == 0:
+        momentum = momentum.expand(image.shape[0])
+    _checks.shape(op, "momentum", momentum, (image.shape[0],), "one for each image")
+    return momentum
+
+
+def red_update(
+    image: Tensor,
+    fidelity_grad: Tensor,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    *,
+    previous: Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    nonnegative: bool = False,
+    backend: str = "auto",
+) -> RedUpdate:
+    r"""Take one step of regularization by denoising in a single pass over memory.
+
+    .. math:: x^+ = P(s - \gamma (\nabla g(s) + \tau (s - D(s)))), \quad s^+ = x^+ + \beta (x^+ - x)
+
+    The denoiser is not called here: pass its output, so that any network, and any way of differentiating it,
+    can be used. `P` is the projection on :math:`x \ge 0` where asked for, else the identity.
+
+    Args:
+        image: The point `s`, shape ``(B, ...)``, real or complex.
+        fidelity_grad: Gradient of the data fidelity at `s`, like `image`.
+        denoised: ``D(s)``, like `image`.
+        step_size: The step, float or 0-d tensor.
+        tau: The weight of the prior, float or 0-d tensor.
+        previous: The last iterate `x`, like `image`; given together with `momentum`.
+        momentum: ``beta``, float or tensor ``(B,)``; not differentiated.
+        nonnegative: Project on ``x >= 0`` (real images only).
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        A `RedUpdate`; `image` and `extrapolated` are differentiable any number of times in `image`,
+        `fidelity_grad`, `denoised`, `step_size`, `tau` and `previous`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape or device that does not fit, or a projection of complex images.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1, 2, 2)
+        >>> red_update(x, 2 * x, 0 * x, step_size=0.25, tau=1.0).image
+        tensor([[[0.2500, 0.2500],
+                 [0.2500, 0.2500]]])
+
+    References:
+        Romano, Elad, Milanfar, "The little engine that could: regularization by denoising (RED)",
+        SIAM J. Imaging Sciences 10 (2017).
+    """
+    op = "red_update"
+    _checks.tensor(op, "image", image)
+    _checks.floating(op, "image", image, allow_complex=True)
+    if image.ndim == 0:
+        raise ValueError(f"{op}: image must have shape (B, ...), got ()")
+    _checks.tensor(op, "fidelity_grad", fidelity_grad)
+    _checks.same(op, "fidelity_grad", fidelity_grad, "image", image)
+    _checks.shape(op, "fidelity_grad", fidelity_grad, tuple(image.shape), "that of image")
+    momentum = check_prior(op, image, denoised, previous, momentum, nonnegative)
+    step_size = parameter(op, "step_size", step_size, image.device)
+    tau = parameter(op, "tau", tau, image.device)
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
+    if chosen == "reference":
+        return RedUpdate(*reference.red_update(*args))
+    updated, extrapolated, reductions = torch.ops.oder_fast.red_update(*args, chosen)
+    return RedUpdate(updated, updated if previous is None else extrapolated, reductions)

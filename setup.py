@@ -1,0 +1,172 @@
+"""Build the compiled faces with ninja: C++ always, CUDA where nvcc is found (ODER_FAST_CUDA=auto|1|0)."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+STEMS = ("radon", "red_update")
+X86_ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+GPU_ARCHITECTURES = ("80", "90", "100")
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def first_line(command: list[str]) -> str:
+    """Return the first line a compiler says of itself."""
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
+    return out[0] if out else ""
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """Return nvcc's path, and the reason where there is none."""
+    wanted = os.environ.get("ODER_FAST_CUDA", "auto")
+    if wanted not in ("auto", "1", "0"):
+        raise SystemExit(f"ODER_FAST_CUDA must be auto, 1 or 0, got {wanted!r}")
+    if wanted == "0":
+        return None, "ODER_FAST_CUDA=0 at install"
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise SystemExit("ODER_FAST_CUDA=1, but nvcc is neither on the PATH nor under CUDA_HOME")
+    return nvcc, "" if nvcc else "nvcc was not found at install (PATH, CUDA_HOME)"
+
+
+class NinjaBuild(build_ext):
+    """Compile every face into a module without torch: raw pointers through pybind11."""
+
+    def run(self) -> None:
+        tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build = ROOT / "build" / tag
+        build.mkdir(parents=True, exist_ok=True)
+        include = build / "include"
+        self._keep_headers(Path(pybind11.get_include()), include)
+        cxx = os.environ.get("CXX", "g++")
+        nvcc, why_not = find_nvcc()
+        isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+        headers = [f"-I{ROOT / 'csrc'}", f"-isystem{include}", f"-isystem{sysconfig.get_paths()['include']}"]
+        text = [
+            "ninja_required_version = 1.5",
+            "rule cxx\n  command = $compiler -MMD -MF $out.d $flags -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            "rule nvcc\n  command = $compiler -MD -MF $out.d $flags -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            "rule link\n  command = $compiler $flags $in -o $out $libs\n  description = $out",
+        ]
+        modules: dict[str, Path] = {}
+
+        def module(name: str, objects: list[str], compiler: str, flags: list[str], libs: list[str]) -> None:
+            modules[name] = build / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            text.append(
+                f"build {modules[name].name}: link {' '.join(objects)}\n  compiler = {compiler}\n"
+                f"  flags = {shlex.join(flags)}\n  libs = {' '.join(libs)}"
+            )
+
+        def compile_one(rule: str, source: str, output: str, compiler: str, flags: list[str]) -> str:
+            text.append(
+                f"build {output}: {rule} {ROOT / 'csrc' / source}\n  compiler = {compiler}\n"
+                f"  flags = {shlex.join(flags)}"
+            )
+            return output
+
+        for isa, machine in isas.items():
+            defines = [f"-DODER_MODULE=_cpu_{isa}", f"-DODER_ISA={isa}"]
+            objects = [
+                compile_one("cxx", f"{stem}_cpu.cpp", f"{stem}_{isa}.o", cxx, CXXFLAGS + machine + headers)
+                for stem in STEMS
+            ]
+            # The bindings stay baseline code: they tell which instruction sets may run.
+            objects.append(
+                compile_one(
+                    "cxx", "bind_cpu.cpp", f"bind_{isa}.o", cxx, [*CXXFLAGS, "-O1", *defines, *headers]
+                )
+            )
+            module(f"_cpu_{isa}", objects, cxx, ["-shared", "-fopenmp"], [])
+        info = {
+            "cpu": {"compiler": first_line([cxx, "--version"]), "isas": list(isas)},
+            "cuda": {"built": nvcc is not None, "reason": why_not},
+        }
+        if nvcc is not None:
+            archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
+            last = GPU_ARCHITECTURES[-1]
+            archs.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", *archs]
+            flags.append(f"-I{ROOT / 'csrc'}")
+            objects = [
+                compile_one("nvcc", f"{stem}_cuda.cu", f"{stem}_cuda.o", nvcc, flags) for stem in STEMS
+            ]
+            objects.append(
+                compile_one(
+                    "cxx",
+                    "bind_cuda.cpp",
+                    "bind_cuda.o",
+                    cxx,
+                    [*CXXFLAGS, "-O1", "-DODER_MODULE=_cuda", *headers],
+                )
+            )
+            module("_cuda", objects, nvcc, ["-shared", "-cudart=static"], [])
+            version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+            info["cuda"] |= {
+                "compiler": next(line for line in version.splitlines() if "release" in line).strip(),
+                "architectures": [f"sm_{a}" for a in GPU_ARCHITECTURES] + [f"compute_{last}"],
+            }
+        (build / "build.ninja").write_text("\n".join(text) + "\n")
+        subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build)], check=True)
+        target = (
+            ROOT / "oder_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "oder_fast"
+        )
+        target.mkdir(parents=True, exist_ok=True)
+        for name, path in modules.items():
+            self._install(path, target / path.name)
+        if "_cuda" not in modules:
+            for stale in target.glob("_cuda.*.so"):
+                stale.unlink()
+        (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    @staticmethod
+    def _keep_headers(source: Path, target: Path) -> None:
+        """Copy pybind11 where its path and times stay the same: build isolation moves it at every build."""
+        for header in source.rglob("*.h"):
+            copy = target / header.relative_to(source)
+            if not (copy.exists() and filecmp.cmp(header, copy, shallow=False)):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(header, copy)
+
+    @staticmethod
+    def _install(source: Path, target: Path) -> None:
+        """Replace by rename: a running process keeps the module it has mapped."""
+        temporary = target.with_name(target.name + ".new")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+
+    def get_outputs(self) -> list[str]:
+        return [str(p) for p in (Path(self.build_lib) / "oder_fast").glob("_c*.so")]
+
+
+setup(
+    package_dir={"oder_fast.kernels": "kernels", "oder_fast": "oder_fast"},
+    packages=[
+        "oder_fast",
+        "oder_fast.kernels",
+        *(f"oder_fast.{p.parent.name}" for p in sorted((ROOT / "oder_fast").glob("*/__init__.py"))),
+    ],
+    ext_modules=[Extension("oder_fast._cpu_baseline", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)
