@@ -40,7 +40,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Only the `training` flags of those submodules are touched, and they are restored on exit; contexts nest.
 
     Args:
-        module: The denoiser. Dropout called as a function with the flag of another kind of module stays as it is.
+        module: The denoiser. A functional dropout that reads the flag of its own module is not seen.
 
     Example:
         >>> import torch
@@ -78,5 +78,5 @@ def folded() -> AbstractContextManager[None]:
     Returns:
         A context manager; in effect for all modules, as `torch.nn.utils.parametrize.cached` is.
     """
-    context: AbstractContextManager[None] = parametrize.cached()  # type: ignore[no-untyped-call]
+    context: AbstractContextManager[None] = parametrize.cached()
     return context

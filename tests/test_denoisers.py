@@ -1,0 +1,312 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as legacy_spectral_norm
+
+from oder_fast.denoisers import Denoiser, DnCNN, UNet, folded, frozen
+
+SMALL = (4, 8, 12)
+
+
+def legacy_conv(cls, *args, **kwargs):
+    return legacy_spectral_norm(cls(*args, **kwargs))
+
+
+def official_state(prefix="rObj.network."):
+    """State dict of the official network, built from its description: one entry per layer, hooks' names."""
+    state = {}
+
+    def conv(name, cls, cin, cout, size, bias):
+        module = legacy_conv(cls, cin, cout, size, bias=bias).eval()
+        state.update({f"{prefix}{name}.{k}": v for k, v in module.state_dict().items()})
+
+    def block(outer, inner, cin, cout):
+        conv(f"{outer}.{inner}conv1", nn.Conv2d, cin, cout, 3, False)
+        conv(f"{outer}.{inner}conv2", nn.Conv2d, cout, cout, 3, False)
+        state[f"{prefix}{outer}.{inner}norm1.weight"] = torch.rand(cout) + 0.5
+        state[f"{prefix}{outer}.{inner}norm1.bias"] = torch.randn(cout)
+        for relu in ("relu1", "relu2"):
+            state[f"{prefix}{outer}.{inner}{relu}.weight"] = torch.rand(1)
+
+    features = [1, 32, 64, 128, 256, 512]
+    for level in range(1, 5):
+        block(f"encoder{level}", f"enc{level}", features[level - 1], features[level])
+    block("bottleneck", "bottleneck", 256, 512)
+    for level in range(4, 0, -1):
+        conv(f"upconv{level}", nn.ConvTranspose2d, features[level + 1], features[level], 2, True)
+        block(f"decoder{level}", f"dec{level}", 2 * features[level], features[level])
+    conv("conv", nn.Conv2d, 32, 1, 1, True)
+    return state
+
+
+def official_forward(state, x, prefix="rObj.network."):
+    """The official network in eval mode, from its state dict alone."""
+
+    def weight(name, dim):
+        w = state[f"{prefix}{name}.weight_orig"]
+        matrix = w.transpose(0, dim).flatten(1)
+        sigma = state[f"{prefix}{name}.weight_u"] @ matrix @ state[f"{prefix}{name}.weight_v"]
+        return w / sigma
+
+    def block(outer, inner, x):
+        get = lambda name: state[f"{prefix}{outer}.{inner}{name}"]  # noqa: E731
+        x = F.conv2d(x, weight(f"{outer}.{inner}conv1", 0), padding=1)
+        x = F.group_norm(x, 4, get("norm1.weight"), get("norm1.bias"))
+        x = F.prelu(x, get("relu1.weight"))
+        x = F.conv2d(x, weight(f"{outer}.{inner}conv2", 0), padding=1)
+        return F.prelu(x, get("relu2.weight"))
+
+    skips = []
+    for level in range(1, 5):
+        skips.append(block(f"encoder{level}", f"enc{level}", x))
+        x = F.max_pool2d(skips[-1], 2, 2)
+    x = block("bottleneck", "bottleneck", x)
+    for level in range(4, 0, -1):
+        name = f"upconv{level}"
+        x = F.conv_transpose2d(x, weight(name, 1), state[f"{prefix}{name}.bias"], stride=2)
+        x = block(f"decoder{level}", f"dec{level}", torch.cat((x, skips.pop()), 1))
+    return F.conv2d(x, weight("conv", 0), state[f"{prefix}conv.bias"])
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return official_state()
+
+
+@pytest.fixture(scope="module")
+def official():
+    return UNet()
+
+
+def test_default_unet_is_the_official_network(official):
+    assert sum(p.numel() for p in official.parameters()) == 7_759_539
+    count = lambda *kinds: sum(isinstance(m, kinds) for m in official.modules())  # noqa: E731
+    assert count(nn.Conv2d, nn.ConvTranspose2d) == 23
+    assert count(nn.GroupNorm) == 9
+    assert count(nn.PReLU) == 18
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_official_checkpoint_gives_the_official_residual(state, wrapped):
+    unet = UNet().eval()
+    unet.load_official_state_dict({"epoch": 3, "model_state_dict": state} if wrapped else state)
+    unet.double()
+    x = torch.rand(2, 1, 32, 48, dtype=torch.float64)
+    with torch.no_grad(), folded():
+        expected = official_forward({k: v.double() for k, v in state.items()}, x)
+        torch.testing.assert_close(x - unet(x), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_official_checkpoint_without_prefix(state, official):
+    official.load_official_state_dict({k.removeprefix("rObj.network."): v for k, v in state.items()})
+    key = "rObj.network.decoder2.dec2conv1.weight_orig"
+    assert torch.equal(official.decoder2.dec2conv1.parametrizations.weight.original, state[key])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda s: s.pop("rObj.network.decoder2.dec2norm1.bias"), "missing decoder2.dec2norm1.bias"),
+        (lambda s: s.pop("rObj.network.conv.weight_u"), "missing conv.parametrizations.weight.0._u"),
+        (
+            lambda s: s.update({"rObj.network.extra.weight": torch.ones(1)}),
+            "unexpected rObj.network.extra.weight",
+        ),
+        (lambda s: s.update({"dObj.theta": torch.ones(1)}), "unexpected dObj.theta"),
+        (
+            lambda s: s.update({"rObj.network.conv.bias": torch.ones(2)}),
+            r"conv.bias has shape \(2,\)",
+        ),
+        (lambda s: s.update({"rObj.network.conv.bias": 1.0}), "conv.bias is no tensor but float"),
+        (lambda s: s.clear(), "missing encoder1"),
+    ],
+)
+def test_official_checkpoint_that_does_not_fit_loads_nothing(state, official, spoil, message):
+    spoiled = dict(state)
+    spoil(spoiled)
+    before = {k: v.clone() for k, v in official.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        official.load_official_state_dict(spoiled)
+    assert all(torch.equal(before[k], v) for k, v in official.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 31), (8, 8), (13, 16), (17, 40)])
+def test_unet_takes_any_size(shape):
+    torch.manual_seed(0)
+    unet = UNet(SMALL).eval()
+    x = torch.randn(2, 1, *shape)
+    denoised = unet(x)
+    assert denoised.shape == x.shape
+    assert denoised.isfinite().all()
+    padded = F.pad(x, (0, -shape[1] % 4, 0, -shape[0] % 4), mode="replicate")
+    if padded.shape == x.shape or min(shape) < 4:
+        torch.testing.assert_close(denoised, unet(padded)[..., : shape[0], : shape[1]])
+
+
+@pytest.mark.parametrize("build", [lambda **k: UNet(SMALL, **k), lambda **k: DnCNN(3, 8, **k)])
+def test_the_call_returns_the_image_whatever_is_predicted(build):
+    torch.manual_seed(0)
+    residual, image = build(predicts="residual").eval(), build(predicts="image").eval()
+    image.load_state_dict(residual.state_dict())
+    x = torch.randn(2, 1, 12, 12)
+    torch.testing.assert_close(residual(x), x - residual.network(x))
+    torch.testing.assert_close(image(x), residual.network(x))
+
+
+def test_channels():
+    x = torch.randn(1, 2, 8, 8)
+    assert UNet(SMALL, in_channels=2)(x).shape == (1, 2, 8, 8)
+    assert UNet(SMALL, in_channels=2, out_channels=1, predicts="image")(x).shape == (1, 1, 8, 8)
+    assert DnCNN(2, 4, in_channels=2)(x).shape == (1, 2, 8, 8)
+
+
+def test_dncnn_without_bias_is_homogeneous():
+    net = DnCNN(4, 8, bias=False)
+    x = torch.randn(1, 1, 9, 9)
+    torch.testing.assert_close(net(3 * x), 3 * net(x))
+    assert not torch.allclose(DnCNN(4, 8)(3 * x), 3 * DnCNN(4, 8)(x))
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: UNet(predicts="noise"), 'UNet: predicts must be "residual" or "image", got \'noise\''),
+        (lambda: UNet((8, 10)), r"UNet: channels must be multiples of 4, its groups, got \(8, 10\)"),
+        (lambda: UNet((8,)), "UNet: channels must name at least two levels"),
+        (lambda: UNet(SMALL, out_channels=2), "UNet: a residual has the channels of the image"),
+        (lambda: UNet(SMALL, in_channels=0), "UNet: channels must be at least 1"),
+        (lambda: DnCNN(1), "DnCNN: depth must be at least 2"),
+    ],
+)
+def test_bad_settings_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        (torch.zeros(1, 8, 8), ValueError, r"DnCNN: image must have shape \(B, 1, H, W\), got \(1, 8, 8\)"),
+        (torch.zeros(1, 2, 8, 8), ValueError, r"DnCNN: image must have shape \(B, 1, H, W\)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), TypeError, "DnCNN: image must be floating-point"),
+        ([[1.0]], TypeError, "DnCNN: image must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_images_are_named(image, error, message):
+    with pytest.raises(error, match=message):
+        DnCNN(2, 4)(image)
+
+
+# ------------------------------------------------------------------ frozen, folded
+
+
+class Changing(nn.Module):
+    """Every layer whose map depends on the training flag or changes with each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.new = parametrizations.spectral_norm(nn.Conv2d(1, 4, 3, padding=1))
+        self.batch = nn.BatchNorm2d(4)
+        self.instance = nn.InstanceNorm2d(4, track_running_stats=True)
+        self.drop = nn.Dropout2d(0.5)
+        self.alpha = nn.AlphaDropout(0.5)
+        self.noisy = nn.RReLU()
+        self.legacy = legacy_conv(nn.Conv2d, 4, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.instance(self.batch(self.new(x)))
+        return self.legacy(self.noisy(self.alpha(self.drop(x))))
+
+
+def flags(module):
+    return [m.training for m in module.modules()]
+
+
+@pytest.fixture
+def changing():
+    torch.manual_seed(0)
+    return Changing()
+
+
+def test_frozen_makes_one_map_of_a_training_network(changing):
+    x = torch.randn(2, 1, 6, 6)
+    assert not torch.equal(changing(x), changing(x))
+    before = flags(changing)
+    with frozen(changing):
+        state = copy.deepcopy(changing.state_dict())
+        assert torch.equal(changing(x), changing(x))
+        assert all(torch.equal(state[k], v) for k, v in changing.state_dict().items() if k != "legacy.weight")
+    assert flags(changing) == before
+
+
+def test_frozen_switches_only_what_changes(changing):
+    changing.add_module("plain", nn.Conv2d(1, 1, 1))
+    changing.batch.eval()
+    before = flags(changing)
+    with frozen(changing):
+        assert changing.training
+        assert changing.plain.training
+        inside = flags(changing)
+        with frozen(changing):
+            assert flags(changing) == inside
+        assert flags(changing) == inside
+    assert flags(changing) == before
+
+
+def test_frozen_restores_after_an_error(changing):
+    before = flags(changing)
+    with pytest.raises(KeyError), frozen(changing):
+        raise KeyError
+    assert flags(changing) == before
+
+
+@pytest.mark.parametrize("name", ["new", "legacy"])
+def test_frozen_takes_the_power_iteration_of_one_forward_pass(changing, name):
+    twin = copy.deepcopy(changing)
+    layer = getattr(changing, name)
+    getattr(twin, name)(torch.zeros(1, layer.in_channels, 3, 3))
+    start = copy.deepcopy(layer.state_dict())
+    with frozen(changing):
+        pass
+    vectors = [k for k in start if k.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    for key in vectors:
+        assert not torch.equal(layer.state_dict()[key], start[key])
+        torch.testing.assert_close(layer.state_dict()[key], getattr(twin, name).state_dict()[key])
+
+
+def test_frozen_leaves_an_eval_network_untouched(changing):
+    changing.eval()
+    state = copy.deepcopy(changing.state_dict())
+    with frozen(changing):
+        assert not any(flags(changing))
+    assert not any(flags(changing))
+    assert all(torch.equal(state[k], v) for k, v in changing.state_dict().items())
+
+
+def test_folded_computes_each_weight_once():
+    unet = UNet(SMALL).eval()
+    norms = [m for m in unet.modules() if isinstance(m, parametrizations._SpectralNorm)]
+    assert len(norms) == 13
+    calls = []
+    for norm in norms:
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(1, 1, 8, 8)
+    plain = unet(x)
+    assert len(calls) == 13
+    with torch.no_grad(), folded():
+        assert torch.equal(unet(x), plain)
+        unet(x)
+    assert len(calls) == 26
+
+
+def test_gradients_reach_the_weights_under_frozen_and_folded():
+    unet: Denoiser = UNet(SMALL)
+    with frozen(unet), folded():
+        unet(torch.randn(1, 1, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
