@@ -1,0 +1,324 @@
+import io
+import math
+import os
+import stat
+
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from oder_fast import data
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def ramp():
+    return np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+
+
+# ------------------------------------------------------------------ read_image
+
+
+def test_ct_slice_is_attenuation():
+    path = get_testdata_file("CT_small.dcm")
+    image, metadata = data.read_image(path)
+    hounsfield = pydicom.dcmread(path).pixel_array.astype(float) - 1024
+    expected = torch.from_numpy(np.clip(0.02 * (1 + hounsfield / 1000), 0, None)).float()
+    torch.testing.assert_close(image, expected)
+    assert metadata["format"] == "DICOM"
+    assert metadata["unit"] == "1/mm"
+    assert metadata["pixel_spacing"] == (0.661468, 0.661468)
+
+
+def test_air_below_minus_1000_is_clipped(tmp_path):
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    values = dataset.pixel_array.copy()
+    values[0, 0] = -2000
+    dataset.PixelData = values.tobytes()
+    dataset.save_as(tmp_path / "air.dcm")
+    assert data.read_image(tmp_path / "air.dcm").image[0, 0] == 0
+
+
+def test_another_modality_keeps_its_values():
+    path = get_testdata_file("MR_small.dcm")
+    image, metadata = data.read_image(path)
+    np.testing.assert_array_equal(image, pydicom.dcmread(path).pixel_array)
+    assert metadata["unit"] == "as stored"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32, np.float64])
+@pytest.mark.parametrize("suffix", ["tif", "npy", "npz"])
+def test_values_as_stored(tmp_path, ramp, dtype, suffix):
+    values = (ramp // 250).astype(dtype)
+    path = tmp_path / f"image.{suffix}"
+    {
+        "tif": lambda: tifffile.imwrite(path, values),
+        "npy": lambda: np.save(path, values),
+        "npz": lambda: np.savez(path, image=values),
+    }[suffix]()
+    image, metadata = data.read_image(path)
+    assert image.dtype == torch.float32
+    np.testing.assert_array_equal(image, values.astype(np.float32))
+    assert metadata == {"format": {"tif": "TIFF"}.get(suffix, suffix.upper()), "unit": "as stored"}
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "LA", "P", "1"])
+def test_png(tmp_path, ramp, mode):
+    if mode == "I;16":
+        expected = ramp
+        Image.fromarray(ramp).save(tmp_path / "image.png")
+    else:
+        expected = ((ramp // 250) % 2 if mode == "1" else ramp // 250).astype(np.uint8)
+        grey = Image.fromarray(expected * 255 if mode == "1" else expected)
+        grey.convert(mode).save(tmp_path / "image.png")
+    np.testing.assert_array_equal(data.read_image(tmp_path / "image.png").image, expected)
+
+
+def test_content_decides_and_not_the_name(tmp_path, ramp):
+    np.save(tmp_path / "image.npy", ramp)
+    (tmp_path / "image.npy").rename(tmp_path / "image.png")
+    assert data.read_image(tmp_path / "image.png").metadata["format"] == "NPY"
+
+
+def test_one_of_several_arrays(tmp_path, ramp):
+    path = tmp_path / "two.npz"
+    np.savez(path, a=ramp, b=ramp + 1)
+    np.testing.assert_array_equal(data.read_image(path, "b").image, ramp + 1)
+    with pytest.raises(ValueError, match="it holds 2 arrays, name one of: a, b"):
+        data.read_image(path)
+    with pytest.raises(ValueError, match="it holds no array 'c', only: a, b"):
+        data.read_image(path, "c")
+    np.save(tmp_path / "one.npy", ramp)
+    with pytest.raises(ValueError, match="a NPY file has no named arrays"):
+        data.read_image(tmp_path / "one.npy", "b")
+
+
+def encoded(kind):
+    """A valid image of noise, large enough that a half of it is damaged."""
+    values = np.random.default_rng(0).integers(0, 60000, (64, 64)).astype(np.uint16)
+    buffer = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(values).save(buffer, "PNG")
+    elif kind == "tif":
+        tifffile.imwrite(buffer, values)
+    elif kind == "npy":
+        np.save(buffer, values)
+    elif kind == "npz":
+        np.savez_compressed(buffer, image=values)
+    else:
+        with open(get_testdata_file("CT_small.dcm"), "rb") as file:
+            buffer.write(file.read())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", ["png", "tif", "npy", "npz", "dcm"])
+def test_a_truncated_file_is_named(tmp_path, kind, kept):
+    path = tmp_path / f"half.{kind}"
+    content = encoded(kind)
+    path.write_bytes(content)
+    assert data.read_image(path).image.ndim == 2
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=f"half.{kind}: ."):
+        data.read_image(path)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (np.zeros(5), r"an array of shape \(5,\), not a two-dimensional image"),
+        (np.zeros((2, 3, 5)), r"an array of shape \(2, 3, 5\)"),
+        (np.zeros((0, 3)), r"an array of shape \(0, 3\)"),
+        (np.zeros((2, 3), complex), "its values are complex128, not real numbers"),
+        (np.array([["a"]]), "its values are <U1"),
+        (np.array([[object()]]), "allow_pickle"),
+        (np.array([[1.0, 2.0], [np.nan, 4.0]]), r"pixel \(1, 0\) is nan"),
+        (np.array([[1.0, -np.inf]]), r"pixel \(0, 1\) is -inf"),
+        (np.array([[1e300]]), r"pixel \(0, 0\) is inf"),
+        (np.arange(12).reshape(2, 2, 3), "it is a colour image"),
+        (np.zeros((2, 2, 4), np.uint8), "it has transparent pixels"),
+    ],
+)
+def test_arrays_that_are_no_image(tmp_path, values, message):
+    path = tmp_path / "array.npy"
+    np.save(path, values, allow_pickle=True)
+    with pytest.raises(ValueError, match=f"array.npy: .*{message}"):
+        data.read_image(path)
+
+
+def test_other_files_are_named(tmp_path):
+    path = tmp_path / "note.png"
+    path.write_text("this is not an image " * 20)
+    with pytest.raises(ValueError, match=r"note\.png: not a DICOM, TIFF, PNG, NPY or NPZ file"):
+        data.read_image(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"note\.png: the file is empty"):
+        data.read_image(path)
+    with pytest.raises(ValueError, match="no pixel data"):
+        data.read_image(get_testdata_file("rtplan.dcm"))
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        data.read_image(tmp_path / "missing.png")
+    with pytest.raises(IsADirectoryError):
+        data.read_image(tmp_path)
+
+
+def test_sixteen_bit_colour_is_not_silently_rounded(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" + struct.pack(">HHH", 257, 257, 257))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(png)
+    with pytest.raises(ValueError, match=r"deep\.png: a PNG of 16 bits with colours"):
+        data.read_image(tmp_path / "deep.png")
+
+
+# ------------------------------------------------------------------ atomic, save_npz
+
+
+def test_atomic_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), data.atomic(path) as temporary:  # noqa: PT012
+            assert (temporary.parent, temporary.suffix) == (tmp_path, ".txt")
+            temporary.write_text("half")
+            raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["result.txt"]
+    assert path.read_text() == "old"
+
+
+def test_save_npz(tmp_path):
+    path = tmp_path / "arrays.npz"
+    data.save_npz(path, x=torch.arange(3.0), y=np.ones((2, 2)), z=1.5)
+    data.save_npz(path, x=torch.arange(4.0), y=np.ones((2, 2)), z=1.5)
+    with np.load(path) as archive:
+        assert archive.files == ["x", "y", "z"]
+        np.testing.assert_array_equal(archive["x"], [0, 1, 2, 3])
+    assert [p.name for p in tmp_path.iterdir()] == ["arrays.npz"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    with pytest.raises(ValueError, match=r"path must end in \.npz"):
+        data.save_npz(tmp_path / "arrays.npy", x=1.0)
+
+
+# ------------------------------------------------------------------ phantoms
+
+
+def test_shepp_logan_is_the_known_one():
+    from skimage.data import shepp_logan_phantom
+
+    ours, known = data.shepp_logan(400), torch.from_numpy(shepp_logan_phantom()).float()
+    assert (ours - known).abs().mean() < 5e-3
+    assert sorted({round(v, 1) for v in ours.unique().tolist()}) == [0.0, 0.1, 0.2, 0.3, 0.4, 1.0]
+
+
+@pytest.mark.parametrize("texture", [0.0, 0.05])
+def test_random_ellipses(texture):
+    images = data.random_ellipses(4, 48, seeded(), texture=texture)
+    assert images.shape == (4, 48, 48)
+    assert images.dtype == torch.float32
+    assert images.min() == 0
+    assert images.max() <= 1
+    assert (images.flatten(1).std(1) > 0.05).all()
+    assert torch.equal(images, data.random_ellipses(4, 48, seeded(), texture=texture))
+    assert not torch.equal(images, data.random_ellipses(4, 48, seeded(1), texture=texture))
+
+
+def test_one_ellipse_has_its_area_and_sharp_edges():
+    image = data.random_ellipses(64, 64, seeded(), ellipses=1)
+    between = (image > 0) & (image < image.amax((1, 2), keepdim=True))
+    assert (image.amax((1, 2)) >= 0.3).all()
+    # Partly covered pixels lie on the outline alone: its length is below 4 sides of the image.
+    assert (between.sum((1, 2)) < 4 * 64).all()
+    assert between.any()
+
+
+def test_patches_are_oriented_cuts_of_the_image():
+    image = torch.arange(63.0).reshape(7, 9)
+    cut = data.patches(image, 3, 200, seeded())
+    assert cut.shape == (200, 3, 3)
+    orientations = set()
+    for patch in cut:
+        found = []
+        for flip in (False, True):
+            for turns in range(4):
+                back = torch.rot90(patch.flip(1) if flip else patch, -turns)
+                row, column = divmod(int(back[0, 0]), 9)
+                if row <= 4 and column <= 6 and torch.equal(back, image[row : row + 3, column : column + 3]):
+                    found.append((flip, turns))
+        assert len(found) == 1
+        orientations.update(found)
+    assert len(orientations) == 8
+    assert torch.equal(cut, data.patches(image, 3, 200, seeded()))
+    assert data.patches(image, 7, 1, seeded()).shape == (1, 7, 7)
+    with pytest.raises(ValueError, match=r"both at least 8, got \(7, 9\)"):
+        data.patches(image, 8, 1)
+
+
+def test_phantom_arguments():
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        data.shepp_logan(0)
+    with pytest.raises(ValueError, match="ellipses must be at least 1"):
+        data.random_ellipses(1, 8, ellipses=0)
+
+
+# ------------------------------------------------------------------ noise, metrics
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_gaussian_noise_has_its_exact_ratio_per_image(dtype):
+    y = (
+        torch.randn(3, 5, 7, generator=seeded(), dtype=dtype)
+        * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    )
+    noisy = data.add_gaussian_noise(y, 25.0, seeded(1))
+    ratio = torch.linalg.vector_norm(noisy - y, dim=(1, 2)) / torch.linalg.vector_norm(y, dim=(1, 2))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 10 ** (-25 / 20)), rtol=1e-4, atol=0)
+    assert torch.equal(noisy, data.add_gaussian_noise(y, 25.0, seeded(1)))
+    with pytest.raises(ValueError, match="snr_db must be finite"):
+        data.add_gaussian_noise(y, math.inf)
+
+
+def test_poisson_noise_follows_the_counting_statistics():
+    y = torch.full((1, 200, 200), 1.5)
+    noisy = data.add_poisson_noise(y, 1e4, seeded())
+    expected = 1e4 * math.exp(-1.5)
+    counts = 1e4 * torch.exp(-noisy.double())
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=0.05)
+    assert abs(counts.mean() / expected - 1) < 0.002
+    assert abs(counts.var() / expected - 1) < 0.05
+    assert torch.equal(noisy, data.add_poisson_noise(y, 1e4, seeded()))
+
+
+def test_poisson_noise_without_a_photon_stays_finite():
+    noisy = data.add_poisson_noise(torch.full((1, 2, 2), 50.0), 100.0, seeded())
+    torch.testing.assert_close(noisy, torch.full((1, 2, 2), math.log(200)))
+    for photons in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="photons must be a finite number above 0"):
+            data.add_poisson_noise(noisy, photons)
+
+
+def test_metrics():
+    truth = torch.rand(32, 32, generator=seeded()) * 4
+    image = truth + 0.1
+    data_range = float(truth.max() - truth.min())
+    assert data.psnr(image, truth) == pytest.approx(20 * math.log10(data_range / 0.1), abs=1e-3)
+    assert data.psnr(image, truth, 1.0) == pytest.approx(20, abs=1e-3)
+    assert data.snr(image, truth) == pytest.approx(
+        20 * math.log10(float(truth.norm()) / (0.1 * 32)), abs=1e-3
+    )
+    assert data.ssim(truth, truth) == pytest.approx(1)
+    assert data.ssim(truth.flip(0), truth) < 0.5
