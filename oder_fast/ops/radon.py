@@ -30,6 +30,30 @@ LIBRARY.define(
 )
 
 
+# Edge of the square of pixels that a GPU block reduces to one partial sum, and the number of image rows or
+# columns over which the CUDA kernels sum a ray before they write it down.
+TILE = 32
+STRIP = 32
+
+
+def _sums(
+    image: Tensor, angles: Tensor, views: Tensor | None, n_bins: int, backend: str
+) -> tuple[Tensor | None, int]:
+    """Allocate the ray sums of a projection, shape (n_sums, B, n_used, D), and tell n_sums.
+
+    The CUDA kernels split the image into so many groups of strips that one image fills the GPU; in a gradient
+    the first sinogram then takes the residual. The C++ face keeps its own, in its back-projection's layout.
+    """
+    if backend == "cpu":
+        return None, 0
+    batch, height, width = image.shape
+    n_used = angles.shape[0] if views is None else views.shape[0]
+    n_sums = 1
+    if backend == "cuda":
+        n_sums = max(1, min(-(-max(height, width) // STRIP), 16, -(-4096 // (batch * n_used))))
+    return image.new_empty(n_sums, batch, n_used, n_bins, dtype=torch.float32), n_sums
+
+
 # ------------------------------------------------------------------ forward
 
 
@@ -52,6 +76,7 @@ def _forward_impl(
         faces.DTYPE_CODES[image.dtype],
         image.contiguous(),
         sinogram,
+        *(_sums(image, angles, None, n_bins, backend) if backend == "cuda" else (None, 0)),
         batch,
         height,
         width,
@@ -162,16 +187,6 @@ register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_bac
 # ------------------------------------------------------------------ gradient
 
 
-def _residual(
-    image: Tensor, angles: Tensor, views: Tensor | None, n_bins: int, backend: str
-) -> Tensor | None:
-    """Allocate the minibatch's residual; the C++ face keeps its own, in the layout of its back-projection."""
-    if backend == "cpu":
-        return None
-    n_used = angles.shape[0] if views is None else views.shape[0]
-    return image.new_empty(image.shape[0], n_used, n_bins, dtype=torch.float32)
-
-
 def _gradient_impl(
     image: Tensor,
     sinogram: Tensor | None,
@@ -193,7 +208,7 @@ def _gradient_impl(
         faces.DTYPE_CODES[image.dtype],
         image.contiguous(),
         None if sinogram is None else sinogram.contiguous(),
-        _residual(image, angles, views, n_bins, backend),
+        *_sums(image, angles, views, n_bins, backend),
         gradient,
         batch,
         height,
@@ -274,7 +289,7 @@ def _red_impl(
         faces.DTYPE_CODES[image.dtype],
         image.contiguous(),
         None if sinogram is None else sinogram.contiguous(),
-        _residual(image, angles, views, n_bins, backend),
+        *_sums(image, angles, views, n_bins, backend),
         *red.contiguous(denoised),
         *red.scalars(step_size, tau),
         *red.contiguous(previous),
@@ -283,6 +298,7 @@ def _red_impl(
         updated,
         None if previous is None else extrapolated,
         reductions,
+        *red.partial_sums(batch, -(-height // TILE) * -(-width // TILE), reductions, backend),
         batch,
         height,
         width,

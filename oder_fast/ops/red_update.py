@@ -12,6 +12,8 @@ from . import _checks, faces
 from ._library import LIBRARY, register
 
 SCALAR = (int, float)
+# Numbers that a GPU block updates at least, before one image is split over more blocks.
+PART = 4096
 
 
 class RedUpdate(NamedTuple):
@@ -47,6 +49,11 @@ def outputs(image: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return updated, extrapolated, image.new_empty(image.shape[0], 3, dtype=torch.float64)
 
 
+def partial_sums(batch: int, parts: int, like: Tensor, backend: str) -> tuple[Tensor | None, int]:
+    """Allocate the reductions of each of the parts of an image, shape (B, parts, 3), and tell parts."""
+    return (None, 0) if backend == "cpu" else (like.new_empty(batch, parts, 3), parts)
+
+
 def contiguous(*values: Tensor | None) -> list[Tensor | None]:
     """Make each tensor contiguous, complex ones as pairs of reals."""
     return [None if v is None else _real(v.contiguous().resolve_conj()) for v in values]
@@ -73,6 +80,7 @@ def _impl(
         return updated, extrapolated, reductions.zero_()
     out = _real(updated)
     assert out is not None
+    batch, length = image.shape[0], out.numel() // image.shape[0]
     faces.face(backend).launch(
         "red_update",
         image,
@@ -85,8 +93,9 @@ def _impl(
         out,
         None if previous is None else _real(extrapolated),
         reductions,
-        image.shape[0],
-        out.numel() // image.shape[0],
+        *partial_sums(batch, min(-(-length // PART), 1024), reductions, backend),
+        batch,
+        length,
     )
     return updated, extrapolated, reductions
 
