@@ -33,8 +33,8 @@ def trained(steps=12, seed=0, **settings):
 
 
 def test_training_reduces_the_error_on_fresh_noise():
-    net, losses = trained(100, sigma=(0.1, 0.1))
-    assert len(losses) == 100
+    net, losses = trained(200, sigma=(0.1, 0.1))
+    assert len(losses) == 200
     clean = make_batch(torch.Generator().manual_seed(5))
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(6))
     before, after = (((f(noisy) - clean) ** 2).mean() for f in (network(), net))
