@@ -1,0 +1,104 @@
+// Bindings of the C++ faces: tensors arrive as addresses, null as 0, and the number of threads last. Arguments
+// without a name are workspaces of the GPU faces.
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "radon_cpu.h"
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+// The instruction sets of this build that this processor runs, best first.
+std::vector<const char*> supported_isas() {
+  std::vector<const char*> isas;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    isas.push_back("avx512");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back("avx2");
+#endif
+  isas.push_back("baseline");
+  return isas;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(ODER_MODULE, m) {
+  namespace py = pybind11;
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def("supported_isas", [] {
+    py::list names;
+    for (const char* isa : supported_isas()) names.append(isa);
+    return names;
+  });
+
+  m.def(
+      "radon_forward",
+      [](int dtype, Address image, Address sinogram, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles,
+         int64_t n_views, int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size, int threads) {
+        const oder::RadonGeometry g{height,  width,  at<double>(angles), n_views,    nullptr,
+                                    n_views, n_bins, bin_spacing,        bin_offset, pixel_size};
+        oder::radon_forward(dtype, at(image), at(sinogram), batch, g, threads);
+      },
+      release());
+
+  for (const bool matched : {true, false}) {
+    m.def(
+        matched ? "radon_adjoint" : "radon_backproject",
+        [matched](int dtype, Address sinogram, Address image, int64_t batch, int64_t height, int64_t width,
+                  Address angles, int64_t n_views, int64_t n_bins, double bin_spacing, double bin_offset,
+                  double pixel_size, int threads) {
+          const oder::RadonGeometry g{height,  width,  at<double>(angles), n_views,    nullptr,
+                                      n_views, n_bins, bin_spacing,        bin_offset, pixel_size};
+          oder::radon_adjoint(dtype, at(sinogram), at(image), batch, g, matched, threads);
+        },
+        release());
+  }
+
+  m.def(
+      "radon_gradient",
+      [](int dtype, Address image, Address measured, Address, int64_t, Address gradient, int64_t batch,
+         int64_t height, int64_t width, Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins,
+         double bin_spacing, double bin_offset, double pixel_size, int threads) {
+        const oder::RadonGeometry g{height, width,  at<double>(angles), n_views,    at<int64_t>(views),
+                                    n_used, n_bins, bin_spacing,        bin_offset, pixel_size};
+        oder::radon_gradient(dtype, at(image), at(measured), at(gradient), batch, g, threads);
+      },
+      release());
+
+  m.def(
+      "radon_red_update",
+      [](int dtype, Address image, Address measured, Address, int64_t, Address denoised, Address step_size,
+         Address tau, Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
+         Address reductions, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles, int64_t n_views,
+         Address views, int64_t n_used, int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size,
+         int threads) {
+        const oder::RadonGeometry g{height, width,  at<double>(angles), n_views,    at<int64_t>(views),
+                                    n_used, n_bins, bin_spacing,        bin_offset, pixel_size};
+        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau), at(previous),
+                                    at<double>(momentum), nonnegative, at(updated), at(extrapolated),
+                                    at<double>(reductions)};
+        oder::radon_red_update(dtype, at(image), at(measured), red, batch, g, threads);
+      },
+      release());
+
+  m.def(
+      "red_update",
+      [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau,
+         Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
+         Address reductions, Address, int64_t, int64_t batch, int64_t n, int threads) {
+        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau), at(previous),
+                                    at<double>(momentum), nonnegative, at(updated), at(extrapolated),
+                                    at<double>(reductions)};
+        oder::red_update(dtype, at(image), at(gradient), red, batch, n, threads);
+      },
+      release());
+}

@@ -1,0 +1,145 @@
+// Vectors of the instruction set this file is compiled for, on the compiler's own vector types.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace oder {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int lanes = kVecBytes / static_cast<int>(sizeof(T));
+
+constexpr int kLanes = lanes<float>;
+using vf = vec<float>;
+using vi = vec<int32_t>;
+
+template <class T>
+inline vec<T> load(const T* p) {
+  vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline vec<T> splat(T a) {
+  return vec<T>{} + a;
+}
+inline vf max0(vf a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), _mm512_setzero_ps()));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), _mm256_setzero_ps()));
+#else
+  return a > vf{} ? a : vf{};
+#endif
+}
+template <class V>
+inline auto sum_lanes(V v) {
+  double s = 0;
+  for (unsigned l = 0; l < sizeof(V) / sizeof(v[0]); ++l) s += v[l];
+  return s;
+}
+
+// Store past the caches: for results larger than they are. p is a multiple of kVecBytes.
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void stream(double* p, vec<double> v) {
+  vf as_float;
+  std::memcpy(&as_float, &v, sizeof v);
+  stream(reinterpret_cast<float*>(p), as_float);
+}
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// A window of 2 kLanes floats, and the floats of it that an index vector (0 .. 2 kLanes - 1) names: two register
+// permutes take the place of a gather.
+#if defined(__AVX512F__)
+struct Window {
+  __m512 lo, hi;
+  explicit Window(const float* p) : lo(_mm512_loadu_ps(p)), hi(_mm512_loadu_ps(p + 16)) {}
+  vf at(vi index) const {
+    return reinterpret_cast<vf>(_mm512_permutex2var_ps(lo, reinterpret_cast<__m512i>(index), hi));
+  }
+};
+#elif defined(__AVX2__)
+struct Window {
+  __m256 lo, hi;
+  explicit Window(const float* p) : lo(_mm256_loadu_ps(p)), hi(_mm256_loadu_ps(p + 8)) {}
+  vf at(vi index) const {
+    const __m256i i = reinterpret_cast<__m256i>(index);
+    const __m256 from_hi = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+    return reinterpret_cast<vf>(
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(lo, i), _mm256_permutevar8x32_ps(hi, i), from_hi));
+  }
+};
+#else
+struct Window {
+  const float* p;
+  explicit Window(const float* start) : p(start) {}
+  vf at(vi index) const {
+    vf v;
+    for (int l = 0; l < kLanes; ++l) v[l] = p[index[l]];
+    return v;
+  }
+};
+#endif
+
+#if defined(__clang__)
+inline vf interleave(vf a, vf b, vi index) {
+  vf v;
+  for (int l = 0; l < kLanes; ++l) v[l] = index[l] < kLanes ? a[index[l]] : b[index[l] - kLanes];
+  return v;
+}
+#else
+inline vf interleave(vf a, vf b, vi index) { return __builtin_shuffle(a, b, index); }
+#endif
+
+// Transpose kLanes x kLanes floats: log2(kLanes) rounds that interleave both halves.
+inline void transpose(vf* rows) {
+  vi low, high;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l / 2 + l % 2 * kLanes;
+    high[l] = low[l] + kLanes / 2;
+  }
+  vf next[kLanes];
+  for (int round = 1; round < kLanes; round *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + kLanes / 2], low);
+      next[2 * i + 1] = interleave(rows[i], rows[i + kLanes / 2], high);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace oder
