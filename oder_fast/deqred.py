@@ -1,0 +1,534 @@
+"""Deep equilibrium reconstruction: fixed points of regularization by denoising, and training through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .denoisers import folded, frozen
+from .fixed_point import (
+    Differentiation,
+    FixedPointMap,
+    Implicit,
+    Linearization,
+    Nesterov,
+    Solution,
+    Solver,
+    Step,
+)
+from .fixed_point.differentiation import AdjointMemory
+from .fixed_point.solution import POLICIES, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class DEQRED(nn.Module):
+    r"""Reconstruct images as fixed points of regularization by denoising (RED), by minibatches if asked (ODER).
+
+    .. math:: x^* = T(x^*), \qquad T(x) = P \bigl( x - \gamma (\nabla g(x) + \tau (x - D(x))) \bigr)
+
+    where :math:`g(x) = \tfrac12 \|A x - y\|^2` and `P` is the projection on :math:`x \ge 0` or the identity.
+    With a minibatch size, each iteration takes the gradient of a fresh minibatch of measurements instead.
+
+    While a solve runs the denoiser is the same map throughout: batch normalization uses its running
+    statistics, dropout is off, spectral norms are computed once. Training mode makes no other difference.
+
+    Args:
+        operator: `ParallelBeamCT` or another operator of this package; or any object with
+            ``gradient(x, y, blocks)``, or with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv.
+        denoiser: Module or function from ``(B, C, H, W)`` to the same; images ``(B, H, W)`` have one channel,
+            complex ones two (real and imaginary part) for each of theirs.
+        step_size: :math:`\gamma`; a float, a 0-d tensor or a parameter to be trained. By default
+            :math:`1 / (\|A\|^2 + 2 \tau)`, computed here once: the map is then averaged if `D` is
+            nonexpansive.
+        tau: :math:`\tau`, the weight of the prior, in the unit of :math:`A^H A`; float, 0-d tensor or
+            parameter.
+        minibatch_size: Blocks per iteration (views, coils, illuminations); None for all of them.
+        solver: `Nesterov`, `Picard` or `Anderson`.
+        differentiation: `Implicit`, `JacobianFree` or `Unrolled`.
+        nonnegative: Project on :math:`x \ge 0`; real images only.
+        generator: Source of the minibatches; None for the default one of torch.
+        on_failure: Where an image does not converge: ``"warn"``, ``"raise"`` or ``"ignore"``. Divergence and
+            NaN always raise.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a value that makes no sense, a minibatch larger than the operator's blocks, or a step
+            size left to an operator that does not know its norm.
+
+    Example:
+        >>> import torch
+        >>> from oder_fast.operators import ParallelBeamCT
+        >>> ct = ParallelBeamCT(image_size=16, angles=12)
+        >>> model = DEQRED(ct, torch.nn.Identity(), tau=1.0, solver=Nesterov(tolerance=1e-3))
+        >>> model(ct(torch.ones(1, 16, 16))).shape
+        torch.Size([1, 16, 16])
+
+    References:
+        Liu, Xu, Gan, Shoushtari, Kamilov, "Online deep equilibrium learning for regularization by denoising",
+        NeurIPS 2022. Romano, Elad, Milanfar, "The little engine that could: regularization by denoising
+        (RED)", SIAM J. Imaging Sciences 10 (2017).
+    """
+
+    step_size: float | Tensor
+    tau: float | Tensor
+
+    def __init__(
+        self,
+        operator: Any,
+        denoiser: Callable[[Tensor], Tensor],
+        *,
+        tau: float | Tensor,
+        step_size: float | Tensor | None = None,
+        minibatch_size: int | None = None,
+        solver: Solver[Any] | None = None,
+        differentiation: Differentiation | None = None,
+        nonnegative: bool = False,
+        generator: torch.Generator | None = None,
+        on_failure: Policy = "warn",
+    ) -> None:
+        super().__init__()
+        solver = Nesterov() if solver is None else solver
+        differentiation = Implicit() if differentiation is None else differentiation
+        for name, value, kind in (
+            ("solver", solver, Solver),
+            ("differentiation", differentiation, Differentiation),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"DEQRED: {name} must be a {kind.__name__}, got {value!r}")
+        if not callable(denoiser):
+            raise TypeError(f"DEQRED: denoiser must be callable, got {type(denoiser).__name__}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"DEQRED: generator must be a torch.Generator, got {type(generator).__name__}")
+        if on_failure not in POLICIES:
+            raise ValueError(f"DEQRED: on_failure must be one of {POLICIES}, got {on_failure!r}")
+        self.operator = operator
+        self.denoiser = denoiser
+        _Measurement(operator)
+        _check_minibatch("minibatch_size", minibatch_size, operator)
+        if isinstance(differentiation, Implicit) and isinstance(differentiation.minibatch_size, int):
+            _check_minibatch("differentiation.minibatch_size", differentiation.minibatch_size, operator)
+        _check_scalar("tau", tau, zero=True)
+        if step_size is None:
+            step_size = _safe_step(operator, tau)
+        _check_scalar("step_size", step_size, zero=False)
+        self._set_scalar("tau", tau)
+        self._set_scalar("step_size", step_size)
+        self.minibatch_size = minibatch_size
+        self.solver = solver
+        self.differentiation = differentiation
+        self.nonnegative = nonnegative
+        self.generator = generator
+        self.on_failure: Policy = on_failure
+        self._memory = AdjointMemory()
+
+    def _set_scalar(self, name: str, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_memory"] = AdjointMemory()
+        if self.generator is not None:
+            state["generator"] = (self.generator.device, self.generator.get_state())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["generator"] is not None:
+            device, numbers = state["generator"]
+            state = {**state, "generator": torch.Generator(device).set_state(numbers)}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Tell the settings."""
+        return (
+            f"step_size={_number(self.step_size):.4g}, tau={_number(self.tau):.4g}, "
+            f"minibatch_size={self.minibatch_size}, nonnegative={self.nonnegative},\n"
+            f"solver={self.solver},\ndifferentiation={self.differentiation}"
+        )
+
+    @overload
+    def forward(
+        self, y: Tensor, x0: Tensor | None = None, *, return_solution: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(self, y: Tensor, x0: Tensor | None = None, *, return_solution: Literal[True]) -> Solution: ...
+
+    def forward(
+        self, y: Tensor, x0: Tensor | None = None, *, return_solution: bool = False
+    ) -> Tensor | Solution:
+        """Solve for the fixed points of measurements `y`.
+
+        Args:
+            y: Measurements, shape ``(B, *data_shape)``.
+            x0: Start, shape ``(B, *image_shape)``; by default ``operator.initial(y)``, projected where asked.
+            return_solution: Return the `Solution` instead of its value.
+
+        Returns:
+            Images, shape ``(B, *image_shape)``, differentiable once (any number of times with `Unrolled`) in
+            the denoiser's weights, `step_size`, `tau` and `y`; or the `Solution`.
+
+        Raises:
+            TypeError: For a dtype that does not fit.
+            ValueError: For a shape or device that does not fit, an empty batch, NaN or infinity in `y` or
+                `x0`.
+            DivergenceError: Where the residual becomes NaN or infinite, or grows far beyond its start.
+            NotConvergedError: Where an image did not converge and `on_failure` is ``"raise"``.
+        """
+        solution: Solution = self._solve(y, x0)
+        solution.require(self.on_failure)
+        return solution if return_solution else solution.value
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call,untyped-decorator]
+    def _solve(self, y: Tensor, x0: Tensor | None) -> Solution:
+        self._check_tensor("y", y, getattr(self.operator, "data_shape", None))
+        autocast = _Autocast(y.device)
+        measurement = _Measurement(self.operator)
+        with _full_precision(y.device):
+            start = measurement.initial(y) if x0 is None else x0
+            if self.nonnegative:
+                if start.is_complex():
+                    raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
+                start = start.clamp(min=0)
+            self._check_tensor("x0", start, getattr(self.operator, "image_shape", None))
+            if start.shape[0] != y.shape[0]:
+                raise ValueError(
+                    f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}"
+                )
+            red = RED(
+                measurement,
+                self.denoiser,
+                y,
+                self._scalar(self.step_size, y.device),
+                self._scalar(self.tau, y.device),
+                self.nonnegative,
+                self.minibatch_size,
+                self.generator,
+                autocast,
+            )
+            with frozen(self.denoiser) if isinstance(self.denoiser, nn.Module) else nullcontext():
+                red.flags = red.training_flags()
+                return self.differentiation.solve(red, start, self.solver, self._memory)
+
+    def _scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+    def _check_tensor(self, name: str, value: Tensor, shape: tuple[int, ...] | None) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"DEQRED: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if not (value.is_floating_point() or value.is_complex()):
+            raise TypeError(f"DEQRED: {name} must be floating-point or complex, got {value.dtype}")
+        if shape is not None and (value.ndim != len(shape) + 1 or tuple(value.shape[1:]) != tuple(shape)):
+            wanted = ", ".join(map(str, ("B", *shape)))
+            raise ValueError(f"DEQRED: {name} must have shape ({wanted}), got {tuple(value.shape)}")
+        if value.ndim < 3:
+            raise ValueError(
+                f"DEQRED: {name} must have a batch axis and at least two more, got {tuple(value.shape)}"
+            )
+        if value.shape[0] == 0:
+            raise ValueError(f"DEQRED: {name} must hold at least one image, got shape {tuple(value.shape)}")
+        for weight in self.denoiser.parameters() if isinstance(self.denoiser, nn.Module) else ():
+            if weight.device != value.device:
+                raise ValueError(
+                    f"DEQRED: {name} must be on the denoiser's device ({weight.device}), got {value.device}"
+                )
+            if weight.is_floating_point() and weight.dtype != value.real.dtype:
+                raise TypeError(
+                    f"DEQRED: {name} must have the denoiser's precision ({weight.dtype}), got {value.dtype}"
+                )
+            break
+        finite = value.detach().isfinite()
+        if not bool(finite.all()):
+            index = tuple(int(i) for i in (~finite).nonzero()[0])
+            raise ValueError(f"DEQRED: {name} must be finite, got {value[index].item()} at index {index}")
+
+
+@dataclass
+class RED(FixedPointMap):
+    """The map of `DEQRED`; one minibatch's where `blocks` are given."""
+
+    measurement: _Measurement
+    denoiser: Callable[[Tensor], Tensor]
+    y: Tensor
+    step_size: Tensor
+    tau: Tensor
+    nonnegative: bool
+    minibatch_size: int | None
+    generator: torch.Generator | None
+    autocast: _Autocast
+    blocks: Tensor | None = None
+    flags: list[tuple[nn.Module, bool]] | None = None
+
+    advice = "lower step_size or tau, or take a denoiser that contracts (spectral norms, more training)"
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether minibatches are drawn from this map."""
+        return self.minibatch_size is not None and self.blocks is None
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether the weights, the data or a parameter need a gradient; assumed of a mere function."""
+        if not isinstance(self.denoiser, nn.Module):
+            return True
+        tensors = (self.y, self.step_size, self.tau, *self.denoiser.parameters())
+        return any(t.requires_grad for t in tensors)
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """Return ``T(point)``."""
+        return self.step(point).image
+
+    def step(self, point: Tensor, previous: Tensor | None = None, momentum: Tensor | None = None) -> Step:
+        """Apply the map and extrapolate, the gradient fused with both where the operator can."""
+        update = self.measurement.red_update(
+            point,
+            self.y,
+            self.blocks,
+            self.denoise(point),
+            self.step_size,
+            self.tau,
+            previous=previous,
+            momentum=momentum,
+            nonnegative=self.nonnegative,
+        )
+        return Step(*update)
+
+    def denoise(self, image: Tensor) -> Tensor:
+        """Call the denoiser on the image as channels, in the precision that autocast asks for."""
+        channels = as_channels(image)
+        with self.autocast.resume():
+            denoised = self.denoiser(channels)
+        if not isinstance(denoised, Tensor) or denoised.shape != channels.shape:
+            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise ValueError(
+                f"DEQRED: denoiser must return the shape it got, {tuple(channels.shape)}, got {got}"
+            )
+        return from_channels(denoised.to(channels.dtype), image)
+
+    def draw(self) -> RED:
+        """Return the map of a fresh minibatch."""
+        if self.minibatch_size is None:
+            return self
+        return replace(self, blocks=self.measurement.draw(self.minibatch_size, self.generator))
+
+    def select(self, images: Tensor) -> RED:
+        """Return the map of some images."""
+        return replace(self, y=self.y.index_select(0, images.to(self.y.device)))
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """Fold the spectral norms for a solve without gradients; forget what autocast has cast."""
+        with folded():
+            yield
+        if self.autocast.enabled:
+            torch.clear_autocast_cache()
+
+    def training_flags(self) -> list[tuple[nn.Module, bool]]:
+        """Return the modules of the denoiser with their mode."""
+        modules = self.denoiser.modules() if isinstance(self.denoiser, nn.Module) else ()
+        return [(module, module.training) for module in modules]
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Put the denoiser into the mode it was solved in, while a step is computed again."""
+        now = self.training_flags()
+        try:
+            for module, training in self.flags or ():
+                module.training = training
+            with _full_precision(self.y.device):
+                yield
+        finally:
+            for module, training in now:
+                module.training = training
+
+    def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
+        """Linearize the denoiser once; the data fidelity is linear, and its projection a mask."""
+        size = self.minibatch_size if minibatch_size == "same" else minibatch_size
+        point = point.detach()
+        mask = (point > 0).to(point.dtype) if self.nonnegative else None
+        with torch.enable_grad(), folded():
+            leaf = point.detach().requires_grad_()
+            denoised = self.denoise(leaf)
+            if self.step_size.requires_grad or self.y.requires_grad:
+                fidelity = self.measurement.gradient(point, self.y, None)
+            else:
+                fidelity = point.new_zeros(()).expand_as(point)
+            output = ops.red_update(point, fidelity, denoised, self.step_size, self.tau).image
+            if mask is not None:
+                output = output * mask
+        step_size, tau = self.step_size.detach(), self.tau.detach()
+
+        def vjp(v: Tensor, blocks: Tensor | None = None) -> Tensor:
+            v = v if mask is None else v * mask
+            back = torch.zeros_like(v)
+            if denoised.requires_grad:
+                (found,) = torch.autograd.grad(denoised, leaf, v, retain_graph=True, allow_unused=True)
+                back = back if found is None else found
+            with _full_precision(v.device):
+                data = self.y.detach()
+                return self.measurement.red_update(
+                    v, data, blocks, back, step_size, tau, homogeneous=True
+                ).image
+
+        def draw() -> Callable[[Tensor], Tensor]:
+            assert isinstance(size, int)
+            blocks = self.measurement.draw(size, self.generator)
+            return lambda v: vjp(v, blocks)
+
+        return Linearization(output, vjp, None if size is None else draw, self.advice)
+
+
+def as_channels(image: Tensor) -> Tensor:
+    """View images ``(B, H, W)`` or ``(B, C, H, W)`` as real ``(B, C', H, W)``."""
+    if image.is_complex():
+        pairs = torch.view_as_real(image.resolve_conj())
+        # (B, H, W, 2) permuted is channels-last: no copy.
+        return pairs.permute(0, 3, 1, 2) if image.ndim == 3 else pairs.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return image[:, None] if image.ndim == 3 else image
+
+
+def from_channels(channels: Tensor, like: Tensor) -> Tensor:
+    """View what `as_channels` made as images like `like` again."""
+    if like.is_complex():
+        if like.ndim == 3:
+            return torch.view_as_complex(channels.permute(0, 2, 3, 1).contiguous())
+        return torch.view_as_complex(
+            channels.reshape(like.shape[0], -1, 2, *like.shape[2:]).permute(0, 1, 3, 4, 2).contiguous()
+        )
+    return channels[:, 0] if like.ndim == 3 else channels
+
+
+class _Measurement:
+    """What the map asks of an operator, whichever of the three kinds it is.
+
+    One with a fused ``red_update``; one with ``gradient(x, y, blocks)``; one with ``A`` and ``A_adjoint``.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self.fused = hasattr(operator, "red_update")
+        self.physics = not hasattr(operator, "gradient")
+        if self.physics and not (hasattr(operator, "A") and hasattr(operator, "A_adjoint")):
+            raise TypeError(
+                f"DEQRED: operator must have gradient(x, y, blocks), or A(x) and A_adjoint(y); "
+                f"{type(operator).__name__} has neither"
+            )
+
+    def gradient(self, x: Tensor, y: Tensor, blocks: Tensor | None) -> Tensor:
+        if self.physics:
+            gradient: Tensor = self.operator.A_adjoint(self.operator.A(x) - y)
+        else:
+            gradient = (
+                self.operator.gradient(x, y) if blocks is None else self.operator.gradient(x, y, blocks)
+            )
+        return gradient
+
+    def red_update(
+        self,
+        x: Tensor,
+        y: Tensor,
+        blocks: Tensor | None,
+        denoised: Tensor,
+        step_size: Tensor,
+        tau: Tensor,
+        *,
+        homogeneous: bool = False,
+        **options: Any,
+    ) -> ops.RedUpdate:
+        """Take one RED step; a homogeneous one has zero data (and the same linear part)."""
+        if self.fused:
+            data = None if homogeneous else y
+            update: ops.RedUpdate = self.operator.red_update(
+                x, data, blocks, denoised, step_size, tau, **options
+            )
+            return update
+        data = y.new_zeros(()).expand_as(y) if homogeneous else y
+        return ops.red_update(x, self.gradient(x, data, blocks), denoised, step_size, tau, **options)
+
+    def initial(self, y: Tensor) -> Tensor:
+        if hasattr(self.operator, "initial"):
+            start: Tensor = self.operator.initial(y)
+        elif self.physics:
+            start = self.operator.A_adjoint(y)
+        else:
+            raise ValueError(f"DEQRED: {type(self.operator).__name__} has no initial(y): give x0")
+        return start
+
+    def draw(self, size: int, generator: torch.Generator | None) -> Tensor:
+        blocks: Tensor = self.operator.draw_blocks(size, generator)
+        return blocks
+
+
+class _Autocast:
+    """The autocast that the caller had on, for the denoiser alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+        self.enabled = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type)
+
+    def resume(self) -> AbstractContextManager[Any]:
+        if not self.enabled:
+            return nullcontext()
+        # A weight cast and kept without a graph would lose the gradient of an evaluation that wants one.
+        return torch.autocast(self.device_type, self.dtype, cache_enabled=not torch.is_grad_enabled())
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _check_minibatch(name: str, size: int | None, operator: Any) -> None:
+    if size is None:
+        return
+    if not (hasattr(operator, "n_blocks") and hasattr(operator, "draw_blocks")):
+        raise ValueError(
+            f"DEQRED: {name} needs an operator with n_blocks and draw_blocks(size, generator), "
+            f"got {type(operator).__name__}"
+        )
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= operator.n_blocks:
+        raise ValueError(
+            f"DEQRED: {name} must be a number from 1 to {operator.n_blocks} blocks, got {size!r}"
+        )
+
+
+def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"DEQRED: {name} must be a float or a 0-d floating-point tensor, got {value.dtype} "
+                f"of shape {tuple(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"DEQRED: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    number = _number(value)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(
+            f"DEQRED: {name} must be finite and {'at least' if zero else 'above'} 0, got {number}"
+        )
+
+
+def _safe_step(operator: Any, tau: float | Tensor) -> float:
+    """Return 1 / (L + 2 tau): with a nonexpansive denoiser, x - D(x) changes at most twice as fast as x."""
+    if not hasattr(operator, "norm_squared"):
+        raise ValueError(f"DEQRED: {type(operator).__name__} has no norm_squared(): give step_size")
+    return 1 / (float(operator.norm_squared()) + 2 * _number(tau))
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)

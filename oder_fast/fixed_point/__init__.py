@@ -1,0 +1,26 @@
+"""Fixed points of maps, and gradients through them: solver x differentiation x solution."""
+
+from .differentiation import Differentiation, Implicit, JacobianFree, Unrolled
+from .maps import FixedPointMap, Linearization, Step
+from .solution import DivergenceError, FixedPointError, NotConvergedError, NotConvergedWarning, Solution
+from .solvers import Average, Decay, Nesterov, Picard, Solver
+
+__all__ = [
+    "Average",
+    "Decay",
+    "Differentiation",
+    "DivergenceError",
+    "FixedPointError",
+    "FixedPointMap",
+    "Implicit",
+    "JacobianFree",
+    "Linearization",
+    "Nesterov",
+    "NotConvergedError",
+    "NotConvergedWarning",
+    "Picard",
+    "Solution",
+    "Solver",
+    "Step",
+    "Unrolled",
+]

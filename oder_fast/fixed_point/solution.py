@@ -1,0 +1,116 @@
+"""What a fixed-point solve gives back, and how it fails."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Policy = Literal["raise", "warn", "ignore"]
+POLICIES = ("raise", "warn", "ignore")
+# Contraction factors are fitted to this share of the residual history, its end.
+FITTED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Solution:
+    r"""A fixed point, and how it was reached.
+
+    Attributes:
+        value: The last :math:`T(s)` of each image, shape ``(B, ...)``. Its residual is that of `s`.
+        iterations: Evaluations of the map that each image took, int64, shape ``(B,)``.
+        residuals: Relative residuals :math:`\|T(s) - s\| / \|T(s)\|`, float64, shape ``(n, B)``: a row for
+            each residual taken, NaN where an image had converged before. Of a stochastic map only those of
+            the full map, never a minibatch's.
+        residual_iterations: At which iterations the rows of `residuals` were taken, int64, shape ``(n,)``.
+        converged: Whether each image reached the tolerance, bool, shape ``(B,)``.
+        contraction: Factor by which the residual shrank per iteration at the end, fitted to the last half of
+            `residuals`, float64, shape ``(B,)``; NaN where there were too few; 1 or more: the map, as
+            iterated, does not contract.
+        message: What happened, and what to change where an image did not converge.
+        adjoint: Solutions of the adjoint equation: implicit differentiation appends one in each backward
+            pass.
+    """
+
+    value: Tensor
+    iterations: Tensor
+    residuals: Tensor
+    residual_iterations: Tensor
+    converged: Tensor
+    contraction: Tensor
+    message: str
+    adjoint: list[Solution] = field(default_factory=list, repr=False)
+
+    @property
+    def residual(self) -> Tensor:
+        """The last relative residual of each image, float64, shape ``(B,)``."""
+        return last_residual(self.residuals)
+
+    def require(self, on_failure: Policy) -> Solution:
+        """Return this solution if all images converged; else do what the policy says.
+
+        Args:
+            on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+
+        Raises:
+            NotConvergedError: Where an image did not converge and the policy is ``"raise"``.
+        """
+        if on_failure != "ignore" and not bool(self.converged.all()):
+            if on_failure == "raise":
+                raise NotConvergedError(self.message, self)
+            warnings.warn(self.message, NotConvergedWarning, stacklevel=3)
+        return self
+
+
+class FixedPointError(RuntimeError):
+    """A fixed point was not found.
+
+    Attributes:
+        solution: The state of the solve when it stopped.
+    """
+
+    def __init__(self, message: str, solution: Solution | None = None) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+class NotConvergedError(FixedPointError):
+    """The iterations ended before the residual reached the tolerance."""
+
+
+class DivergenceError(FixedPointError):
+    """The residual grew far beyond its start, or became NaN or infinite."""
+
+
+class NotConvergedWarning(UserWarning):
+    """The iterations ended before the residual reached the tolerance."""
+
+
+def last_residual(residuals: Tensor) -> Tensor:
+    """Return the last entry of each column that is no NaN."""
+    count = (~residuals.isnan()).sum(0)
+    index = (count - 1).clamp(min=0)
+    return (
+        residuals.gather(0, index[None])[0]
+        if len(residuals)
+        else residuals.new_full((residuals.shape[1],), math.nan)
+    )
+
+
+def fit_contraction(residuals: Tensor, iterations: Tensor) -> Tensor:
+    """Fit a geometric decay to the end of each column of residuals (n, B)."""
+    factors = []
+    for column in residuals.T:
+        known = column.isfinite() & (column > 0)
+        logs, at = column[known].log(), iterations[known].double()
+        logs, at = logs[int(len(logs) * (1 - FITTED_SHARE)) :], at[int(len(at) * (1 - FITTED_SHARE)) :]
+        if len(logs) < 2:
+            factors.append(math.nan)
+            continue
+        at = at - at.mean()
+        factors.append(math.exp(float((at * logs).sum() / at.square().sum())))
+    return torch.tensor(factors, dtype=torch.float64)

@@ -1,0 +1,368 @@
+"""Solvers of x = T(x), image by image."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .maps import FixedPointMap, Step, as_map
+from .solution import DivergenceError, Solution, fit_contraction, last_residual
+
+# No transient of a momentum makes a step this many times longer than the first one and than the image.
+DIVERGENCE = 1e3
+# Tolerances below this many roundings may be out of reach.
+ROUNDING = 8
+# Contraction factors above this are called none.
+STALLED = 0.999
+
+
+@dataclass(frozen=True)
+class Average:
+    """End a stochastic solve with the mean of its last iterates, which averages the minibatches' noise away.
+
+    Args:
+        share: Share of `max_iterations`, the last ones, over which the mean is taken.
+    """
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_share(self)
+
+
+@dataclass(frozen=True)
+class Decay:
+    r"""End a stochastic solve with ever shorter steps and no momentum.
+
+    .. math:: x^+ = x + a_j (T_B(x) - x), \quad a_j = 1 / (1 + \mathrm{rate} \cdot j), \quad j = 0, 1, \ldots
+
+    Args:
+        share: Share of `max_iterations`, the last ones, over which the weights decay.
+        rate: How fast they do.
+    """
+
+    share: float = 0.5
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_share(self)
+        _positive("Decay", "rate", self.rate)
+
+
+Tail = Average | Decay
+
+
+def _check_share(tail: Tail) -> None:
+    if not 0 < tail.share <= 1:
+        raise ValueError(f"{type(tail).__name__}: share must lie in (0, 1], got {tail.share}")
+
+
+def _positive(name: str, field: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: {field} must be a finite number above 0, got {value}")
+
+
+@dataclass
+class State:
+    """What a solver carries from one iteration to the next; the first axis of each tensor is the batch.
+
+    Attributes:
+        point: Where the map is evaluated next.
+    """
+
+    point: Tensor
+
+    def select(self, images: Tensor) -> None:
+        """Keep some images of the batch."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                setattr(self, f.name, value.index_select(0, images))
+
+
+StateT = TypeVar("StateT", bound=State)
+
+
+class _Record:
+    """Collects what becomes a `Solution`."""
+
+    def __init__(self, batch: int) -> None:
+        self.rows: list[tuple[int, Tensor, Tensor]] = []
+        self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.iterations = torch.zeros(batch, dtype=torch.int64)
+        self.converged = torch.zeros(batch, dtype=torch.bool)
+
+    def finish(self, images: Tensor, values: Tensor, iteration: int, converged: bool) -> None:
+        self.pieces.append((images, values))
+        self.iterations[images] = iteration
+        self.converged[images] = converged
+
+    def solution(self, describe: Callable[[Tensor, Tensor, Tensor], str]) -> Solution:
+        value = self.pieces[0][1]
+        if len(self.pieces) > 1:
+            order = torch.cat([images for images, _ in self.pieces]).argsort()
+            value = torch.cat([v for _, v in self.pieces]).index_select(0, order.to(value.device))
+        residuals = torch.full((len(self.rows), len(self.iterations)), math.nan, dtype=torch.float64)
+        for row, (iteration, images, reductions) in zip(residuals, self.rows, strict=True):
+            alive = iteration <= self.iterations[images]
+            row[images[alive]] = relative_residual(reductions.cpu())[alive]
+        at = torch.tensor([iteration for iteration, _, _ in self.rows], dtype=torch.int64)
+        contraction = fit_contraction(residuals, at)
+        message = describe(self.converged, residuals, contraction)
+        return Solution(value, self.iterations, residuals, at, self.converged, contraction, message)
+
+
+def relative_residual(reductions: Tensor) -> Tensor:
+    """Return ``|T(s) - s| / |T(s)|`` from reductions ``(B, 3)``; 0 where both vanish."""
+    change, norm = reductions[:, 0], reductions[:, 1]
+    return torch.where(change == 0, change, change / norm).sqrt()
+
+
+@dataclass(frozen=True)
+class Solver(ABC, Generic[StateT]):
+    """What `Picard`, `Nesterov` and `Anderson` share: the loop around one update.
+
+    Args:
+        max_iterations: Evaluations of the map, at most.
+        tolerance: Relative residual ``|T(s) - s| / |T(s)|`` at which an image has converged.
+        check_every: Iterations between two tests of the residual on a GPU, where each is a synchronisation,
+            and of a stochastic map, where each is a step with all blocks instead of a minibatch. Otherwise
+            every iteration is tested.
+    """
+
+    max_iterations: int = 200
+    tolerance: float = 1e-4
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in ("max_iterations", "check_every"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {field} must be a whole number above 0, got {value!r}")
+        _positive(name, "tolerance", self.tolerance)
+
+    @abstractmethod
+    def _begin(self, start: Tensor) -> StateT: ...
+
+    @abstractmethod
+    def _advance(self, fixed_point_map: FixedPointMap, state: StateT) -> Step:
+        """Evaluate the map at ``state.point``, update the state, and return the evaluation."""
+
+    def _tail(self) -> Tail | None:
+        return None
+
+    def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
+        r"""Iterate from `start` until :math:`\|T(x) - x\| \le \mathrm{tolerance} \, \|T(x)\|` for each image.
+
+        An image that has converged keeps its value; on a CPU it leaves the batch where the map allows that.
+        Differentiable as the unrolled iterations, except that momentum and mixing weights count as constants.
+
+        Args:
+            fixed_point_map: The map, or any callable ``(B, ...) -> (B, ...)`` that treats images one by one.
+            start: Shape ``(B, ...)``.
+
+        Returns:
+            A `Solution`, converged or not.
+
+        Raises:
+            DivergenceError: Where the residual becomes NaN or infinite, or grows far beyond its start.
+            ValueError: For an empty batch.
+        """
+        if start.ndim == 0 or start.shape[0] == 0:
+            raise ValueError(
+                f"{type(self).__name__}: start must hold at least one image, got {tuple(start.shape)}"
+            )
+        exact = as_map(fixed_point_map)
+        on_cpu = start.device.type == "cpu"
+        state = self._begin(start)
+        tail = self._tail() if exact.stochastic else None
+        tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
+        average, averaged = torch.zeros_like(start), 0
+        record = _Record(start.shape[0])
+        images = torch.arange(start.shape[0])  # which images of the whole batch are here
+        alive = torch.ones(start.shape[0], dtype=torch.bool)  # which of those have not converged
+        limit: Tensor | None = None
+
+        for iteration in range(1, self.max_iterations + 1):
+            last = iteration == self.max_iterations
+            check = last or iteration % self.check_every == 0 or (on_cpu and not exact.stochastic)
+            in_tail = tail is not None and iteration > tail_start
+            averaging = in_tail and isinstance(tail, Average)
+            current = exact if check and not averaging else exact.draw()
+            if in_tail and isinstance(tail, Decay):
+                step = current.step(state.point)
+                weight = 1 / (1 + tail.rate * (iteration - tail_start - 1))
+                state.point = torch.lerp(state.point, step.image, weight)
+            else:
+                step = self._advance(current, state)
+            if averaging:
+                averaged += 1
+                average = torch.lerp(average, step.image, 1 / averaged)
+                if check:
+                    step = exact.step(average)
+            if check or not exact.stochastic:
+                record.rows.append((iteration, images, step.reductions))
+            if not check:
+                continue
+            reductions = step.reductions.cpu()
+            if limit is None:
+                limit = DIVERGENCE**2 * reductions[:, :2].amax(1)
+            wrong = alive & ~(reductions[:, 0] <= limit)
+            if bool(wrong.any()):
+                record.finish(images[alive], step.image[alive.to(start.device)], iteration, False)
+                raise DivergenceError(
+                    *self._diverged(record, exact, iteration, images[wrong], reductions[wrong])
+                )
+            done = alive & (relative_residual(reductions) <= self.tolerance)
+            finished = alive if last else done
+            for group, success in ((done, True), (finished & ~done, False)):
+                if bool(group.any()):
+                    chosen = group.nonzero()[:, 0]
+                    whole = len(chosen) == start.shape[0]
+                    values = step.image if whole else step.image.index_select(0, chosen.to(start.device))
+                    record.finish(images[chosen], values, iteration, success)
+            alive = alive & ~finished
+            if not bool(alive.any()):
+                break
+            if on_cpu and bool(done.any()):
+                keep = alive.nonzero()[:, 0]
+                selected = exact.select(keep)
+                if selected is not None:
+                    exact = selected
+                    state.select(keep)
+                    average, limit = average.index_select(0, keep), limit.index_select(0, keep)
+                    images, alive = images[keep], alive[keep]
+        return record.solution(lambda *found: self._describe(exact, start.real.dtype, *found))
+
+    def _diverged(
+        self, record: _Record, exact: FixedPointMap, iteration: int, images: Tensor, reductions: Tensor
+    ) -> tuple[str, Solution]:
+        how = "grew far beyond its start" if bool(reductions.isfinite().all()) else "became NaN or infinite"
+        message = (
+            f"{type(self).__name__}: the residual {how} by iteration {iteration} (images {images.tolist()}); "
+            f"{exact.advice}"
+        )
+        return message, record.solution(lambda *_: message)
+
+    def _describe(
+        self,
+        exact: FixedPointMap,
+        dtype: torch.dtype,
+        converged: Tensor,
+        residuals: Tensor,
+        contraction: Tensor,
+    ) -> str:
+        """Say what happened, and what to change."""
+        name, left = type(self).__name__, ~converged
+        if not bool(left.any()):
+            return f"{name}: all images reached the relative residual {self.tolerance:g}"
+        worst = float(last_residual(residuals)[left].max())
+        rates = contraction[left & contraction.isfinite()]
+        rate = float(rates.max()) if len(rates) else math.nan
+        message = (
+            f"{name}: {int(left.sum())} of {len(left)} images did not reach the relative residual "
+            f"{self.tolerance:g} in {self.max_iterations} iterations: it is {worst:.2g}, "
+            f"times {rate:.3g} per iteration; "
+        )
+        if self.tolerance < ROUNDING * torch.finfo(dtype).eps:
+            return message + f"rounding of {dtype} may not allow that tolerance: raise it"
+        if exact.stochastic:
+            return (
+                message
+                + "raise the minibatch size, max_iterations or the tolerance, or average a longer tail"
+            )
+        if rate < STALLED:
+            more = math.ceil(math.log(self.tolerance / worst) / math.log(rate))
+            return message + f"about {more} more would do: raise max_iterations or the tolerance"
+        return message + f"the map hardly contracts: {exact.advice}"
+
+
+@dataclass(frozen=True)
+class Picard(Solver[State]):
+    r"""Iterate the map itself.
+
+    .. math:: x_{k+1} = T(x_k)
+
+    Args:
+        max_iterations: Evaluations of the map, at most.
+        tolerance: Relative residual at which an image has converged.
+        check_every: Iterations between two tests on a GPU or of a stochastic map; see `Solver`.
+        tail: How a solve with minibatches ends: `Average`, `Decay`, or None for neither.
+
+    Example:
+        >>> import torch
+        >>> solution = Picard(tolerance=1e-6).solve(lambda x: 0.5 * x + 1, torch.zeros(1, 3))
+        >>> solution.value, int(solution.iterations)
+        (tensor([[2.0000, 2.0000, 2.0000]]), 20)
+    """
+
+    tail: Tail | None = Average()
+
+    def _tail(self) -> Tail | None:
+        return self.tail
+
+    def _begin(self, start: Tensor) -> State:
+        return State(start)
+
+    def _advance(self, fixed_point_map: FixedPointMap, state: State) -> Step:
+        step = fixed_point_map.step(state.point)
+        state.point = step.image
+        return step
+
+
+@dataclass
+class _NesterovState(State):
+    previous: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Nesterov(Solver[_NesterovState]):
+    r"""Iterate the map with Nesterov's momentum, as ODER's official code does, restarted where it misleads.
+
+    .. math:: x_k = T(s_{k-1}), \quad t_k = \tfrac12 \Bigl(1 + \sqrt{1 + 4 t_{k-1}^2}\Bigr), \quad
+        s_k = x_k + \frac{t_{k-1} - 1}{t_k} (x_k - x_{k-1})
+
+    Args:
+        max_iterations: Evaluations of the map, at most.
+        tolerance: Relative residual at which an image has converged.
+        check_every: Iterations between two tests on a GPU or of a stochastic map; see `Solver`.
+        restart: Set :math:`t_k = 1` for an image where :math:`\langle s_{k-1} - x_k, x_k - x_{k-1} \rangle >
+            0` (momentum points uphill); without, the official code's iteration, which triples the
+            minibatches' noise.
+        tail: How a solve with minibatches ends: `Average`, `Decay`, or None for neither.
+
+    Example:
+        >>> import torch
+        >>> slow = lambda x: 0.99 * x + 0.01
+        >>> int(Nesterov(tolerance=1e-6, max_iterations=2000).solve(slow, torch.zeros(1, 3)).iterations) < 200
+        True
+
+    References:
+        O'Donoghue, Candes, "Adaptive restart for accelerated gradient schemes",
+        Foundations of Computational Mathematics 15 (2015).
+    """
+
+    restart: bool = True
+    tail: Tail | None = Average()
+
+    def _tail(self) -> Tail | None:
+        return self.tail
+
+    def _begin(self, start: Tensor) -> _NesterovState:
+        t = torch.ones(start.shape[0], dtype=torch.float64, device=start.device)
+        return _NesterovState(start, start, t)
+
+    def _advance(self, fixed_point_map: FixedPointMap, state: _NesterovState) -> Step:
+        t = 0.5 * (1 + (1 + 4 * state.t.square()).sqrt())
+        step = fixed_point_map.step(state.point, state.previous, (state.t - 1) / t)
+        state.point, state.previous = step.extrapolated, step.image
+        state.t = torch.where(step.reductions[:, 2] > 0, 1.0, t) if self.restart else t
+        return step
