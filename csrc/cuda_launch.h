@@ -1,0 +1,76 @@
+// How kernels are launched, and what they may use: nvcc compiles them for the GPU, a C++ compiler for cuda_host.h.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#define ODER_KERNEL __global__ void
+#define ODER_DEVICE __device__ __forceinline__
+#define ODER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define ODER_SHARED(type, name, count) __shared__ type name[count]
+// The shared memory whose size the launch gives.
+#define ODER_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+#else
+#include "cuda_host.h"
+#endif
+
+namespace oder {
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline int processor_count() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+template <class... Parameters, class... Arguments>
+void launch_checked(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+                    void* stream, Arguments&&... arguments) {
+  // Beyond 48 KB a kernel must ask.
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          name);
+  }
+  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  check(cudaGetLastError(), name);
+}
+
+ODER_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+ODER_DEVICE uint32_t bits_of_float(float a) { return __float_as_uint(a); }
+// Low word of (high:low) >> shift, for shift < 32.
+ODER_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, shift); }
+ODER_DEVICE float saturate(float a) { return __saturatef(a); }
+ODER_DEVICE double shuffle_down(double a, int offset) { return __shfl_down_sync(0xffffffffu, a, offset); }
+
+#endif
+
+// Grids are one-dimensional: only the first axis takes more than 65535 blocks.
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void* stream,
+            Arguments&&... arguments) {
+  if (blocks == 0) return;
+  if (blocks < 0 || blocks > kMaxBlocks) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(blocks) +
+                                " blocks are more than a grid takes; use a smaller batch");
+  }
+  launch_checked(name, kernel, blocks, threads, shared, stream, static_cast<Arguments&&>(arguments)...);
+}
+
+}  // namespace oder
+
+#define ODER_LAUNCH(kernel, ...) ::oder::launch(#kernel, kernel, __VA_ARGS__)
