@@ -23,13 +23,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "radon.h"
 #include "red_update_cpu.h"
 #include "vec.h"
 
 namespace oder {
 namespace {
 
-constexpr double kTieMargin = 1e-9;  // as in the reference
 constexpr int kSteps = 16;           // marching steps of a forward tile
 constexpr int kBorderLow = 48, kBorderHigh = 64;  // zeros around a forward tile: slope, lanes and alignment
 constexpr int kTile = 64;            // edge of a back-projection tile
@@ -105,31 +105,22 @@ constexpr double kFar = 1e6;
 Plan make_plan(const RadonGeometry& g, bool matched) {
   Plan plan;
   const double spacing = g.bin_spacing / g.pixel_size, offset = g.bin_offset / g.pixel_size;
-  const double half_h = 0.5 * (g.height - 1), half_w = 0.5 * (g.width - 1);
+  const RadonScan scan{g.angles, g.views, g.n_views, g.n_used, static_cast<int>(g.height), static_cast<int>(g.width),
+                       static_cast<int>(g.n_bins), spacing, offset};
   double low = 0, high = 0;
   for (int64_t n = 0; n < g.n_used; ++n) {
     View v{};
     v.source = g.views ? g.views[n] : n;
-    if (v.source < 0 || v.source >= g.n_views) throw std::invalid_argument("view index out of range");
     v.slot = n;
-    const double c = std::cos(g.angles[v.source]), s = std::sin(g.angles[v.source]);
-    const double first = offset - 0.5 * (g.n_bins - 1) * spacing;
-    v.by_rows = std::fabs(c) + kTieMargin >= std::fabs(s);
-    if (v.by_rows) {
-      v.inv = spacing / c;
-      v.slope = s / c;
-      v.origin = (first - half_h * s) / c + half_w;
-    } else {
-      v.inv = -spacing / s;
-      v.slope = c / s;
-      v.origin = half_h - (first + half_w * c) / s;
-    }
-    v.reversed = v.inv < 0;
-    if (v.reversed) {
-      v.origin += (g.n_bins - 1) * v.inv;
-      v.inv = -v.inv;
-    }
-    v.weight = matched ? g.pixel_size / std::max(std::fabs(c), std::fabs(s)) : 1.0;
+    const RadonDirection direction = radon_direction(scan, n);
+    if (!direction.valid) throw std::invalid_argument("a view index is out of range, or its angle not finite");
+    const RadonRays rays = radon_rays(scan, direction);
+    v.by_rows = direction.rows;
+    v.reversed = rays.flip;
+    v.origin = rays.start;
+    v.inv = rays.sigma;
+    v.slope = rays.slope;
+    v.weight = matched ? g.pixel_size * direction.step : 1.0;
     v.hat = matched ? v.inv : 1.0;
     v.b_inv = 1 / v.inv;
     v.b_slope = -v.slope / v.inv;

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,13 @@ class _Compiled:
 class _Triton:
     """The Triton face: its launchers take the tensors themselves."""
 
-    def __init__(self, modules: list[ModuleType]) -> None:
-        self.functions = {name: f for m in modules for name, f in vars(m).items() if callable(f)}
+    def __init__(self) -> None:
+        self.functions: dict[str, Callable[..., None]] = {}
 
     def launch(self, name: str, like: Tensor, *args: Any) -> None:
+        if not self.functions:  # importing triton takes longer than all the rest
+            for stem in STEMS:
+                self.functions |= vars(importlib.import_module(f"oder_fast.kernels.{stem}"))
         if like.is_cuda:
             with torch.cuda.device(like.device):
                 self.functions[name](*args)
@@ -62,7 +66,7 @@ class _Triton:
 
 
 Face = _Compiled | _Triton
-_override: dict[str, ModuleType] = {}
+STEMS = ("radon", "red_update")
 
 
 def _import(name: str) -> ModuleType | str:
@@ -73,21 +77,15 @@ def _import(name: str) -> ModuleType | str:
         return str(error)
 
 
-@cache
-def _cpu() -> Face | str:
+def _load_cpu() -> Face | str:
     baseline = _import("oder_fast._cpu_baseline")
     if isinstance(baseline, str):
         return f"the C++ kernels were not built ({baseline}); reinstall with a C++17 compiler on the PATH"
-    for isa in CPU_ISAS:
-        if isa in baseline.supported_isas():
-            module = _import(f"oder_fast._cpu_{isa}")
-            if isinstance(module, ModuleType):
-                return _Compiled(module, "cpu")
-    return _Compiled(baseline, "cpu")
+    isa = next(isa for isa in CPU_ISAS if isa in baseline.supported_isas())
+    return _Compiled(importlib.import_module(f"oder_fast._cpu_{isa}"), "cpu")
 
 
-@cache
-def _cuda() -> Face | str:
+def _load_cuda() -> Face | str:
     module = _import("oder_fast._cuda")
     if isinstance(module, str):
         return (
@@ -97,30 +95,27 @@ def _cuda() -> Face | str:
     return _Compiled(module, "cuda")
 
 
-@cache
-def _triton() -> Face | str:
-    found = importlib.util.find_spec("triton")
-    if found is None:
+def _find_triton() -> Face | str:
+    if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return _Triton([importlib.import_module(f"oder_fast.kernels.{stem}") for stem in ("radon", "red_update")])
+    return _Triton()
 
 
-def _find(backend: str) -> Face | str:
-    if backend in _override:
-        return _Compiled(_override[backend], backend)
-    return {"cpu": _cpu, "cuda": _cuda, "triton": _triton}[backend]()
+_FORCED: list[ModuleType] = []
+# Found at import, so that choosing a face is a look into a table that torch.compile can trace.
+_FACES: dict[str, Face | str] = {"cpu": _load_cpu(), "cuda": _load_cuda(), "triton": _find_triton()}
 
 
 def _reason_against(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the face cannot take such tensors; None where it can."""
-    found = _find(backend)
+    found = _FACES[backend]
     if isinstance(found, str):
         return found
     if dtype not in DTYPES[backend]:
         return f"it has no kernel for {dtype}"
     if backend == "cpu" and device.type != "cpu":
         return f"it takes CPU tensors, got {device}"
-    if backend == "cuda" and device.type != "cuda" and backend not in _override:
+    if backend == "cuda" and device.type != "cuda" and not _FORCED:
         return f"it takes CUDA tensors, got {device}"
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it takes CUDA tensors (CPU tensors only with TRITON_INTERPRET=1), got {device}"
@@ -129,7 +124,7 @@ def _reason_against(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 def face(backend: str) -> Face:
     """Return a face that `resolve` has named."""
-    found = _find(backend)
+    found = _FACES[backend]
     if isinstance(found, str):
         raise BackendUnavailableError(f"backend {backend!r} is not available: {found}")
     return found
@@ -168,7 +163,7 @@ def available() -> dict[str, str]:
     """Return, for each face, ``"available"`` or the reason why it is not."""
     result = {"reference": "available"}
     for backend in ("cpu", "cuda", "triton"):
-        found = _find(backend)
+        found = _FACES[backend]
         result[backend] = found if isinstance(found, str) else "available"
     if result["cuda"] == "available" and not torch.cuda.is_available():
         result["cuda"] = "built, but torch sees no CUDA device"
@@ -178,8 +173,11 @@ def available() -> dict[str, str]:
 @contextmanager
 def use_module(backend: str, module: ModuleType) -> Iterator[None]:
     """Run a compiled face on another module: another instruction set, or CUDA kernels built for the host."""
-    _override[backend] = module
+    before = _FACES[backend]
+    _FACES[backend] = _Compiled(module, backend)
+    _FORCED.append(module)
     try:
         yield
     finally:
-        del _override[backend]
+        _FACES[backend] = before
+        _FORCED.pop()

@@ -21,6 +21,10 @@ for _name in ("radon_adjoint", "radon_backproject"):
         "float bin_offset, float pixel_size, str backend) -> Tensor"
     )
 LIBRARY.define(
+    "radon_backproject_transpose(Tensor image, Tensor angles, int n_bins, float bin_spacing, float bin_offset, "
+    "float pixel_size) -> Tensor"
+)
+LIBRARY.define(
     f"radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, {_GEOMETRY}) -> Tensor"
 )
 LIBRARY.define(
@@ -172,16 +176,42 @@ def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register("radon_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _adjoint_setup)
 
 
+def _backproject_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sinogram, angles, _, _, *geometry, _ = inputs
+    ctx.save_for_backward(angles)
+    ctx.n_bins, ctx.geometry = sinogram.shape[2], geometry
+
+
 def _backproject_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # Filtered back-projection only starts an iteration: its transpose, rarely needed, is left to the reference.
     (angles,) = ctx.saved_tensors
-    zero = grad.new_zeros(grad.shape[0], angles.shape[0], ctx.n_bins)
-    size, geometry = grad.shape[1:], ctx.geometry[:-1]
-    _, transpose = torch.func.vjp(lambda y: reference.radon_backproject(y, angles, *size, *geometry), zero)
-    return transpose(grad)[0], *[None] * 7
+    transpose = torch.ops.oder_fast.radon_backproject_transpose
+    return transpose(grad, angles, ctx.n_bins, *ctx.geometry), *[None] * 7
 
 
-register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_backward, _adjoint_setup)
+register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_backward, _backproject_setup)
+
+
+# Filtered back-projection only starts an iteration: its transpose, rarely needed, is left to the reference.
+
+
+def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (angles,) = ctx.saved_tensors
+    back = torch.ops.oder_fast.radon_backproject
+    backend = faces.resolve("auto", grad.device, grad.dtype)
+    if backend == "reference":
+        image = reference.radon_backproject(grad, angles, *ctx.size, *ctx.geometry)
+    else:
+        image = back(grad, angles, *ctx.size, *ctx.geometry, backend)
+    return image, *[None] * 5
+
+
+register(
+    "radon_backproject_transpose",
+    reference.radon_backproject_transpose,
+    _forward_fake,
+    _transpose_backward,
+    _forward_setup,
+)
 
 
 # ------------------------------------------------------------------ gradient

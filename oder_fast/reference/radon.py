@@ -93,6 +93,24 @@ def radon_adjoint(
     return image
 
 
+def _pixel_taps(
+    theta: float,
+    height: int,
+    width: int,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_taps` of every pixel's centre in a row of the sinogram."""
+    options = {"dtype": torch.float64, "device": like.device}
+    y = ((height - 1) / 2 - torch.arange(height, **options))[:, None] * pixel_size
+    x = (torch.arange(width, **options) - (width - 1) / 2) * pixel_size
+    position = (x * math.cos(theta) + y * math.sin(theta) - bin_offset) / bin_spacing + (n_bins - 1) / 2
+    return _taps(position.flatten(), n_bins, like)
+
+
 def radon_backproject(
     sinogram: Tensor,
     angles: Tensor,
@@ -104,16 +122,35 @@ def radon_backproject(
 ) -> Tensor:
     """Sum, for every pixel, the rows of the sinogram interpolated linearly at the pixel's centre."""
     batch, _, n_bins = sinogram.shape
-    options = {"dtype": torch.float64, "device": sinogram.device}
-    y = ((height - 1) / 2 - torch.arange(height, **options))[:, None] * pixel_size
-    x = (torch.arange(width, **options) - (width - 1) / 2) * pixel_size
+    geometry = (height, width, n_bins, bin_spacing, bin_offset, pixel_size)
     image = sinogram.new_zeros(batch, height * width)
     for v, theta in enumerate(angles.tolist()):
-        position = (x * math.cos(theta) + y * math.sin(theta) - bin_offset) / bin_spacing + (n_bins - 1) / 2
-        lower, w0, w1 = _taps(position.flatten(), n_bins, sinogram)
+        lower, w0, w1 = _pixel_taps(theta, *geometry, sinogram)
         row = torch.nn.functional.pad(sinogram[:, v], (1, 1))
         image = image + row[:, lower] * w0 + row[:, lower + 1] * w1
     return image.reshape(batch, height, width)
+
+
+def radon_backproject_transpose(
+    image: Tensor,
+    angles: Tensor,
+    n_bins: int,
+    bin_spacing: float = 1.0,
+    bin_offset: float = 0.0,
+    pixel_size: float = 1.0,
+) -> Tensor:
+    """Apply the transpose of `radon_backproject` to images (B, H, W)."""
+    batch, height, width = image.shape
+    geometry = (height, width, n_bins, bin_spacing, bin_offset, pixel_size)
+    pixels = image.flatten(1)
+    sinogram = []
+    for theta in angles.tolist():
+        lower, w0, w1 = _pixel_taps(theta, *geometry, image)
+        row = image.new_zeros(batch, n_bins + 2)
+        index = lower.expand(batch, -1)
+        row = row.scatter_add(1, index, pixels * w0).scatter_add(1, index + 1, pixels * w1)
+        sinogram.append(row[:, 1:-1])
+    return torch.stack(sinogram, 1)
 
 
 def radon_gradient(

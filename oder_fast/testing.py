@@ -1,0 +1,190 @@
+"""What tests and benches share: the registry of operators, tolerances, and the adjoint test.
+
+Not part of the package's interface; `tests/` and `benches/` alone import it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+# Relative L2 to the reference in float64, of a result or a gradient, by dtype of storage.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.complex128: 1e-12,
+    torch.float32: 2e-6,
+    torch.complex64: 2e-6,
+    # Eight and eleven bits of storage; sums are float32.
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One operator with everything needed to test and to time it.
+
+    Attributes:
+        name: Name of the function in `oder_fast.ops`.
+        make_inputs: From shape, dtype, device and generator to positional and keyword arguments.
+        shapes: What to test: dicts that `make_inputs` understands.
+        differentiable: Positions of the arguments that gradients flow to.
+        adjoint: From the same arguments to the function that is the operator's exact transpose in its first
+            argument, for linear operators.
+    """
+
+    name: str
+    make_inputs: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+    shapes: Sequence[dict[str, Any]]
+    differentiable: tuple[int, ...]
+    adjoint: Callable[..., Callable[[Tensor], Tensor]] | None = None
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The operator as users call it."""
+        function: Callable[..., Any] = getattr(ops, self.name)
+        return function
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Return the relative L2 error; where nothing is expected, the norm of what came."""
+    kind = torch.complex128 if expected.is_complex() else torch.float64
+    difference = (result.to(kind) - expected.to(kind)).norm()
+    scale = expected.to(kind).norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def dot_test(
+    forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+) -> float:
+    """Return abs(<A x, y> - <x, A^H y>) / (norm(A x) norm(y)), sums in double precision."""
+    kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+    ax, ahy = forward(x).to(kind), adjoint(y).to(kind)
+    left = (ax * y.to(kind).conj()).sum()
+    right = (x.to(kind) * ahy.conj()).sum()
+    scale = ax.norm() * y.to(kind).norm()
+    return float((left - right).abs() / scale) if scale > 0 else float((left - right).abs())
+
+
+def angles_over(n: int, span: float = math.pi, start: float = 0.0) -> Tensor:
+    """Return n angles evenly over `span` from `start`."""
+    return start + torch.arange(n, dtype=torch.float64) * (span / n)
+
+
+# Sizes around the tiles and vectors of every face; every detector that changes the path through a kernel.
+RADON_SHAPES = (
+    {"image": (1, 5, 7), "angles": angles_over(1), "bins": 1},
+    {"image": (2, 16, 16), "angles": angles_over(8, 2 * math.pi), "bins": 23},
+    {"image": (3, 17, 33), "angles": angles_over(7, start=0.1), "bins": 40, "offset": 0.3},
+    {"image": (1, 1, 19), "angles": angles_over(5), "bins": 16},
+    {"image": (1, 23, 1), "angles": angles_over(5, start=-1.0), "bins": 17},
+    {"image": (1, 31, 29), "angles": angles_over(4), "bins": 60, "spacing": 0.7},
+    {"image": (1, 13, 18), "angles": angles_over(6), "bins": 64, "spacing": 0.3, "offset": 1.0},
+    {"image": (1, 20, 20), "angles": angles_over(6), "bins": 9, "spacing": 2.2},
+    {"image": (2, 12, 15), "angles": angles_over(5), "bins": 20, "spacing": 0.5, "pixel": 0.5},
+    {"image": (1, 11, 11), "angles": angles_over(3), "bins": 6, "offset": 40.0},
+    {"image": (1, 9, 9), "angles": torch.tensor([math.pi / 4, 3 * math.pi / 4, math.pi / 2]), "bins": 13},
+)
+# What only vector and tile boundaries of the C++ face meet; too slow for interpreted kernels.
+RADON_LARGE_SHAPES = (
+    {"image": (5, 65, 67), "angles": angles_over(9), "bins": 95},
+    {"image": (1, 130, 70), "angles": angles_over(70), "bins": 150, "spacing": 0.8, "offset": -2.0},
+    {"image": (1, 128, 200), "angles": angles_over(6), "bins": 60, "spacing": 3.0},
+)
+
+
+def _geometry(shape: dict[str, Any]) -> dict[str, float]:
+    return {
+        "bin_spacing": shape.get("spacing", 1.0),
+        "bin_offset": shape.get("offset", 0.0),
+        "pixel_size": shape.get("pixel", 1.0),
+    }
+
+
+def _draw(size: Sequence[int], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(*size, dtype=wide, generator=generator).to(device=device, dtype=dtype)
+
+
+def _forward_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    image = _draw(shape["image"], dtype, device, generator)
+    return (image, shape["angles"].to(device), shape["bins"]), _geometry(shape)
+
+
+def _adjoint_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    batch, height, width = shape["image"]
+    sinogram = _draw((batch, len(shape["angles"]), shape["bins"]), dtype, device, generator)
+    return (sinogram, shape["angles"].to(device), (height, width)), _geometry(shape)
+
+
+def _gradient_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (sinogram, angles, _), geometry = _adjoint_inputs(shape, dtype, device, generator)
+    views = torch.randperm(len(angles), generator=generator)[: max(1, len(angles) // 2)].to(device)
+    return (_draw(shape["image"], dtype, device, generator), sinogram, angles, views), geometry
+
+
+def _radon_red_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, geometry = _gradient_inputs(shape, dtype, device, generator)
+    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
+    return (*args, *prior), geometry | options | {"nonnegative": True}
+
+
+def _prior_inputs(
+    size: Sequence[int], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    step_size = torch.tensor(0.01, dtype=torch.float64, device=device)
+    tau = torch.tensor(1.3, dtype=torch.float64, device=device)
+    momentum = torch.rand(size[0], dtype=torch.float64, generator=generator).to(device)
+    options = {"previous": _draw(size, dtype, device, generator), "momentum": momentum}
+    return (_draw(size, dtype, device, generator), step_size, tau), options
+
+
+def _red_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    size = shape["image"]
+    images = [_draw(size, dtype, device, generator) for _ in range(2)]
+    prior, options = _prior_inputs(size, dtype, device, generator)
+    return (*images, *prior), options | {"nonnegative": not dtype.is_complex}
+
+
+CASES = (
+    OpCase(
+        "radon_forward",
+        _forward_inputs,
+        RADON_SHAPES,
+        (0,),
+        lambda image, angles, n_bins, **o: lambda y: ops.radon_adjoint(y, angles, image.shape[1:], **o),
+    ),
+    OpCase(
+        "radon_adjoint",
+        _adjoint_inputs,
+        RADON_SHAPES,
+        (0,),
+        lambda y, angles, _, **o: lambda x: ops.radon_forward(x, angles, y.shape[2], **o),
+    ),
+    OpCase("radon_backproject", _adjoint_inputs, RADON_SHAPES, (0,)),
+    OpCase("radon_gradient", _gradient_inputs, RADON_SHAPES, (0, 1)),
+    OpCase("radon_red_update", _radon_red_inputs, RADON_SHAPES, (0, 1, 4, 5, 6)),
+    OpCase(
+        "red_update",
+        _red_inputs,
+        tuple({"image": s} for s in ((1, 1), (3, 5, 7), (2, 1, 33, 65), (1, 127, 129), (4, 4096))),
+        (0, 1, 2, 3, 4),
+    ),
+)

@@ -1,0 +1,73 @@
+"""Fixtures that every test may use; the Triton kernels run interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from oder_fast.ops import faces
+
+
+def _cpu_faces() -> list[str]:
+    try:
+        baseline = importlib.import_module("oder_fast._cpu_baseline")
+    except ImportError:
+        return []
+    return [f"cpu-{isa}" for isa in baseline.supported_isas()]
+
+
+COMPILED = _cpu_faces()
+FACES = [*COMPILED, *(["cuda", "triton"] if torch.cuda.is_available() else [])]
+
+
+class Face:
+    """A face under test: how to call it, and where its tensors live."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backend = name.split("-")[0]
+        self.device = "cuda" if self.backend in ("cuda", "triton") else "cpu"
+        self.dtypes = faces.DTYPES[self.backend]
+
+    def __enter__(self) -> Face:
+        self._context = (
+            faces.use_module("cpu", importlib.import_module(f"oder_fast._{self.name.replace('-', '_')}"))
+            if self.backend == "cpu"
+            else nullcontext()
+        )
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+
+@pytest.fixture(params=FACES)
+def face(request: pytest.FixtureRequest) -> Face:
+    """Every face that runs here: each instruction set of the C++ one, and on a GPU the CUDA and Triton ones."""
+    with Face(request.param) as result:
+        yield result
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fill_uninitialized_memory():
+    """Give fresh tensors NaN, so that a kernel that leaves an element unwritten is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

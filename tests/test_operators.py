@@ -1,0 +1,187 @@
+"""Every registered operator on every face that runs here: values, gradients, transposes, strides, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from oder_fast.testing import CASES, RADON_LARGE_SHAPES, TOLERANCE, dot_test, relative_error
+
+ALL = [
+    pytest.param(case, shape, id=f"{case.name}-{k}")
+    for case in CASES
+    for k, shape in enumerate((*case.shapes, *(RADON_LARGE_SHAPES if case.name.startswith("radon") else ())))
+]
+FIRST = [pytest.param(case, case.shapes[2], id=case.name) for case in CASES]
+
+
+def results(value) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def widen(value):
+    """To the dtype in which the reference defines the result."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def dtypes_of(case, face):
+    return [d for d in face.dtypes if not d.is_complex or case.name == "red_update"]
+
+
+@pytest.mark.parametrize(("case", "shape"), ALL)
+def test_values_equal_the_reference(case, shape, face, generator):
+    for dtype in dtypes_of(case, face):
+        args, options = case.make_inputs(shape, dtype, face.device, generator)
+        got = results(case.function(*args, **options, backend=face.backend))
+        wide = {k: widen(v) for k, v in options.items()}
+        expected = results(case.function(*map(widen, args), **wide, backend="reference"))
+        for one, other in zip(got, expected, strict=True):
+            assert relative_error(one, other) < TOLERANCE[dtype], dtype
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_gradients_equal_those_of_the_reference(case, shape, face, generator):
+    for dtype in dtypes_of(case, face):
+        args, options = case.make_inputs(shape, dtype, face.device, generator)
+
+        def gradients(args, options, backend, case=case):
+            args = [
+                a.detach().requires_grad_() if k in case.differentiable else a for k, a in enumerate(args)
+            ]
+            if options.get("previous") is not None:
+                options = options | {"previous": options["previous"].detach().requires_grad_()}
+            out = results(case.function(*args, **options, backend=backend))[:2]
+            # Sums arrive as expanded gradients, the second result with weights of its own.
+            loss = sum(
+                (k + 1) * (o.abs().square() if o.is_complex() else o.square()).sum()
+                for k, o in enumerate(out)
+            )
+            inputs = [args[k] for k in case.differentiable]
+            if options.get("previous") is not None:
+                inputs.append(options["previous"])
+            return torch.autograd.grad(loss + out[0].real.sum(), inputs)
+
+        got = gradients(args, options, face.backend)
+        wide = {k: widen(v) for k, v in options.items()}
+        expected = gradients([widen(a) for a in args], wide, "reference")
+        for one, other in zip(got, expected, strict=True):
+            assert relative_error(one, other) < 20 * TOLERANCE[dtype], dtype
+
+
+@pytest.mark.parametrize(("case", "shape"), [p for p in ALL if p.values[0].adjoint is not None])
+def test_adjoint_is_the_exact_transpose(case, shape, face, generator):
+    for dtype in dtypes_of(case, face):
+        (x, *rest), options = case.make_inputs(shape, dtype, face.device, generator)
+        options["backend"] = face.backend
+        y = torch.randn(case.function(x, *rest, **options).shape, generator=generator).to(face.device, dtype)
+        error = dot_test(
+            lambda v: case.function(v, *rest, **options), case.adjoint(x, *rest, **options), x, y
+        )
+        assert error < TOLERANCE[dtype], dtype
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_any_strides_are_taken(case, shape, face, generator):
+    args, options = case.make_inputs(shape, torch.float32, face.device, generator)
+    expected = results(case.function(*args, **options, backend=face.backend))
+
+    def spread(value):
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), torch.nan, device=value.device)
+        wide[..., ::2] = value
+        return wide[..., ::2]
+
+    def turn(value):
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    for change in (spread, turn):
+        moved = {k: change(v) for k, v in options.items()}
+        got = results(case.function(*map(change, args), **moved, backend=face.backend))
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_empty_batch_gives_an_empty_result(case, shape, face, generator):
+    empty = dict(shape, image=(0, *shape["image"][1:]))
+    args, options = case.make_inputs(empty, torch.float32, face.device, generator)
+    for result in results(case.function(*args, **options, backend=face.backend)):
+        assert result.shape[0] == 0
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_gradcheck_and_gradgradcheck(case, shape, generator):
+    small = {"image": (1, 3, 4), "angles": torch.tensor([0.3, 2.0]), "bins": 5}
+    for dtype in (torch.float64, *((torch.complex128,) if case.name == "red_update" else ())):
+        args, options = case.make_inputs(small, dtype, "cpu", generator)
+        inputs = tuple(args[k].clone().requires_grad_() for k in case.differentiable)
+
+        def call(*inputs, case=case, args=args, options=options):
+            full = list(args)
+            for k, value in zip(case.differentiable, inputs, strict=True):
+                full[k] = value
+            return tuple(results(case.function(*full, **options, backend="cpu"))[:2])
+
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_opcheck(case, shape, generator):
+    args, options = case.make_inputs(shape, torch.float32, "cpu", generator)
+    calls = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "oder_fast":
+                calls.append((function, args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    with Spy():
+        case.function(*args, **options, backend="cpu")
+    assert calls
+    for function, inner, named in calls:
+        floats = [
+            a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+            for a in inner
+        ]
+        # The angles and the momentum are not differentiated.
+        for k, argument in enumerate(function._schema.arguments):
+            if argument.name in ("angles", "momentum") and floats[k] is not None:
+                floats[k] = floats[k].detach()
+        torch.library.opcheck(function, tuple(floats), named)
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_compiles_without_a_graph_break(case, shape, generator):
+    args, options = case.make_inputs(shape, torch.float32, "cpu", generator)
+
+    def call(*args):
+        return tuple(results(case.function(*args, **options, backend="cpu")))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(*args), call(*args), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_bits_do_not_depend_on_the_number_of_threads(case, shape, face, generator):
+    large = {"image": (2, 130, 70), "angles": RADON_LARGE_SHAPES[0]["angles"], "bins": 150}
+    args, options = case.make_inputs(large, torch.float32, face.device, generator)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            runs.append(results(case.function(*args, **options, backend=face.backend)))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for one, other in zip(run, runs[0], strict=True):
+            assert torch.equal(one, other)
