@@ -1,5 +1,29 @@
 """Fast fixed points of regularization by denoising, and training of the denoiser through them."""
 
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import ops
+from .denoisers import DnCNN, UNet
+from .deqred import DEQRED
+from .fixed_point import (
+    Anderson,
+    Average,
+    Decay,
+    DivergenceError,
+    FixedPointError,
+    Implicit,
+    JacobianFree,
+    Nesterov,
+    NotConvergedError,
+    NotConvergedWarning,
+    Picard,
+    Solution,
+    Unrolled,
+)
+from .operators import ParallelBeamCT
 from .ops import (
     BackendUnavailableError,
     RedUpdate,
@@ -11,9 +35,29 @@ from .ops import (
     red_update,
 )
 
+__version__ = metadata.version("oder-fast")
+
 __all__ = [
+    "DEQRED",
+    "Anderson",
+    "Average",
     "BackendUnavailableError",
+    "Decay",
+    "DivergenceError",
+    "DnCNN",
+    "FixedPointError",
+    "Implicit",
+    "JacobianFree",
+    "Nesterov",
+    "NotConvergedError",
+    "NotConvergedWarning",
+    "ParallelBeamCT",
+    "Picard",
     "RedUpdate",
+    "Solution",
+    "UNet",
+    "Unrolled",
+    "build_info",
     "radon_adjoint",
     "radon_backproject",
     "radon_forward",
@@ -21,3 +65,21 @@ __all__ = [
     "radon_red_update",
     "red_update",
 ]
+
+
+def build_info() -> dict[str, Any]:
+    """Tell what was built and what runs here.
+
+    Returns:
+        ``version``; ``faces``: for each face ``"available"`` or the reason why it is not; ``cpu``: the compiler,
+        the instruction sets built and the one in use; ``cuda``: whether the CUDA kernels were built, by which
+        compiler, for which architectures, or the reason why not.
+
+    Example:
+        >>> build_info()["faces"]["reference"]
+        'available'
+    """
+    recorded = Path(__file__).with_name("_build_info.json")
+    built = json.loads(recorded.read_text()) if recorded.exists() else {"cpu": {}, "cuda": {"built": False}}
+    built["cpu"]["isa"] = ops.faces.cpu_isa()
+    return {"version": __version__, "faces": ops.available(), **built}

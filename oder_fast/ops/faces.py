@@ -170,6 +170,12 @@ def available() -> dict[str, str]:
     return result
 
 
+def cpu_isa() -> str | None:
+    """Return the instruction set that the C++ face runs on."""
+    found = _FACES["cpu"]
+    return found.module.__name__.rpartition("_cpu_")[2] if isinstance(found, _Compiled) else None
+
+
 @contextmanager
 def use_module(backend: str, module: ModuleType) -> Iterator[None]:
     """Run a compiled face on another module: another instruction set, or CUDA kernels built for the host."""
