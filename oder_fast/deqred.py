@@ -24,6 +24,7 @@ from .fixed_point import (
     Step,
 )
 from .fixed_point.differentiation import AdjointMemory
+from .fixed_point.maps import vjp
 from .fixed_point.solution import POLICIES, Policy
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class DEQRED(nn.Module):
-    r"""Reconstruct images as fixed points of regularization by denoising (RED), by minibatches if asked (ODER).
+    r"""Reconstruct images as fixed points of regularization by denoising: RED, or with minibatches ODER.
 
     .. math:: x^* = T(x^*), \qquad T(x) = P \bigl( x - \gamma (\nabla g(x) + \tau (x - D(x))) \bigr)
 
@@ -52,7 +53,11 @@ class DEQRED(nn.Module):
         tau: :math:`\tau`, the weight of the prior, in the unit of :math:`A^H A`; float, 0-d tensor or
             parameter.
         minibatch_size: Blocks per iteration (views, coils, illuminations); None for all of them.
-        solver: `Nesterov`, `Picard` or `Anderson`.
+        variance_reduction: Let each minibatch correct the last full gradient (taken every
+            ``solver.check_every`` iterations, see `Fidelity`), so that its noise vanishes at the fixed point
+            and the solve converges like one with all blocks. False: the minibatch's gradient itself, as ODER
+            was published, whose noise is a floor under the error; the solver's `tail` then lowers it.
+        solver: `Nesterov`, `Picard` or `Anderson` (no minibatches).
         differentiation: `Implicit`, `JacobianFree` or `Unrolled`.
         nonnegative: Project on :math:`x \ge 0`; real images only.
         generator: Source of the minibatches; None for the default one of torch.
@@ -89,6 +94,7 @@ class DEQRED(nn.Module):
         tau: float | Tensor,
         step_size: float | Tensor | None = None,
         minibatch_size: int | None = None,
+        variance_reduction: bool = True,
         solver: Solver[Any] | None = None,
         differentiation: Differentiation | None = None,
         nonnegative: bool = False,
@@ -112,7 +118,11 @@ class DEQRED(nn.Module):
             raise ValueError(f"DEQRED: on_failure must be one of {POLICIES}, got {on_failure!r}")
         self.operator = operator
         self.denoiser = denoiser
-        _Measurement(operator)
+        if not (hasattr(operator, "gradient") or (hasattr(operator, "A") and hasattr(operator, "A_adjoint"))):
+            raise TypeError(
+                f"DEQRED: operator must have gradient(x, y, blocks), or A(x) and A_adjoint(y); "
+                f"{type(operator).__name__} has neither"
+            )
         _check_minibatch("minibatch_size", minibatch_size, operator)
         if isinstance(differentiation, Implicit) and isinstance(differentiation.minibatch_size, int):
             _check_minibatch("differentiation.minibatch_size", differentiation.minibatch_size, operator)
@@ -123,6 +133,7 @@ class DEQRED(nn.Module):
         self._set_scalar("tau", tau)
         self._set_scalar("step_size", step_size)
         self.minibatch_size = minibatch_size
+        self.variance_reduction = variance_reduction
         self.solver = solver
         self.differentiation = differentiation
         self.nonnegative = nonnegative
@@ -194,9 +205,8 @@ class DEQRED(nn.Module):
     def _solve(self, y: Tensor, x0: Tensor | None) -> Solution:
         self._check_tensor("y", y, getattr(self.operator, "data_shape", None))
         autocast = _Autocast(y.device)
-        measurement = _Measurement(self.operator)
         with _full_precision(y.device):
-            start = measurement.initial(y) if x0 is None else x0
+            start = _initial(self.operator, y) if x0 is None else x0
             if self.nonnegative:
                 if start.is_complex():
                     raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
@@ -206,19 +216,13 @@ class DEQRED(nn.Module):
                 raise ValueError(
                     f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}"
                 )
-            red = RED(
-                measurement,
-                self.denoiser,
-                y,
-                self._scalar(self.step_size, y.device),
-                self._scalar(self.tau, y.device),
-                self.nonnegative,
-                self.minibatch_size,
-                self.generator,
-                autocast,
+            fidelity = Fidelity(
+                self.operator, y, self.minibatch_size, self.variance_reduction, self.generator
             )
+            step_size, tau = (self._scalar(v, y.device) for v in (self.step_size, self.tau))
             with frozen(self.denoiser) if isinstance(self.denoiser, nn.Module) else nullcontext():
-                red.flags = red.training_flags()
+                flags = training_flags(self.denoiser)
+                red = RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags)
                 return self.differentiation.solve(red, start, self.solver, self._memory)
 
     def _scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
@@ -258,33 +262,34 @@ class DEQRED(nn.Module):
 
 @dataclass
 class RED(FixedPointMap):
-    """The map of `DEQRED`; one minibatch's where `blocks` are given."""
+    """The map of `DEQRED`."""
 
-    measurement: _Measurement
+    fidelity: Fidelity
     denoiser: Callable[[Tensor], Tensor]
-    y: Tensor
     step_size: Tensor
     tau: Tensor
     nonnegative: bool
-    minibatch_size: int | None
-    generator: torch.Generator | None
     autocast: _Autocast
-    blocks: Tensor | None = None
-    flags: list[tuple[nn.Module, bool]] | None = None
+    flags: list[tuple[nn.Module, bool]]
 
     advice = "lower step_size or tau, or take a denoiser that contracts (spectral norms, more training)"
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         """Whether minibatches are drawn from this map."""
-        return self.minibatch_size is not None and self.blocks is None
+        return self.fidelity.stochastic
+
+    @property
+    def variance_reduced(self) -> bool:  # type: ignore[override]
+        """Whether their noise vanishes at the fixed point."""
+        return self.fidelity.variance_reduction
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         """Whether the weights, the data or a parameter need a gradient; assumed of a mere function."""
         if not isinstance(self.denoiser, nn.Module):
             return True
-        tensors = (self.y, self.step_size, self.tau, *self.denoiser.parameters())
+        tensors = (self.fidelity.y, self.step_size, self.tau, *self.denoiser.parameters())
         return any(t.requires_grad for t in tensors)
 
     def __call__(self, point: Tensor) -> Tensor:
@@ -293,10 +298,8 @@ class RED(FixedPointMap):
 
     def step(self, point: Tensor, previous: Tensor | None = None, momentum: Tensor | None = None) -> Step:
         """Apply the map and extrapolate, the gradient fused with both where the operator can."""
-        update = self.measurement.red_update(
+        update = self.fidelity.red_update(
             point,
-            self.y,
-            self.blocks,
             self.denoise(point),
             self.step_size,
             self.tau,
@@ -320,13 +323,11 @@ class RED(FixedPointMap):
 
     def draw(self) -> RED:
         """Return the map of a fresh minibatch."""
-        if self.minibatch_size is None:
-            return self
-        return replace(self, blocks=self.measurement.draw(self.minibatch_size, self.generator))
+        return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
 
     def select(self, images: Tensor) -> RED:
         """Return the map of some images."""
-        return replace(self, y=self.y.index_select(0, images.to(self.y.device)))
+        return replace(self, fidelity=self.fidelity.select(images))
 
     @contextmanager
     def solving(self) -> Iterator[None]:
@@ -336,59 +337,172 @@ class RED(FixedPointMap):
         if self.autocast.enabled:
             torch.clear_autocast_cache()
 
-    def training_flags(self) -> list[tuple[nn.Module, bool]]:
-        """Return the modules of the denoiser with their mode."""
-        modules = self.denoiser.modules() if isinstance(self.denoiser, nn.Module) else ()
-        return [(module, module.training) for module in modules]
-
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Put the denoiser into the mode it was solved in, while a step is computed again."""
-        now = self.training_flags()
+        now = training_flags(self.denoiser)
         try:
-            for module, training in self.flags or ():
+            for module, training in self.flags:
                 module.training = training
-            with _full_precision(self.y.device):
+            with _full_precision(self.fidelity.y.device):
                 yield
         finally:
             for module, training in now:
                 module.training = training
 
     def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
-        """Linearize the denoiser once; the data fidelity is linear, and its projection a mask."""
-        size = self.minibatch_size if minibatch_size == "same" else minibatch_size
+        """Linearize the denoiser once; the data fidelity is linear, and the projection a mask."""
+        size = self.fidelity.minibatch_size if minibatch_size == "same" else minibatch_size
+        assert not isinstance(size, str)
         point = point.detach()
         mask = (point > 0).to(point.dtype) if self.nonnegative else None
         with torch.enable_grad(), folded():
             leaf = point.detach().requires_grad_()
             denoised = self.denoise(leaf)
-            if self.step_size.requires_grad or self.y.requires_grad:
-                fidelity = self.measurement.gradient(point, self.y, None)
+            if self.step_size.requires_grad or self.fidelity.y.requires_grad:
+                gradient = self.fidelity.gradient(point)
             else:
-                fidelity = point.new_zeros(()).expand_as(point)
-            output = ops.red_update(point, fidelity, denoised, self.step_size, self.tau).image
+                gradient = point.new_zeros(()).expand_as(point)
+            output = ops.red_update(point, gradient, denoised, self.step_size, self.tau).image
             if mask is not None:
                 output = output * mask
-        step_size, tau = self.step_size.detach(), self.tau.detach()
+        transposed = TransposedRED(
+            self.fidelity.homogeneous(size),
+            denoised,
+            leaf,
+            self.step_size.detach(),
+            self.tau.detach(),
+            mask,
+            self.advice,
+        )
+        return Linearization(output, transposed)
 
-        def vjp(v: Tensor, blocks: Tensor | None = None) -> Tensor:
-            v = v if mask is None else v * mask
-            back = torch.zeros_like(v)
-            if denoised.requires_grad:
-                (found,) = torch.autograd.grad(denoised, leaf, v, retain_graph=True, allow_unused=True)
-                back = back if found is None else found
-            with _full_precision(v.device):
-                data = self.y.detach()
-                return self.measurement.red_update(
-                    v, data, blocks, back, step_size, tau, homogeneous=True
-                ).image
 
-        def draw() -> Callable[[Tensor], Tensor]:
-            assert isinstance(size, int)
-            blocks = self.measurement.draw(size, self.generator)
-            return lambda v: vjp(v, blocks)
+@dataclass
+class TransposedRED(FixedPointMap):
+    r"""The transposed derivative of the RED map, the denoiser linearized at `leaf`.
 
-        return Linearization(output, vjp, None if size is None else draw, self.advice)
+    .. math:: T'^H v = u - \gamma (A^H A u + \tau (u - D'^H u)), \quad u = v \text{ on the active set, else }
+    0
+    """
+
+    fidelity: Fidelity
+    denoised: Tensor
+    leaf: Tensor
+    step_size: Tensor
+    tau: Tensor
+    mask: Tensor | None
+    advice: str
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether minibatches are drawn from this map."""
+        return self.fidelity.stochastic
+
+    @property
+    def variance_reduced(self) -> bool:  # type: ignore[override]
+        """Whether their noise vanishes at the fixed point."""
+        return self.fidelity.variance_reduction
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """Return ``T'^H point``."""
+        u = point if self.mask is None else point * self.mask
+        with _full_precision(u.device):
+            return self.fidelity.red_update(
+                u, vjp(self.denoised, self.leaf, u), self.step_size, self.tau
+            ).image
+
+    def draw(self) -> TransposedRED:
+        """Return the map of a fresh minibatch."""
+        return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
+
+
+@dataclass
+class Fidelity:
+    r"""The data fidelity's part of a RED step: of all blocks, or of a minibatch.
+
+    Serves three kinds of operator: one with a fused ``red_update``, one with ``gradient(x, y, blocks)``, one
+    with ``A`` and ``A_adjoint``. With variance reduction, a minibatch `B` corrects the last full gradient,
+
+    .. math:: \nabla g(\tilde x) + \nabla g_B(x) - \nabla g_B(\tilde x)
+        = \nabla g(\tilde x) + A_B^H A_B (x - \tilde x),
+
+    at the price of the minibatch's gradient alone; its noise vanishes as `x` and the anchor :math:`\tilde
+    x`, where the full gradient was last taken, come together.
+    """
+
+    operator: Any
+    y: Tensor
+    minibatch_size: int | None
+    variance_reduction: bool
+    generator: torch.Generator | None
+    zero_data: bool = False
+    blocks: Tensor | None = None
+    anchor: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether there are minibatches to draw."""
+        return self.minibatch_size is not None and self.blocks is None
+
+    def gradient(self, x: Tensor, *, zero_data: bool = False) -> Tensor:
+        """Return the gradient of all blocks or of the minibatch, of zero data where asked."""
+        zero_data = zero_data or self.zero_data
+        y = self.y.detach().new_zeros(()).expand_as(self.y) if zero_data else self.y
+        if not hasattr(self.operator, "gradient"):
+            gradient: Tensor = self.operator.A_adjoint(self.operator.A(x) - y)
+        elif self.blocks is None:
+            gradient = self.operator.gradient(x, y)
+        else:
+            gradient = self.operator.gradient(x, y, self.blocks)
+        return gradient
+
+    def red_update(
+        self, x: Tensor, denoised: Tensor, step_size: Tensor, tau: Tensor, **options: Any
+    ) -> ops.RedUpdate:
+        """Take one RED step."""
+        anchored = self.variance_reduction and self.minibatch_size is not None
+        if hasattr(self.operator, "red_update") and not anchored:
+            y = None if self.zero_data else self.y
+            update: ops.RedUpdate = self.operator.red_update(
+                x, y, self.blocks, denoised, step_size, tau, **options
+            )
+            return update
+        if anchored and self.blocks is not None:
+            assert self.anchor is not None
+            there, gradient = self.anchor
+            gradient = gradient + self.gradient(x - there, zero_data=True)
+        else:
+            gradient = self.gradient(x)
+            if anchored:
+                self.anchor = (x, gradient)
+        return ops.red_update(x, gradient, denoised, step_size, tau, **options)
+
+    def draw(self) -> Fidelity:
+        """Return the data fidelity of a fresh minibatch."""
+        blocks: Tensor = self.operator.draw_blocks(self.minibatch_size, self.generator)
+        return replace(self, blocks=blocks)
+
+    def homogeneous(self, minibatch_size: int | None) -> Fidelity:
+        """Return the data fidelity of zero data."""
+        return replace(
+            self, y=self.y.detach(), minibatch_size=minibatch_size, zero_data=True, blocks=None, anchor=None
+        )
+
+    def select(self, images: Tensor) -> Fidelity:
+        """Return the data fidelity of some images."""
+        images = images.to(self.y.device)
+        anchor = self.anchor and (
+            self.anchor[0].index_select(0, images),
+            self.anchor[1].index_select(0, images),
+        )
+        return replace(self, y=self.y.index_select(0, images), anchor=anchor)
+
+
+def training_flags(denoiser: Callable[[Tensor], Tensor]) -> list[tuple[nn.Module, bool]]:
+    """Return the modules of a denoiser with their modes."""
+    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+    return [(module, module.training) for module in modules]
 
 
 def as_channels(image: Tensor) -> Tensor:
@@ -409,67 +523,6 @@ def from_channels(channels: Tensor, like: Tensor) -> Tensor:
             channels.reshape(like.shape[0], -1, 2, *like.shape[2:]).permute(0, 1, 3, 4, 2).contiguous()
         )
     return channels[:, 0] if like.ndim == 3 else channels
-
-
-class _Measurement:
-    """What the map asks of an operator, whichever of the three kinds it is.
-
-    One with a fused ``red_update``; one with ``gradient(x, y, blocks)``; one with ``A`` and ``A_adjoint``.
-    """
-
-    def __init__(self, operator: Any) -> None:
-        self.operator = operator
-        self.fused = hasattr(operator, "red_update")
-        self.physics = not hasattr(operator, "gradient")
-        if self.physics and not (hasattr(operator, "A") and hasattr(operator, "A_adjoint")):
-            raise TypeError(
-                f"DEQRED: operator must have gradient(x, y, blocks), or A(x) and A_adjoint(y); "
-                f"{type(operator).__name__} has neither"
-            )
-
-    def gradient(self, x: Tensor, y: Tensor, blocks: Tensor | None) -> Tensor:
-        if self.physics:
-            gradient: Tensor = self.operator.A_adjoint(self.operator.A(x) - y)
-        else:
-            gradient = (
-                self.operator.gradient(x, y) if blocks is None else self.operator.gradient(x, y, blocks)
-            )
-        return gradient
-
-    def red_update(
-        self,
-        x: Tensor,
-        y: Tensor,
-        blocks: Tensor | None,
-        denoised: Tensor,
-        step_size: Tensor,
-        tau: Tensor,
-        *,
-        homogeneous: bool = False,
-        **options: Any,
-    ) -> ops.RedUpdate:
-        """Take one RED step; a homogeneous one has zero data (and the same linear part)."""
-        if self.fused:
-            data = None if homogeneous else y
-            update: ops.RedUpdate = self.operator.red_update(
-                x, data, blocks, denoised, step_size, tau, **options
-            )
-            return update
-        data = y.new_zeros(()).expand_as(y) if homogeneous else y
-        return ops.red_update(x, self.gradient(x, data, blocks), denoised, step_size, tau, **options)
-
-    def initial(self, y: Tensor) -> Tensor:
-        if hasattr(self.operator, "initial"):
-            start: Tensor = self.operator.initial(y)
-        elif self.physics:
-            start = self.operator.A_adjoint(y)
-        else:
-            raise ValueError(f"DEQRED: {type(self.operator).__name__} has no initial(y): give x0")
-        return start
-
-    def draw(self, size: int, generator: torch.Generator | None) -> Tensor:
-        blocks: Tensor = self.operator.draw_blocks(size, generator)
-        return blocks
 
 
 class _Autocast:
@@ -521,6 +574,16 @@ def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:
         raise ValueError(
             f"DEQRED: {name} must be finite and {'at least' if zero else 'above'} 0, got {number}"
         )
+
+
+def _initial(operator: Any, y: Tensor) -> Tensor:
+    if hasattr(operator, "initial"):
+        start: Tensor = operator.initial(y)
+    elif hasattr(operator, "A_adjoint"):
+        start = operator.A_adjoint(y)
+    else:
+        raise ValueError(f"DEQRED: {type(operator).__name__} has no initial(y): give x0")
+    return start
 
 
 def _safe_step(operator: Any, tau: float | Tensor) -> float:

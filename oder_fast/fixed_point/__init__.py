@@ -3,9 +3,10 @@
 from .differentiation import Differentiation, Implicit, JacobianFree, Unrolled
 from .maps import FixedPointMap, Linearization, Step
 from .solution import DivergenceError, FixedPointError, NotConvergedError, NotConvergedWarning, Solution
-from .solvers import Average, Decay, Nesterov, Picard, Solver
+from .solvers import Anderson, Average, Decay, Nesterov, Picard, Solver
 
 __all__ = [
+    "Anderson",
     "Average",
     "Decay",
     "Differentiation",

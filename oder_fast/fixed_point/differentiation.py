@@ -114,7 +114,7 @@ class Implicit(Differentiation):
         warm = self.warm_start and memory.last is not None and memory.last.shape == gradient.shape
         first = memory.last.to(gradient) if warm and memory.last is not None else gradient
         try:
-            solution = solver.solve(_Adjoint(linearization, gradient), first)
+            solution = solver.solve(_Adjoint(linearization.transposed, gradient), first)
             record.append(solution)
             solution.require("ignore" if self.on_failure == "warn" else "raise")
         except FixedPointError as error:
@@ -177,19 +177,18 @@ class Unrolled(Differentiation):
 class _Adjoint(FixedPointMap):
     """The map ``w -> T'(x)^H w + g``."""
 
-    def __init__(self, linearization: Linearization, gradient: Tensor) -> None:
-        self.linearization = linearization
+    def __init__(self, transposed: FixedPointMap, gradient: Tensor) -> None:
+        self.transposed = transposed
         self.gradient = gradient
-        self.stochastic = linearization.draw is not None
-        self.advice = linearization.advice
+        self.stochastic = transposed.stochastic
+        self.variance_reduced = transposed.variance_reduced
+        self.advice = transposed.advice
 
     def __call__(self, point: Tensor) -> Tensor:
-        return self.linearization.vjp(point) + self.gradient
+        return self.transposed(point) + self.gradient
 
     def draw(self) -> FixedPointMap:
-        if self.linearization.draw is None:
-            return self
-        return _Adjoint(replace(self.linearization, vjp=self.linearization.draw(), draw=None), self.gradient)
+        return _Adjoint(self.transposed.draw(), self.gradient)
 
 
 def _solve_without_graph(fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any]) -> Solution:

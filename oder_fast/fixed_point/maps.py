@@ -27,33 +27,19 @@ class Step(NamedTuple):
     reductions: Tensor
 
 
-@dataclass(frozen=True)
-class Linearization:
-    r"""A map near a point :math:`x`, as implicit differentiation needs it.
-
-    Attributes:
-        output: :math:`T(x)` with the graph to everything the map depends on.
-        vjp: :math:`v \mapsto T'(x)^H v`, callable any number of times.
-        draw: Returns a `vjp` that uses one fresh minibatch; None where there are none.
-        advice: What to change where the adjoint iteration does not converge.
-    """
-
-    output: Tensor
-    vjp: Callable[[Tensor], Tensor]
-    draw: Callable[[], Callable[[Tensor], Tensor]] | None = None
-    advice: str = ""
-
-
 class FixedPointMap:
     """A map T on batches of images. Define the call; all else has a default.
 
     Attributes:
         stochastic: Whether `draw` gives a minibatch's map instead of this one.
+        variance_reduced: Whether the minibatches' noise vanishes at the fixed point. Such a map is evaluated
+            itself before the first draw, and again now and then.
         requires_grad: Whether anything that the map depends on needs a gradient.
         advice: What to change where the iteration does not converge.
     """
 
     stochastic: bool = False
+    variance_reduced: bool = False
     requires_grad: bool = True
     advice: str = "iterate a map that contracts"
 
@@ -104,20 +90,28 @@ class FixedPointMap:
             leaf = point.detach().requires_grad_()
             output = self(leaf)
 
-        def vjp(v: Tensor) -> Tensor:
-            if not output.requires_grad:
-                return torch.zeros_like(v)
-            (gradient,) = torch.autograd.grad(output, leaf, v, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(v) if gradient is None else gradient
+        return Linearization(output, Plain(lambda v: vjp(output, leaf, v), self.advice))
 
-        return Linearization(output, vjp, advice=self.advice)
+
+@dataclass(frozen=True)
+class Linearization:
+    r"""A map near a point :math:`x`, as implicit differentiation needs it.
+
+    Attributes:
+        output: :math:`T(x)` with the graph to everything the map depends on.
+        transposed: The linear map :math:`v \mapsto T'(x)^H v`, which may draw minibatches of its own.
+    """
+
+    output: Tensor
+    transposed: FixedPointMap
 
 
 class Plain(FixedPointMap):
     """A callable ``x -> T(x)`` as a map."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], advice: str = FixedPointMap.advice) -> None:
         self.function = function
+        self.advice = advice
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``."""
@@ -130,6 +124,7 @@ class Checkpointed(FixedPointMap):
     def __init__(self, inner_map: FixedPointMap) -> None:
         self.inner_map = inner_map
         self.stochastic = inner_map.stochastic
+        self.variance_reduced = inner_map.variance_reduced
         self.advice = inner_map.advice
 
     def __call__(self, point: Tensor) -> Tensor:
@@ -161,6 +156,14 @@ class Checkpointed(FixedPointMap):
 def as_map(function: FixedPointMap | Callable[[Tensor], Tensor]) -> FixedPointMap:
     """Return a map of a callable."""
     return function if isinstance(function, FixedPointMap) else Plain(function)
+
+
+def vjp(output: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
+    """Return the vector-Jacobian product of `output` in `leaf`, and keep the graph."""
+    if not output.requires_grad:
+        return torch.zeros_like(v)
+    (gradient,) = torch.autograd.grad(output, leaf, v, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(v) if gradient is None else gradient
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:

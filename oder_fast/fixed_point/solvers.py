@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .maps import FixedPointMap, Step, as_map
+from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
 
 # No transient of a momentum makes a step this many times longer than the first one and than the image.
@@ -72,6 +72,8 @@ def _positive(name: str, field: str, value: float) -> None:
 class State:
     """What a solver carries from one iteration to the next; the first axis of each tensor is the batch.
 
+    Fields are tensors or lists of tensors.
+
     Attributes:
         point: Where the map is evaluated next.
     """
@@ -84,6 +86,8 @@ class State:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 setattr(self, f.name, value.index_select(0, images))
+            elif isinstance(value, list):
+                setattr(self, f.name, [v.index_select(0, images) for v in value])
 
 
 StateT = TypeVar("StateT", bound=State)
@@ -131,19 +135,22 @@ class Solver(ABC, Generic[StateT]):
     Args:
         max_iterations: Evaluations of the map, at most.
         tolerance: Relative residual ``|T(s) - s| / |T(s)|`` at which an image has converged.
-        check_every: Iterations between two tests of the residual on a GPU, where each is a synchronisation,
-            and of a stochastic map, where each is a step with all blocks instead of a minibatch. Otherwise
-            every iteration is tested.
+        check_every: Iterations from one test of the residual to the next on a GPU, where each is a
+            synchronisation, and of a stochastic map, where each is a step with all blocks instead of a
+            minibatch; otherwise every iteration is tested. None: run all iterations and test nothing but
+            that the result is finite, as the official code of ODER does.
     """
 
     max_iterations: int = 200
     tolerance: float = 1e-4
-    check_every: int = 10
+    check_every: int | None = 10
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         for field in ("max_iterations", "check_every"):
             value = getattr(self, field)
+            if field == "check_every" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: {field} must be a whole number above 0, got {value!r}")
         _positive(name, "tolerance", self.tolerance)
@@ -182,45 +189,47 @@ class Solver(ABC, Generic[StateT]):
         exact = as_map(fixed_point_map)
         on_cpu = start.device.type == "cpu"
         state = self._begin(start)
-        tail = self._tail() if exact.stochastic else None
+        tail = self._tail() if exact.stochastic and not exact.variance_reduced else None
         tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
-        average, averaged = torch.zeros_like(start), 0
+        average = start
         record = _Record(start.shape[0])
         images = torch.arange(start.shape[0])  # which images of the whole batch are here
         alive = torch.ones(start.shape[0], dtype=torch.bool)  # which of those have not converged
-        limit: Tensor | None = None
+        limit = torch.empty(0)
 
         for iteration in range(1, self.max_iterations + 1):
             last = iteration == self.max_iterations
-            check = last or iteration % self.check_every == 0 or (on_cpu and not exact.stochastic)
-            in_tail = tail is not None and iteration > tail_start
-            averaging = in_tail and isinstance(tail, Average)
+            check = self._checks(iteration, exact.stochastic, on_cpu)
+            ending = tail if iteration > tail_start else None
+            averaging = isinstance(ending, Average)
             current = exact if check and not averaging else exact.draw()
-            if in_tail and isinstance(tail, Decay):
+            if isinstance(ending, Decay):
                 step = current.step(state.point)
-                weight = 1 / (1 + tail.rate * (iteration - tail_start - 1))
+                weight = 1 / (1 + ending.rate * (iteration - tail_start - 1))
                 state.point = torch.lerp(state.point, step.image, weight)
             else:
                 step = self._advance(current, state)
             if averaging:
-                averaged += 1
-                average = torch.lerp(average, step.image, 1 / averaged)
+                average = torch.lerp(average, step.image, 1 / (iteration - tail_start))
                 if check:
                     step = exact.step(average)
-            if check or not exact.stochastic:
+                elif last:
+                    step = step._replace(image=average)
+            if iteration == 1:
+                limit = DIVERGENCE**2 * step.reductions[:, :2].amax(1)
+            tested = check or not exact.stochastic
+            if tested:
                 record.rows.append((iteration, images, step.reductions))
-            if not check:
+            if not check and not last:
                 continue
             reductions = step.reductions.cpu()
-            if limit is None:
-                limit = DIVERGENCE**2 * reductions[:, :2].amax(1)
-            wrong = alive & ~(reductions[:, 0] <= limit)
+            wrong = alive & ~(reductions[:, 0] <= limit.cpu())
             if bool(wrong.any()):
                 record.finish(images[alive], step.image[alive.to(start.device)], iteration, False)
                 raise DivergenceError(
                     *self._diverged(record, exact, iteration, images[wrong], reductions[wrong])
                 )
-            done = alive & (relative_residual(reductions) <= self.tolerance)
+            done = alive & tested & (relative_residual(reductions) <= self.tolerance)
             finished = alive if last else done
             for group, success in ((done, True), (finished & ~done, False)):
                 if bool(group.any()):
@@ -240,6 +249,14 @@ class Solver(ABC, Generic[StateT]):
                     average, limit = average.index_select(0, keep), limit.index_select(0, keep)
                     images, alive = images[keep], alive[keep]
         return record.solution(lambda *found: self._describe(exact, start.real.dtype, *found))
+
+    def _checks(self, iteration: int, stochastic: bool, on_cpu: bool) -> bool:
+        """Whether an iteration takes the residual of the full map and tests it."""
+        if self.check_every is None:
+            return False
+        if on_cpu and not stochastic:
+            return True
+        return (iteration - 1) % self.check_every == 0 or iteration == self.max_iterations
 
     def _diverged(
         self, record: _Record, exact: FixedPointMap, iteration: int, images: Tensor, reductions: Tensor
@@ -263,6 +280,8 @@ class Solver(ABC, Generic[StateT]):
         name, left = type(self).__name__, ~converged
         if not bool(left.any()):
             return f"{name}: all images reached the relative residual {self.tolerance:g}"
+        if len(residuals) == 0:
+            return f"{name}: no residual was taken in {self.max_iterations} iterations; set check_every"
         worst = float(last_residual(residuals)[left].max())
         rates = contraction[left & contraction.isfinite()]
         rate = float(rates.max()) if len(rates) else math.nan
@@ -273,14 +292,17 @@ class Solver(ABC, Generic[StateT]):
         )
         if self.tolerance < ROUNDING * torch.finfo(dtype).eps:
             return message + f"rounding of {dtype} may not allow that tolerance: raise it"
-        if exact.stochastic:
-            return (
-                message
-                + "raise the minibatch size, max_iterations or the tolerance, or average a longer tail"
+        if exact.stochastic and not exact.variance_reduced:
+            return message + (
+                "it is the minibatches' noise: reduce its variance, raise the minibatch size or the tolerance"
             )
+        if math.isnan(rate):
+            return message + "raise max_iterations or the tolerance"
         if rate < STALLED:
             more = math.ceil(math.log(self.tolerance / worst) / math.log(rate))
             return message + f"about {more} more would do: raise max_iterations or the tolerance"
+        if exact.stochastic:
+            message += "raise the minibatch size or lower check_every, or "
         return message + f"the map hardly contracts: {exact.advice}"
 
 
@@ -293,8 +315,9 @@ class Picard(Solver[State]):
     Args:
         max_iterations: Evaluations of the map, at most.
         tolerance: Relative residual at which an image has converged.
-        check_every: Iterations between two tests on a GPU or of a stochastic map; see `Solver`.
-        tail: How a solve with minibatches ends: `Average`, `Decay`, or None for neither.
+        check_every: Iterations from one test to the next on a GPU or of a stochastic map; see `Solver`.
+        tail: How a solve ends whose minibatches are noisy to the end (a map without variance reduction):
+            `Average`, `Decay`, or None for neither.
 
     Example:
         >>> import torch
@@ -333,11 +356,12 @@ class Nesterov(Solver[_NesterovState]):
     Args:
         max_iterations: Evaluations of the map, at most.
         tolerance: Relative residual at which an image has converged.
-        check_every: Iterations between two tests on a GPU or of a stochastic map; see `Solver`.
+        check_every: Iterations from one test to the next on a GPU or of a stochastic map; see `Solver`.
         restart: Set :math:`t_k = 1` for an image where :math:`\langle s_{k-1} - x_k, x_k - x_{k-1} \rangle >
             0` (momentum points uphill); without, the official code's iteration, which triples the
             minibatches' noise.
-        tail: How a solve with minibatches ends: `Average`, `Decay`, or None for neither.
+        tail: How a solve ends whose minibatches are noisy to the end (a map without variance reduction):
+            `Average`, `Decay`, or None for neither.
 
     Example:
         >>> import torch
@@ -366,3 +390,120 @@ class Nesterov(Solver[_NesterovState]):
         state.point, state.previous = step.extrapolated, step.image
         state.t = torch.where(step.reductions[:, 2] > 0, 1.0, t) if self.restart else t
         return step
+
+
+@dataclass
+class _AndersonState(State):
+    """The last accepted evaluation, and the k last differences of accepted ones, the newest last."""
+
+    accepted: Tensor | None  # an image
+    residual: Tensor
+    reductions: Tensor  # [B, 3]
+    image_changes: list[Tensor]
+    residual_changes: list[Tensor]
+    gram: Tensor  # [B, k, k], inner products of residual_changes
+    valid: Tensor  # [B, k], false of differences from before a reset
+    mixed: Tensor  # [B], whether point is a mixed iterate
+    squares: list[Tensor]  # [B] each, squared residuals of the last accepted evaluations
+
+
+@dataclass(frozen=True)
+class Anderson(Solver[_AndersonState]):
+    r"""Mix the last iterates so that the residual, were the map linear, would be smallest.
+
+    .. math:: \gamma = \arg\min_\gamma \Bigl\| f_k - \sum_i \gamma_i \Delta f_i \Bigr\|^2
+        + \text{ridge}, \quad x_{k+1} = T(x_k) - \sum_i \gamma_i \Delta T_i, \quad f_k = T(x_k) - x_k
+
+    The differences are scaled to unit norm, so the ridge, relative to the trace of their Gram matrix, depends
+    neither on the unit of the image nor on how far the iteration has come. A mixed iterate is accepted only
+    if its residual does not grow beyond those of the last `memory` iterates; else the iteration goes back to
+    the last accepted image and forgets the history. Complex images mix with real weights, as pairs of reals: a
+    denoiser of two channels is linear in no other sense. Minibatches are refused: mixing amplifies noise.
+
+    Args:
+        max_iterations: Evaluations of the map, at most; a rejected iterate counts.
+        tolerance: Relative residual at which an image has converged.
+        check_every: Iterations from one test to the next on a GPU; see `Solver`.
+        memory: Differences kept.
+        ridge: Relative to the trace of the Gram matrix.
+
+    Raises:
+        ValueError: For a stochastic map, no memory, or a negative ridge.
+
+    Example:
+        >>> import torch
+        >>> slow = lambda x: torch.tensor([0.99, 0.9, -0.5]) * x + 1
+        >>> int(Anderson(tolerance=1e-6).solve(slow, torch.zeros(1, 3)).iterations) < 10
+        True
+
+    References:
+        Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numerical Analysis 49 (2011).
+    """
+
+    memory: int = 5
+    ridge: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.memory, int) or self.memory < 1:
+            raise ValueError(f"Anderson: memory must be a whole number above 0, got {self.memory!r}")
+        if not (math.isfinite(self.ridge) and self.ridge >= 0):
+            raise ValueError(f"Anderson: ridge must be a finite number, at least 0, got {self.ridge}")
+
+    def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
+        """Iterate from `start`; see `Solver.solve`."""
+        if as_map(fixed_point_map).stochastic:
+            raise ValueError("Anderson: mixing amplifies the noise of minibatches; use Nesterov or Picard")
+        return super().solve(fixed_point_map, start)
+
+    def _begin(self, start: Tensor) -> _AndersonState:
+        empty = torch.zeros(start.shape[0], 0, dtype=torch.float64, device=start.device)
+        none = empty.bool()
+        gram = empty[:, :, None].expand(-1, 0, 0)
+        return _AndersonState(start, None, start, empty, [], [], gram, none, none.any(1), [])
+
+    def _advance(self, fixed_point_map: FixedPointMap, state: _AndersonState) -> Step:
+        step = fixed_point_map.step(state.point)
+        residual = (step.image - state.point).detach()
+        if state.accepted is None:
+            state.accepted, state.residual, state.reductions = step.image, residual, step.reductions
+            state.point, state.squares = step.image, [step.reductions[:, 0]]
+            return step
+        # A residual that is NaN is no better either.
+        good = ~state.mixed | (step.reductions[:, 0] <= torch.stack(state.squares).amax(0))
+        where = good.reshape(-1, *[1] * (residual.ndim - 1))
+        image = torch.where(where, step.image, state.accepted)
+        residual = torch.where(where, residual, state.residual)
+        state.reductions = torch.where(good[:, None], step.reductions, state.reductions)
+        state.squares = [*state.squares[1 - self.memory :], state.reductions[:, 0]][-self.memory :]
+        self._remember(state, image - state.accepted, residual - state.residual, good)
+        state.accepted, state.residual = image, residual
+        state.point = image
+        for weight, change in zip(self._weights(state).unbind(1), state.image_changes, strict=True):
+            state.point = state.point - per_image(weight, change) * change
+        state.mixed = state.valid.any(1)
+        return Step(image, state.point, state.reductions)
+
+    def _remember(
+        self, state: _AndersonState, image_change: Tensor, residual_change: Tensor, good: Tensor
+    ) -> None:
+        """Append differences; forget those of images that went back."""
+        oldest = max(0, len(state.image_changes) + 1 - self.memory)
+        state.image_changes = [*state.image_changes[oldest:], image_change]
+        state.residual_changes = [*state.residual_changes[oldest:], residual_change]
+        row = torch.stack([inner(change, residual_change) for change in state.residual_changes], 1)
+        kept = torch.cat([state.gram[:, oldest:, oldest:], row[:, :-1, None]], 2)
+        state.gram = torch.cat([kept, row[:, None]], 1)
+        state.valid = torch.cat([state.valid[:, oldest:] & good[:, None], good[:, None]], 1)
+
+    def _weights(self, state: _AndersonState) -> Tensor:
+        """Solve the small least-squares problem: float64 ``(B, k)``, 0 for differences that do not count."""
+        squares = state.gram.diagonal(dim1=1, dim2=2)
+        state.valid = state.valid & (squares > 0)
+        scale = torch.where(state.valid, squares, 1.0).rsqrt() * state.valid
+        # Rows that do not count become those of the identity: the trace is k, whatever counts.
+        matrix = state.gram * scale[:, :, None] * scale[:, None] + torch.diag_embed((~state.valid).double())
+        matrix = matrix + torch.diag_embed(torch.full_like(squares, self.ridge * squares.shape[1]))
+        right = torch.stack([inner(change, state.residual) for change in state.residual_changes], 1) * scale
+        weights: Tensor = torch.linalg.solve(matrix, right) * scale
+        return weights
