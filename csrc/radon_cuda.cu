@@ -130,16 +130,16 @@ ODER_DEVICE void load_tile(const T* image, const RadonScan& scan, bool rows, int
 // CUDA face of radon_forward, first stage.
 //
 // Computes        sums[g,b,v,d] = step_v * pixel_size * sum over the lines m of group g of the image at ray d's
-//                 crossing of line m, interpolated linearly (oder_fast/reference/radon.py); radon_combine adds up
-//                 the groups. Lines are rows or columns, whichever the ray is nearer to cross at right angles.
-// Thread mapping  grid (2 * groups of strips * chunks of views * ceil(batch / Images)), block 256: a block keeps a
-//                 tile of 32 lines of `Images` images in shared memory and projects the chunk's views through it,
-//                 those over rows if its index is even, else those over columns. A thread takes a ray; a warp takes
-//                 as many neighbouring rays as cross no more than 32 pixels of a line, so that none of its reads
-//                 meet in a bank. The images of a block share positions and weights.
+//                 crossing of line m, interpolated linearly (oder_fast/reference/radon.py); radon_combine adds up the
+//                 groups. Lines are rows or columns, whichever the ray is nearer to cross at right angles.
+// Thread mapping  grid (2 * groups of strips * chunks of views * ceil(batch / Images)), block 256: a block keeps a tile
+//                 of 32 lines of `Images` images in shared memory and projects the chunk's views through it, those over
+//                 rows if its index is even, else those over columns. A thread takes a ray; a warp takes as many
+//                 neighbouring rays as cross no more than 32 pixels of a line, so that none of its reads meet in a
+//                 bank. The images of a block share positions and weights.
 // Shared memory   the tile, Images * 32 lines of at most 608 / Images floats; tables of the chunk's views.
-// Accumulation    float32 over 32 lines, then over the strips of a group in increasing order; positions in 32.32
-//                 fixed point from a float64 origin per tile.
+// Accumulation    float32 over 32 lines, then over the strips of a group in increasing order; positions in 32.32 fixed
+//                 point from a float64 origin per tile.
 // Preconditions   contiguous; n_sums groups cover all strips.
 template <class T, int Images>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
@@ -252,8 +252,8 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 
 // CUDA face of radon_forward, second stage; residual of radon_gradient and radon_red_update.
 //
-// Computes        out[b,v,d] = sum_g sums[g,b,v,d] - measured[b,views[v],d]; measured counts as zero where it is
-//                 null and where the view is out of range.
+// Computes        out[b,v,d] = sum_g sums[g,b,v,d] - measured[b,views[v],d]; measured counts as zero where it is null
+//                 and where the view is out of range.
 // Thread mapping  grid (batch * n_used), block 256: a block has a row of the sinogram.
 // Shared memory   none.
 // Accumulation    float32, groups in increasing order.
@@ -319,15 +319,15 @@ ODER_DEVICE GatherView gather_view(const RadonScan& scan, int64_t used, int i, i
 
 // CUDA face of radon_adjoint, radon_backproject, and of the second half of radon_gradient and radon_red_update.
 //
-// Computes        image[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v) sinogram[b,v,d] with the
-//                 bin coordinate u of the pixel: the exact transpose of radon_forward where `matched`, linear
-//                 interpolation along the detector where not. With Update, the RED step of that gradient.
+// Computes        image[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v) sinogram[b,v,d] with the bin
+//                 coordinate u of the pixel: the exact transpose of radon_forward where `matched`, linear interpolation
+//                 along the detector where not. With Update, the RED step of that gradient.
 // Thread mapping  grid (tiles of 32 x 32 pixels * ceil(batch / Images)), block 256: a warp has 4 rows of the tile, a
-//                 thread 4 pixels of one column; each pixel is written once, no atomics. A view steps by at most
-//                 one bin between lanes, so that their reads meet in no bank. The images share positions and weights.
+//                 thread 4 pixels of one column; each pixel is written once, no atomics. A view steps by at most one
+//                 bin between lanes, so that their reads meet in no bank. The images share positions and weights.
 // Shared memory   the bins of 64 views that the tile can see, times the scale of the view; a table of the views.
-// Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin
-//                 per tile, in float64 for bins finer than half or coarser than 8 pixels.
+// Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin per
+//                 tile, in float64 for bins finer than half or coarser than 8 pixels.
 // Preconditions   contiguous; with Update, n_partials is the number of tiles.
 template <class In, class Out, int Images, bool Update>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)

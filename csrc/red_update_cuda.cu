@@ -6,11 +6,11 @@ namespace {
 // CUDA face of red_update.
 //
 // Computes        updated = P(x - step (g + tau (x - denoised))), extrapolated = updated + momentum (updated -
-//                 previous), and for each part of an image the sums of (updated - x)^2, updated^2 and
-//                 (x - updated) (updated - previous).
-// Thread mapping  grid (batch * n_partials), block 256: block b * n_partials + part has an equal share of image b;
-//                 its threads take runs of 16 bytes in turn, and one by one what precedes the first aligned run,
-//                 what follows the last, and everything where the operands are not aligned alike.
+//                 previous), and for each part of an image the sums of (updated - x)^2, updated^2 and (x - updated)
+//                 (updated - previous).
+// Thread mapping  grid (batch * n_partials), block 256: block b * n_partials + part has an equal share of image b; its
+//                 threads take runs of 16 bytes in turn, and one by one what precedes the first aligned run, what
+//                 follows the last, and everything where the operands are not aligned alike.
 // Shared memory   the sums of 8 warps.
 // Accumulation    float32 over one run, float64 beyond; order fixed by the sizes alone.
 // Preconditions   contiguous; one dtype; no operand overlaps an output, but for exactly equal addresses.

@@ -1,0 +1,496 @@
+"""Triton face of radon_forward, radon_adjoint, radon_backproject, radon_gradient and radon_red_update."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import triton
+import triton.language as tl
+from oder_fast.kernels.red_update import red_finish, red_step
+from torch import Tensor
+
+# Edge of the square of pixels of a program, as TILE in oder_fast/ops/radon.py.
+TILE = tl.constexpr(32)
+# As in the reference: views at 45 degrees march over rows although their cosines differ in the last bit.
+TIE_MARGIN = tl.constexpr(1e-9)
+# Numbers of a view in the table that _radon_views_kernel writes.
+COLUMNS = tl.constexpr(8)
+VIEWS = 64
+LINES = 8
+BINS = 64
+
+
+def _bits(value: float) -> int:
+    """Return the bits of a float64: Triton would pass a float as float32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+@triton.jit
+def _float64(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _fixed(a):
+    """Return a 32.32 fixed-point number: the high word is an index, the low word the weight."""
+    return tl.floor(a * 4294967296.0 + 0.5).to(tl.int64)
+
+
+@triton.jit
+def _fraction(position):
+    """Return the leading 23 bits of the fraction as float32."""
+    bits = ((position >> 9) & 0x7FFFFF).to(tl.int32) | 0x3F800000
+    return bits.to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def _radon_views_kernel(
+    angles, views, table, n_views, n_used, height, width, n_bins,
+    spacing_bits: tl.int64, offset_bits: tl.int64,
+    ALL: tl.constexpr, VIEWS: tl.constexpr, COLUMNS: tl.constexpr, TIE_MARGIN: tl.constexpr,
+):  # fmt: skip
+    # Computes        table[v] = (sigma, slope, start, rows, step, corner, per_row, per_column): ray d crosses
+    #                 line m (a row, or a column where rows is 0) at pixel start + d sigma + m slope; pixel
+    #                 (i, j) has the bin coordinate corner + i per_row + j per_column; step is the length of a
+    #                 ray between lines, 0 for a view index out of range and an angle that is no number.
+    # Thread mapping  grid (ceil(n_used / VIEWS)): a view each.
+    # Shared memory   none.
+    # Accumulation    float64.
+    # Preconditions   spacing and offset in pixels.
+    v = tl.program_id(0) * VIEWS + tl.arange(0, VIEWS)
+    here = v < n_used
+    view = v.to(tl.int64)
+    if not ALL:
+        view = tl.load(views + v, here, 0)
+    known = here & (view >= 0) & (view < n_views)
+    theta = tl.load(angles + view, known, 0.0)
+    known = known & (tl.abs(theta) < 1e300)
+    theta = tl.where(known, theta, 0.0)
+    spacing = _float64(spacing_bits)
+    offset = _float64(offset_bits)
+    c = tl.cos(theta)
+    s = tl.sin(theta)
+    rows = tl.abs(c) + TIE_MARGIN >= tl.abs(s)
+    along = tl.where(rows, c, -s)
+    across = tl.where(rows, s, -c)
+    inverse = 1.0 / along
+    slope = across * inverse
+    lines = tl.where(rows, height, width).to(tl.float64)
+    length = tl.where(rows, width, height).to(tl.float64)
+    middle = (n_bins.to(tl.float64) - 1.0) * 0.5
+    per_row = -s / spacing
+    per_column = c / spacing
+    start = (length - 1.0) * 0.5 - (lines - 1.0) * 0.5 * slope + (offset - middle * spacing) * inverse
+    corner = (
+        middle
+        - offset / spacing
+        - (height.to(tl.float64) - 1.0) * 0.5 * per_row
+        - (width.to(tl.float64) - 1.0) * 0.5 * per_column
+    )
+    row = table + v * COLUMNS
+    tl.store(row, spacing * inverse, here)
+    tl.store(row + 1, slope, here)
+    tl.store(row + 2, start, here)
+    tl.store(row + 3, rows.to(tl.float64), here)
+    tl.store(row + 4, tl.where(known, tl.abs(inverse), 0.0), here)
+    tl.store(row + 5, corner, here)
+    tl.store(row + 6, per_row, here)
+    tl.store(row + 7, per_column, here)
+
+
+@triton.jit
+def _radon_project_kernel(
+    image, transposed, table, measured, views, out, n_views, n_used, height, width, n_bins,
+    pixel_bits: tl.int64,
+    DATA: tl.constexpr, ALL: tl.constexpr, LINES: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Computes        out[b,v,d] = step_v * pixel_size * sum_m of line m of image b at ray d's crossing of it,
+    #                 interpolated linearly; less measured[b,views[v],d] with DATA.
+    # Thread mapping  grid (batch * n_used * ceil(n_bins / BINS)): BINS neighbouring rays of one view, LINES
+    #                 lines at a time.
+    # Shared memory   what tl.sum needs.
+    # Accumulation    float32, every LINES-th line, then those LINES sums; positions in 32.32 fixed point.
+    # Preconditions   contiguous; `transposed` is the image with rows and columns exchanged.
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(n_bins, BINS)
+    sinogram_row = program // blocks
+    b = sinogram_row // n_used
+    v = sinogram_row % n_used
+    d = (program % blocks).to(tl.int32) * BINS + tl.arange(0, BINS)
+    row = table + v * COLUMNS
+    sigma = tl.load(row)
+    slope = tl.load(row + 1)
+    start = tl.load(row + 2)
+    step = tl.load(row + 4)
+    size = b * height * width
+    if tl.load(row + 3) > 0:
+        source = image + size
+        n_lines = height
+        length = width
+    else:
+        source = transposed + size
+        n_lines = width
+        length = height
+    # Counted from the bin that comes nearest to the image's centre, no ray that touches it is far away.
+    at_centre = (length - 1) * 0.5 - slope * ((n_lines - 1) * 0.5) - start
+    last = (n_bins - 1).to(tl.float64)
+    anchor = tl.minimum(tl.maximum(tl.floor(at_centre / sigma + 0.5), 0.0), last)
+    position = tl.minimum(tl.maximum(start + anchor * sigma, -536870912.0), 536870912.0)
+    reach = tl.where(step > 0, tl.minimum((length + n_lines) / tl.abs(sigma) + 2.0, last), -1.0).to(tl.int32)
+    bins = d - anchor.to(tl.int32)
+    near = (d < n_bins) & (tl.abs(bins) <= reach)
+    per_bin = _fixed(tl.minimum(tl.maximum(sigma, -1073741824.0), 1073741824.0))
+    at = _fixed(position) + bins.to(tl.int64) * per_bin
+    per_line = _fixed(slope)
+    sums = tl.zeros([LINES, BINS], tl.float32)
+    for first in range(0, n_lines, LINES):
+        m = (first + tl.arange(0, LINES)).to(tl.int64)[:, None]
+        p = at[None, :] + m * per_line
+        n = p >> 32
+        w1 = _fraction(p)
+        here = near[None, :] & (m < n_lines)
+        line = source + m * length + n
+        low = tl.load(line, here & (n >= 0) & (n < length), 0.0).to(tl.float32)
+        high = tl.load(line + 1, here & (n >= -1) & (n < length - 1), 0.0).to(tl.float32)
+        sums += low * (1.0 - w1) + high * w1
+    total = tl.sum(sums, 0) * (step * _float64(pixel_bits)).to(tl.float32)
+    if DATA:
+        view = v
+        if not ALL:
+            view = tl.load(views + v)
+        end = tl.where((view >= 0) & (view < n_views), n_bins, 0)
+        total -= tl.load(measured + (b * n_views + view) * n_bins + d, d < end, 0.0).to(tl.float32)
+    tl.store(out + sinogram_row * n_bins + d, total.to(out.dtype.element_ty), d < n_bins)
+
+
+@triton.jit
+def _radon_gather_kernel(
+    sinogram, table, image, denoised, step_size, tau, previous, momentum, updated, extrapolated, partials,
+    n_used, height, width, n_bins, reach, scale_bits: tl.int64,
+    MATCHED: tl.constexpr, TAPS: tl.constexpr, UPDATE: tl.constexpr, MOMENTUM: tl.constexpr,
+    NONNEGATIVE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # Computes        updated[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v)
+    #                 sinogram[b,v,d] with the bin coordinate u of the pixel: the exact transpose of
+    #                 radon_forward where MATCHED, linear interpolation along the detector where not. With
+    #                 UPDATE, the RED step of that gradient.
+    # Thread mapping  grid (tiles * batch): a program has TILE x TILE pixels of one image; no atomics.
+    # Shared memory   what tl.sum needs.
+    # Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64
+    #                 origin per tile; in float64 with TAPS = 0, for bins finer than half or coarser than 8
+    #                 pixels.
+    # Preconditions   contiguous; bins farther than `reach` from u do not touch; reach = TAPS / 2 but for TAPS
+    #                 = 0.
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(width, TILE)
+    tiles = across * tl.cdiv(height, TILE)
+    b = program // tiles
+    tile = (program % tiles).to(tl.int32)
+    i0 = tile // across * TILE
+    j0 = tile % across * TILE
+    i = tl.arange(0, TILE)[:, None]
+    j = tl.arange(0, TILE)[None, :]
+    scale = _float64(scale_bits)
+    sums = tl.zeros([TILE, TILE], tl.float32)
+    for v in range(n_used):
+        row = table + v * COLUMNS
+        step = tl.load(row + 4)
+        per_row = tl.load(row + 6)
+        per_column = tl.load(row + 7)
+        corner = tl.load(row + 5) + i0 * per_row + j0 * per_column
+        sigma = tl.full([], 1.0, tl.float64)
+        peak = tl.where(step > 0, scale, 0.0)
+        if MATCHED:
+            sigma = tl.abs(tl.load(row))
+            peak = scale * step
+        source = sinogram + (b * n_used + v) * n_bins
+        if TAPS == 0:
+            u = corner + i * per_row + j * per_column
+            lower = tl.minimum(tl.maximum(tl.floor(u), -2.0 - reach), n_bins + 1.0 + reach)
+            fraction = u - lower
+            for k in range(1 - reach, reach + 1):
+                weight = tl.maximum(1.0 - tl.abs(k - fraction) * sigma, 0.0) * peak
+                d = lower.to(tl.int64) + k
+                value = tl.load(source + d, (d >= 0) & (d < n_bins), 0.0).to(tl.float32)
+                sums += weight.to(tl.float32) * value
+        else:
+            # A tile beyond the limits is as far from the detector as one at them.
+            base = tl.minimum(tl.maximum(tl.floor(corner), -536870912.0), 536870912.0)
+            inside = tl.minimum(tl.maximum(corner - base, -536870912.0), 536870912.0)
+            p = _fixed(inside) + i.to(tl.int64) * _fixed(per_row) + j.to(tl.int64) * _fixed(per_column)
+            lower = (p >> 32).to(tl.int32) + base.to(tl.int32)
+            fraction = _fraction(p)
+            top = peak.to(tl.float32)
+            fall = (peak * sigma).to(tl.float32)
+            for k in tl.static_range(1 - TAPS // 2, TAPS // 2 + 1):
+                distance = tl.abs(k - fraction)
+                weight = tl.maximum(top - distance * fall, 0.0)
+                d = lower + k
+                sums += weight * tl.load(source + d, (d >= 0) & (d < n_bins), 0.0).to(tl.float32)
+    i += i0
+    j += j0
+    here = (i < height) & (j < width)
+    at = (b * height + i) * width + j
+    dtype = updated.dtype.element_ty
+    if UPDATE:
+        x = tl.load(image + at, here, 0.0).to(tl.float32)
+        prior = tl.load(denoised + at, here, 0.0).to(tl.float32)
+        size = tl.load(step_size).to(tl.float32)
+        weight = tl.load(tau).to(tl.float32)
+        last = x
+        factor = size
+        if MOMENTUM:
+            last = tl.load(previous + at, here, 0.0).to(tl.float32)
+            factor = tl.load(momentum + b).to(tl.float32)
+        gradient = tl.where(here, sums, 0.0)
+        u, e, term0, term1, term2 = red_step(
+            x, gradient, prior, last, size, weight, factor, MOMENTUM, NONNEGATIVE, dtype
+        )
+        tl.store(updated + at, u.to(dtype), here)
+        if MOMENTUM:
+            tl.store(extrapolated + at, e.to(dtype), here)
+        tl.store(partials + 3 * program, tl.sum(term0))
+        tl.store(partials + 3 * program + 1, tl.sum(term1))
+        tl.store(partials + 3 * program + 2, tl.sum(term2))
+    else:
+        tl.store(updated + at, sums.to(dtype), here)
+
+
+def _table(
+    angles: Tensor,
+    views: Tensor | None,
+    n_used: int,
+    height: int,
+    width: int,
+    n_bins: int,
+    spacing: float,
+    offset: float,
+) -> Tensor:
+    table = angles.new_empty(n_used, COLUMNS.value)
+    _radon_views_kernel[(triton.cdiv(n_used, VIEWS),)](
+        angles,
+        angles if views is None else views,
+        table,
+        angles.shape[0],
+        n_used,
+        height,
+        width,
+        n_bins,
+        _bits(spacing),
+        _bits(offset),
+        ALL=views is None,
+        VIEWS=VIEWS,
+        COLUMNS=COLUMNS,
+        TIE_MARGIN=TIE_MARGIN,
+    )
+    return table
+
+
+def _project(
+    image: Tensor,
+    table: Tensor,
+    measured: Tensor | None,
+    views: Tensor | None,
+    out: Tensor,
+    n_views: int,
+    n_bins: int,
+    pixel_size: float,
+) -> None:
+    batch, height, width = image.shape
+    n_used = table.shape[0]
+    _radon_project_kernel[(batch * n_used * triton.cdiv(n_bins, BINS),)](
+        image,
+        image.transpose(1, 2).contiguous(),
+        table,
+        image if measured is None else measured,
+        table if views is None else views,
+        out,
+        n_views,
+        n_used,
+        height,
+        width,
+        n_bins,
+        _bits(pixel_size),
+        DATA=measured is not None,
+        ALL=views is None,
+        LINES=LINES,
+        BINS=BINS,
+        COLUMNS=COLUMNS,
+    )
+
+
+def _gather(
+    sinogram: Tensor,
+    table: Tensor,
+    out: Tensor,
+    shape: tuple[int, int, int],
+    n_bins: int,
+    spacing: float,
+    scale: float,
+    matched: bool = True,
+    red: tuple[Tensor | None, ...] | None = None,
+    nonnegative: bool = False,
+) -> None:
+    batch, height, width = shape
+    if not matched:
+        taps, reach = 2, 1
+    elif spacing < 0.5 or spacing > 8 / math.sqrt(2):
+        # A step between lines is at most sqrt(2) pixels long.
+        taps, reach = 0, math.ceil(1 / spacing)
+    else:
+        taps, reach = (2, 1) if spacing >= 1 - 1e-7 else (4, 2)
+    image, denoised, step_size, tau, previous, momentum, extrapolated, partials = red or (None,) * 8
+    tiles = triton.cdiv(height, TILE.value) * triton.cdiv(width, TILE.value)
+    _radon_gather_kernel[(tiles * batch,)](
+        sinogram,
+        table,
+        *(out if a is None else a for a in (image, denoised, step_size, tau, previous, momentum)),
+        out,
+        *(out if a is None else a for a in (extrapolated, partials)),
+        table.shape[0],
+        height,
+        width,
+        n_bins,
+        reach,
+        _bits(scale),
+        MATCHED=matched,
+        TAPS=taps,
+        UPDATE=red is not None,
+        MOMENTUM=previous is not None,
+        NONNEGATIVE=nonnegative,
+        TILE=TILE,
+        COLUMNS=COLUMNS,
+    )
+
+
+def radon_forward(
+    dtype: int,
+    image: Tensor,
+    sinogram: Tensor,
+    sums: None,
+    n_sums: int,
+    batch: int,
+    height: int,
+    width: int,
+    angles: Tensor,
+    n_views: int,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+) -> None:
+    """Launch the projection; arguments of all launchers as oder_fast/ops/radon.py passes them."""
+    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
+    table = _table(angles, None, n_views, height, width, n_bins, spacing, offset)
+    _project(image, table, None, None, sinogram, n_views, n_bins, pixel_size)
+
+
+def radon_adjoint(
+    dtype: int,
+    sinogram: Tensor,
+    image: Tensor,
+    batch: int,
+    height: int,
+    width: int,
+    angles: Tensor,
+    n_views: int,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+    matched: bool = True,
+) -> None:
+    """Launch the back-projection."""
+    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
+    table = _table(angles, None, n_views, height, width, n_bins, spacing, offset)
+    scale = pixel_size if matched else 1.0
+    _gather(sinogram, table, image, (batch, height, width), n_bins, spacing, scale, matched)
+
+
+def radon_backproject(*args: Tensor | float) -> None:
+    """Launch the back-projection of filtered back-projection."""
+    radon_adjoint(*args, matched=False)
+
+
+def _residual(
+    image: Tensor,
+    measured: Tensor | None,
+    residual: Tensor,
+    angles: Tensor,
+    views: Tensor | None,
+    n_used: int,
+    n_bins: int,
+    spacing: float,
+    offset: float,
+    pixel_size: float,
+) -> Tensor:
+    """Write the residual of the minibatch and return the table of its views."""
+    table = _table(angles, views, n_used, *image.shape[1:], n_bins, spacing, offset)
+    _project(image, table, measured, views, residual, angles.shape[0], n_bins, pixel_size)
+    return table
+
+
+def radon_gradient(
+    dtype: int,
+    image: Tensor,
+    measured: Tensor | None,
+    sums: Tensor,
+    n_sums: int,
+    gradient: Tensor,
+    batch: int,
+    height: int,
+    width: int,
+    angles: Tensor,
+    n_views: int,
+    views: Tensor | None,
+    n_used: int,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+) -> None:
+    """Launch the gradient of the data fidelity."""
+    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
+    table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
+    scale = pixel_size * n_views / n_used
+    _gather(sums, table, gradient, (batch, height, width), n_bins, spacing, scale)
+
+
+def radon_red_update(
+    dtype: int,
+    image: Tensor,
+    measured: Tensor | None,
+    sums: Tensor,
+    n_sums: int,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    nonnegative: bool,
+    updated: Tensor,
+    extrapolated: Tensor | None,
+    reductions: Tensor,
+    partials: Tensor,
+    n_partials: int,
+    batch: int,
+    height: int,
+    width: int,
+    angles: Tensor,
+    n_views: int,
+    views: Tensor | None,
+    n_used: int,
+    n_bins: int,
+    bin_spacing: float,
+    bin_offset: float,
+    pixel_size: float,
+) -> None:
+    """Launch the RED step with the gradient of the data fidelity."""
+    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
+    table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
+    scale = pixel_size * n_views / n_used
+    red = (image, denoised, step_size, tau, previous, momentum, extrapolated, partials)
+    _gather(sums, table, updated, (batch, height, width), n_bins, spacing, scale, True, red, nonnegative)
+    red_finish(partials, reductions, batch, n_partials)
