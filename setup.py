@@ -135,7 +135,7 @@ class NinjaBuild(build_ext):
             ROOT / "oder_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "oder_fast"
         )
         target.mkdir(parents=True, exist_ok=True)
-        for name, path in modules.items():
+        for path in modules.values():
             self._install(path, target / path.name)
         if "_cuda" not in modules:
             for stale in target.glob("_cuda.*.so"):

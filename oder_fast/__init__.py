@@ -80,6 +80,8 @@ def build_info() -> dict[str, Any]:
         'available'
     """
     recorded = Path(__file__).with_name("_build_info.json")
-    built = json.loads(recorded.read_text()) if recorded.exists() else {"cpu": {}, "cuda": {"built": False}}
+    built: dict[str, dict[str, Any]] = (
+        json.loads(recorded.read_text()) if recorded.exists() else {"cpu": {}, "cuda": {"built": False}}
+    )
     built["cpu"]["isa"] = ops.faces.cpu_isa()
     return {"version": __version__, "faces": ops.available(), **built}

@@ -6,6 +6,8 @@ Not part of the package's interface; `tests/` and `benches/` alone import it.
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +78,53 @@ def dot_test(
 def angles_over(n: int, span: float = math.pi, start: float = 0.0) -> Tensor:
     """Return n angles evenly over `span` from `start`."""
     return start + torch.arange(n, dtype=torch.float64) * (span / n)
+
+
+Ellipses = Sequence[tuple[float, float, float, float, float, float]]
+# Not symmetric in any axis: a mirrored or turned convention cannot pass.
+ELLIPSES = ((1.0, 0, 0, 95, 110, 0.0), (-0.4, 25, 40, 30, 18, 0.5), (0.7, -45, -30, 12, 35, -0.3))
+
+
+def ellipse_sinogram(ellipses: Ellipses, angles: Tensor, detector: Tensor) -> Tensor:
+    """Return the exact Radon transform (V, D) of filled ellipses (value, x, y, a, b, tilt)."""
+    result = torch.zeros(len(angles), len(detector), dtype=torch.float64)
+    for value, x, y, a, b, tilt in ellipses:
+        for v, theta in enumerate(angles.tolist()):
+            squared = (a * math.cos(theta - tilt)) ** 2 + (b * math.sin(theta - tilt)) ** 2
+            t = detector - x * math.cos(theta) - y * math.sin(theta)
+            result[v] += 2 * value * a * b / squared * (squared - t**2).clamp(min=0).sqrt()
+    return result
+
+
+def ellipse_image(ellipses: Ellipses, n: int, oversampling: int = 8) -> Tensor:
+    """Return filled ellipses averaged over each of n x n pixels."""
+    m = n * oversampling
+    axis = (torch.arange(m, dtype=torch.float64) + 0.5) / oversampling - n / 2
+    x, y = axis[None, :], -axis[:, None]
+    image = torch.zeros(m, m, dtype=torch.float64)
+    for value, cx, cy, a, b, tilt in ellipses:
+        u = (x - cx) * math.cos(tilt) + (y - cy) * math.sin(tilt)
+        w = -(x - cx) * math.sin(tilt) + (y - cy) * math.cos(tilt)
+        image += value * ((u / a) ** 2 + (w / b) ** 2 <= 1)
+    return image.reshape(n, oversampling, n, oversampling).mean((1, 3))
+
+
+def in_turn(
+    candidates: dict[str, Callable[[], object]], seconds: float = 1.5, rounds: int = 5
+) -> dict[str, float]:
+    """Median seconds of each candidate, timed in turn; at least `rounds` rounds, about `seconds` in all."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < rounds:
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 # Sizes around the tiles and vectors of every face; every detector that changes the path through a kernel.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast.testing import angles_over, relative_error
+from oder_fast.testing import ELLIPSES, angles_over, ellipse_image, ellipse_sinogram, relative_error
 
 
 def dense_joseph(height, width, angles, n_bins, spacing, offset):
@@ -52,41 +52,12 @@ def test_equals_a_dense_matrix(size, n_bins, spacing, offset, face, generator):
     assert relative_error(adjoint.flatten(), matrix.T @ sinogram.double().flatten()) < 2e-6
 
 
-def ellipse_sinogram(ellipses, angles, detector):
-    """Radon transform of filled ellipses (value, x, y, a, b, tilt), exact."""
-    result = np.zeros((len(angles), len(detector)))
-    for value, x, y, a, b, tilt in ellipses:
-        for v, theta in enumerate(angles):
-            squared = (a * np.cos(theta - tilt)) ** 2 + (b * np.sin(theta - tilt)) ** 2
-            t = detector - x * np.cos(theta) - y * np.sin(theta)
-            result[v] += 2 * value * a * b / squared * np.sqrt(np.clip(squared - t**2, 0, None))
-    return torch.from_numpy(result)
-
-
-def ellipse_image(ellipses, n, oversampling=8):
-    """Mean over each pixel of filled ellipses."""
-    m = n * oversampling
-    axis = (np.arange(m) + 0.5) / oversampling - n / 2
-    x, y = axis[None, :], -axis[:, None]
-    image = np.zeros((m, m))
-    for value, cx, cy, a, b, tilt in ellipses:
-        u = (x - cx) * np.cos(tilt) + (y - cy) * np.sin(tilt)
-        w = -(x - cx) * np.sin(tilt) + (y - cy) * np.cos(tilt)
-        image += value * ((u / a) ** 2 + (w / b) ** 2 <= 1)
-    return torch.from_numpy(image.reshape(n, oversampling, n, oversampling).mean((1, 3)))
-
-
-# Not symmetric in any axis: a mirrored or turned convention cannot pass.
-ELLIPSES = ((1.0, 0, 0, 95, 110, 0.0), (-0.4, 25, 40, 30, 18, 0.5), (0.7, -45, -30, 12, 35, -0.3))
-
-
 def test_ellipses_have_their_analytic_radon_transform(face):
     n, n_bins = 256, 367
     angles = angles_over(60, start=0.02)
     image = ellipse_image(ELLIPSES, n)[None].to(face.device, torch.float32)
     got = oder_fast.radon_forward(image, angles.to(face.device), n_bins, backend=face.backend)[0]
-    detector = np.arange(n_bins) - (n_bins - 1) / 2
-    exact = ellipse_sinogram(ELLIPSES, angles.numpy(), detector)
+    exact = ellipse_sinogram(ELLIPSES, angles, torch.arange(n_bins) - (n_bins - 1) / 2)
     assert relative_error(got.cpu(), exact) < 4e-3
 
 

@@ -98,7 +98,7 @@ class ParallelBeamCT(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelBeamCT:
         # .half() or .to(float32) must not move the rays.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.angles = self._exact_angles.to(self.angles.device)
         self._filters = {}
         return self
@@ -299,7 +299,7 @@ def _draw_stratified(n: int, size: int, generator: torch.Generator | None, devic
     """Draw the same offsets in each sector, then turn all by a random shift, which makes every view equally likely.
 
     Where more than half are drawn, the views left out are drawn so.
-    """  # noqa: D400, D415
+    """
     if 2 * size > n:
         keep = torch.ones(n, dtype=torch.bool, device=device)
         keep[_draw_stratified(n, n - size, generator, device)] = False
@@ -322,7 +322,7 @@ def _ramp_response(n_bins: int, window: str) -> Tensor:
     distance = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64)
     kernel = torch.where(distance % 2 == 0, 0.0, -1 / (math.pi * distance) ** 2)
     kernel[0] = 0.25
-    response = torch.fft.rfft(kernel).real
+    response: Tensor = torch.fft.rfft(kernel).real
     frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     if window == "shepp-logan":
         response *= torch.sinc(frequency)

@@ -7,6 +7,7 @@ upward from the image centre, and ``s_d = (d - (n_bins - 1) / 2) * bin_spacing +
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _view_samples(
     """Return (march over rows?, positions along the other axis (n_steps, n_bins), step length), in pixels."""
     c, s = math.cos(theta), math.sin(theta)
     rows = abs(c) + TIE_MARGIN >= abs(s)
-    options = {"dtype": torch.float64, "device": like.device}
+    options: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
     detector = (torch.arange(n_bins, **options) - (n_bins - 1) / 2) * bin_spacing + bin_offset
     if rows:
         y = (height - 1) / 2 - torch.arange(height, **options)
@@ -104,7 +105,7 @@ def _pixel_taps(
     like: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `_taps` of every pixel's centre in a row of the sinogram."""
-    options = {"dtype": torch.float64, "device": like.device}
+    options: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
     y = ((height - 1) / 2 - torch.arange(height, **options))[:, None] * pixel_size
     x = (torch.arange(width, **options) - (width - 1) / 2) * pixel_size
     position = (x * math.cos(theta) + y * math.sin(theta) - bin_offset) / bin_spacing + (n_bins - 1) / 2

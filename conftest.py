@@ -1,4 +1,4 @@
-"""Fixtures that every test may use; the Triton kernels run interpreted where there is no GPU."""
+"""`pytest` runs tests/; `pytest --benchmark` runs benches/ and prints throughput. Fixtures of both."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from oder_fast.ops import faces
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--benchmark", action="store_true", help="run benches/ in place of tests/ and print throughput"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark") and config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(config.rootpath / "benches")]
 
 
 def _cpu_faces() -> list[str]:

@@ -1,0 +1,88 @@
+"""How a bench measures: equality first, then candidates in turn in one run, medians, ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import oder_fast
+
+TABLE: list[dict[str, object]] = []
+
+
+@dataclass
+class Report:
+    """One row of the throughput table, kept in the JSON of pytest-benchmark too."""
+
+    benchmark: object
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+    def add(
+        self,
+        op: str,
+        face: str,
+        shape: str,
+        seconds: float,
+        *,
+        rate: str = "",
+        peers: dict[str, float] | None = None,
+        note: str = "",
+        error: float | None = None,
+    ) -> None:
+        ratios = {name: round(t / seconds, 2) for name, t in (peers or {}).items()}
+        row = {
+            "op": op,
+            "face": face,
+            "shape": shape,
+            "ms": round(seconds * 1e3, 3),
+            "rate": rate,
+            "ratio": ratios,
+            "note": note,
+            "relative_error": error,
+        }
+        TABLE.append(row)
+        self.rows.append(row)
+
+
+@pytest.fixture
+def report(benchmark) -> Report:
+    """Collect rows; what `benchmark` itself times is the candidate given to `report.benchmark`."""
+    result = Report(benchmark)
+    yield result
+    benchmark.extra_info["rows"] = result.rows
+    benchmark.extra_info["versions"] = {"torch": torch.__version__, "oder_fast": oder_fast.__version__}
+    benchmark.extra_info["build"] = oder_fast.build_info()
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not TABLE:
+        return
+    terminalreporter.section("throughput (medians; ratios to peers timed in turn in the same run)")
+    header = ("op", "face", "shape", "ms", "rate", "times as fast as", "note")
+    rows = [
+        (
+            str(r["op"]),
+            str(r["face"]),
+            str(r["shape"]),
+            f"{r['ms']:.3f}",
+            str(r["rate"]),
+            ", ".join(f"{name} {value:g}x" for name, value in r["ratio"].items()),
+            str(r["note"])
+            + (f" (error {r['relative_error']:.1e})" if r["relative_error"] is not None else ""),
+        )
+        for r in TABLE
+    ]
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    for row in [header, *rows]:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        terminalreporter.write_line(line.rstrip())
