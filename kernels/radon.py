@@ -79,16 +79,12 @@ def _radon_views_kernel(
     slope = across * inverse
     lines = tl.where(rows, height, width).to(tl.float64)
     length = tl.where(rows, width, height).to(tl.float64)
-    middle = (n_bins.to(tl.float64) - 1.0) * 0.5
+    half = tl.full([], 0.5, tl.float64)
+    middle = (n_bins - 1) * half
     per_row = -s / spacing
     per_column = c / spacing
     start = (length - 1.0) * 0.5 - (lines - 1.0) * 0.5 * slope + (offset - middle * spacing) * inverse
-    corner = (
-        middle
-        - offset / spacing
-        - (height.to(tl.float64) - 1.0) * 0.5 * per_row
-        - (width.to(tl.float64) - 1.0) * 0.5 * per_column
-    )
+    corner = middle - offset / spacing - (height - 1) * half * per_row - (width - 1) * half * per_column
     row = table + v * COLUMNS
     tl.store(row, spacing * inverse, here)
     tl.store(row + 1, slope, here)
@@ -125,17 +121,15 @@ def _radon_project_kernel(
     start = tl.load(row + 2)
     step = tl.load(row + 4)
     size = b * height * width
-    if tl.load(row + 3) > 0:
+    rows = tl.load(row + 3) > 0
+    n_lines = tl.where(rows, height, width)
+    length = tl.where(rows, width, height)
+    source = transposed + size
+    if rows:
         source = image + size
-        n_lines = height
-        length = width
-    else:
-        source = transposed + size
-        n_lines = width
-        length = height
     # Counted from the bin that comes nearest to the image's centre, no ray that touches it is far away.
     at_centre = (length - 1) * 0.5 - slope * ((n_lines - 1) * 0.5) - start
-    last = (n_bins - 1).to(tl.float64)
+    last = (n_bins - 1) * tl.full([], 1.0, tl.float64)
     anchor = tl.minimum(tl.maximum(tl.floor(at_centre / sigma + 0.5), 0.0), last)
     position = tl.minimum(tl.maximum(start + anchor * sigma, -536870912.0), 536870912.0)
     reach = tl.where(step > 0, tl.minimum((length + n_lines) / tl.abs(sigma) + 2.0, last), -1.0).to(tl.int32)
@@ -284,6 +278,7 @@ def _table(
         VIEWS=VIEWS,
         COLUMNS=COLUMNS,
         TIE_MARGIN=TIE_MARGIN,
+        enable_fp_fusion=True,
     )
     return table
 
@@ -318,6 +313,7 @@ def _project(
         LINES=LINES,
         BINS=BINS,
         COLUMNS=COLUMNS,
+        enable_fp_fusion=True,
     )
 
 
@@ -362,6 +358,7 @@ def _gather(
         NONNEGATIVE=nonnegative,
         TILE=TILE,
         COLUMNS=COLUMNS,
+        enable_fp_fusion=True,
     )
 
 

@@ -100,7 +100,7 @@ def _red_finish_kernel(partials, reductions, n_partials, BLOCK: tl.constexpr):
 
 def red_finish(partials: Tensor, reductions: Tensor, batch: int, n_partials: int) -> None:
     """Add up the parts of each image."""
-    _red_finish_kernel[(3 * batch,)](partials, reductions, n_partials, BLOCK=BLOCK)
+    _red_finish_kernel[(3 * batch,)](partials, reductions, n_partials, BLOCK=BLOCK, enable_fp_fusion=True)
 
 
 def red_update(
@@ -139,5 +139,6 @@ def red_update(
         MOMENTUM=has_momentum,
         NONNEGATIVE=nonnegative,
         BLOCK=BLOCK,
+        enable_fp_fusion=True,
     )
     red_finish(partials, reductions, batch, n_partials)
