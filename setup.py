@@ -106,8 +106,12 @@ class NinjaBuild(build_ext):
             "cuda": {"built": nvcc is not None, "reason": why_not},
         }
         if nvcc is not None:
-            archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
-            last = GPU_ARCHITECTURES[-1]
+            known = subprocess.run(
+                [nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True
+            ).stdout
+            targets = [a for a in GPU_ARCHITECTURES if f"sm_{a}" in known.split()]
+            last = targets[-1]
+            archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
             archs.append(f"-gencode=arch=compute_{last},code=compute_{last}")
             flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", *archs]
             flags.append(f"-I{ROOT / 'csrc'}")
@@ -127,7 +131,7 @@ class NinjaBuild(build_ext):
             version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
             info["cuda"] |= {
                 "compiler": next(line for line in version.splitlines() if "release" in line).strip(),
-                "architectures": [f"sm_{a}" for a in GPU_ARCHITECTURES] + [f"compute_{last}"],
+                "architectures": [f"sm_{a}" for a in targets] + [f"compute_{last}"],
             }
         (build / "build.ninja").write_text("\n".join(text) + "\n")
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build)], check=True)

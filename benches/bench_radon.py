@@ -235,7 +235,7 @@ def test_accuracy_on_ellipses(report):
         "radon_forward",
         "cpu",
         "ellipses 128x128, 60 views",
-        1e-3,
+        None,
         note=f"relative L2 to ASTRA linear {difference:.1e}",
     )
 
@@ -265,7 +265,7 @@ def test_peak_memory_of_a_gradient(report):
     report.benchmark.pedantic(lambda: None)
     assert extra < 1.1 * sinogram + 2**21
     report.add(
-        "radon_gradient", "cpu", "600 of 1200 views, 4001 bins", 1e-3,
+        "radon_gradient", "cpu", "600 of 1200 views, 4001 bins", None,
         note=f"peak memory beyond inputs and output {extra / 2**20:.2f} MiB, minibatch's sinogram {sinogram / 2**20:.2f} MiB",
     )  # fmt: skip
 

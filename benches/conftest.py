@@ -24,19 +24,19 @@ class Report:
         op: str,
         face: str,
         shape: str,
-        seconds: float,
+        seconds: float | None,
         *,
         rate: str = "",
         peers: dict[str, float] | None = None,
         note: str = "",
         error: float | None = None,
     ) -> None:
-        ratios = {name: round(t / seconds, 2) for name, t in (peers or {}).items()}
+        ratios = {name: round(t / (seconds or 1), 2) for name, t in (peers or {}).items()}
         row = {
             "op": op,
             "face": face,
             "shape": shape,
-            "ms": round(seconds * 1e3, 3),
+            "ms": None if seconds is None else round(seconds * 1e3, 3),
             "rate": rate,
             "ratio": ratios,
             "note": note,
@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             str(r["op"]),
             str(r["face"]),
             str(r["shape"]),
-            f"{r['ms']:.3f}",
+            "" if r["ms"] is None else f"{r['ms']:.3f}",
             str(r["rate"]),
             ", ".join(f"{name} {value:g}x" for name, value in r["ratio"].items()),
             str(r["note"])

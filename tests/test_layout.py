@@ -1,0 +1,105 @@
+"""The layout that lets the next person find things, and the arrows between the layers."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "oder_fast"
+
+# Which layers a layer may import; each may import its own modules.
+MAY_IMPORT = {
+    "reference": set(),
+    "kernels": set(),
+    "ops": {"reference", "kernels"},
+    "operators": {"ops"},
+    "denoisers": set(),
+    "fixed_point": set(),
+    "deqred": {"fixed_point", "operators", "denoisers", "ops"},
+    "data": {"operators"},
+    "training": {"deqred", "denoisers", "data", "fixed_point"},
+    "cli": {"_demo", "training", "deqred", "fixed_point", "operators", "denoisers", "data"},
+    "_demo": {"training", "deqred", "fixed_point", "operators", "denoisers", "data"},
+    "testing": {"ops"},
+}
+
+
+def layer_of(path: Path) -> str:
+    if path.is_relative_to(ROOT / "kernels"):
+        return "kernels"
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_layers(path: Path) -> set[str]:
+    """Layers of oder_fast that a file imports, wherever in the file."""
+    inside = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else PACKAGE
+    package = ["oder_fast", *path.relative_to(inside).parts[:-1]]
+    if inside != PACKAGE:
+        package.insert(1, "kernels")
+    layers = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "oder_fast" and len(parts) > 1:
+                layers.add(parts[1])
+            assert parts[0] != "kernels", f"{path}: a bare `kernels` is a second copy"
+    return layers
+
+
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_only(path):
+    layer = layer_of(path)
+    if layer == "__init__":
+        return
+    # Names that oder_fast/__init__.py exports (version, build_info) belong to no layer.
+    known = {name for name in imported_layers(path) if name in MAY_IMPORT}
+    assert known <= MAY_IMPORT[layer] | {layer}
+
+
+def tracked() -> list[str]:
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode != 0:
+        pytest.skip("not a git checkout")
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("stem", "needed"),
+    [
+        (stem, pattern.format(stem))
+        for stem in ("radon", "red_update")
+        for pattern in (
+            "csrc/{}_cpu.cpp",
+            "csrc/{}_cuda.cu",
+            "kernels/{}.py",
+            "oder_fast/reference/{}.py",
+            "oder_fast/ops/{}.py",
+            "tests/test_{}.py",
+            "benches/bench_{}.py",
+        )
+    ],
+)
+def test_every_operator_has_every_face_test_and_bench(stem, needed):
+    assert needed in tracked()
+
+
+def test_torch_headers_are_not_needed_to_build():
+    for source in (ROOT / "csrc").iterdir():
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
+    assert "torch" not in re.search(r"requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())[1]

@@ -1,0 +1,73 @@
+"""The package as it is installed: what was built, what an import costs, which face is chosen."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import oder_fast
+from oder_fast.ops import faces
+
+
+def test_build_info_tells_what_runs_here():
+    info = oder_fast.build_info()
+    assert info["faces"]["reference"] == "available"
+    assert info["faces"]["cpu"] == "available"
+    assert info["cpu"]["isa"] in info["cpu"]["isas"]
+    assert "baseline" in info["cpu"]["isas"]
+    if not info["cuda"]["built"]:
+        assert info["cuda"]["reason"]
+        assert info["faces"]["cuda"] != "available"
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import oder_fast; "
+        "print(' '.join(m for m in set(sys.modules) - before if not m.startswith('oder_fast')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert not loaded & {"triton", "scipy", "skimage", "matplotlib", "pydicom", "PIL", "sympy", "tqdm"}
+    assert "torch._dynamo" not in run.stdout.split()
+
+
+def test_one_pool_of_threads():
+    with open("/proc/self/maps") as maps:
+        pools = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(pools) == 1
+
+
+def test_the_environment_chooses_the_face(monkeypatch):
+    x, angles = torch.ones(1, 4, 4), torch.zeros(1)
+    monkeypatch.setenv("ODER_FAST_BACKEND", "reference")
+    assert faces.resolve("auto", x.device, x.dtype) == "reference"
+    monkeypatch.setenv("ODER_FAST_BACKEND", "cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(oder_fast.BackendUnavailableError, match="takes CUDA tensors|not built"):
+            oder_fast.radon_forward(x, angles, 4)
+    monkeypatch.setenv("ODER_FAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        oder_fast.radon_forward(x, angles, 4)
+    monkeypatch.delenv("ODER_FAST_BACKEND")
+    assert faces.resolve("auto", x.device, x.dtype) == "cpu"
+    assert faces.resolve("auto", x.device, torch.bfloat16) == "reference"
+
+
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(oder_fast.__path__, "oder_fast.")
+    if not m.name.rpartition(".")[2].startswith("_c") and ".kernels" not in m.name
+)
+
+
+@pytest.mark.parametrize("name", ["oder_fast", *MODULES])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert result.failed == 0
