@@ -105,8 +105,15 @@ constexpr double kFar = 1e6;
 Plan make_plan(const RadonGeometry& g, bool matched) {
   Plan plan;
   const double spacing = g.bin_spacing / g.pixel_size, offset = g.bin_offset / g.pixel_size;
-  const RadonScan scan{g.angles, g.views, g.n_views, g.n_used, static_cast<int>(g.height), static_cast<int>(g.width),
-                       static_cast<int>(g.n_bins), spacing, offset};
+  const RadonScan scan{g.angles,
+                       g.views,
+                       static_cast<int>(g.n_views),
+                       static_cast<int>(g.n_used),
+                       static_cast<int>(g.height),
+                       static_cast<int>(g.width),
+                       static_cast<int>(g.n_bins),
+                       spacing,
+                       offset};
   double low = 0, high = 0;
   for (int64_t n = 0; n < g.n_used; ++n) {
     View v{};
@@ -202,7 +209,7 @@ template <int M>
 void project_fast(const View& v, const float* tile, int64_t stride, int64_t tile_size, int64_t r0, int n_steps,
                   int64_t u0, int64_t from, int64_t to, float* row, int64_t row_size) {
   const vi lane = load(v.forward.lane), mantissa = splat(0x7fffff), one_bits = splat(0x3f800000);
-  const int64_t origin = v.f_origin + r0 * v.f_slope + ((kBorderLow - u0) << 40);
+  const int64_t origin = v.f_origin + r0 * v.f_slope + (kBorderLow - u0) * (int64_t{1} << 40);
   for (int64_t k = from; k < to; k += kLanes) {
     constexpr int U = M == 1 ? 2 : 1;  // steps in flight, to cover the latency of the sums
     vf even[U][M], odd[U][M];
