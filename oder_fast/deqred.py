@@ -23,6 +23,7 @@ from .fixed_point import (
     Solver,
     Step,
 )
+from .fixed_point._compile import bookkeeping, untraced
 from .fixed_point.differentiation import AdjointMemory
 from .fixed_point.maps import vjp
 from .fixed_point.solution import POLICIES, Policy
@@ -197,40 +198,68 @@ class DEQRED(nn.Module):
             DivergenceError: Where the residual becomes NaN or infinite, or grows far beyond its start.
             NotConvergedError: Where an image did not converge and `on_failure` is ``"raise"``.
         """
+        if _exporting():
+            return self._iterate(y, x0)
         solution: Solution = self._solve(y, x0)
-        solution.require(self.on_failure)
+        # Past nn.Module's own two frames.
+        solution.require(self.on_failure, stacklevel=5)
         return solution if return_solution else solution.value
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call,untyped-decorator]
+    @untraced
     def _solve(self, y: Tensor, x0: Tensor | None) -> Solution:
-        self._check_tensor("y", y, getattr(self.operator, "data_shape", None))
+        with self._problem(y, x0) as (red, start):
+            return self.differentiation.solve(red, start, self.solver, self._memory)
+
+    def _iterate(self, y: Tensor, x0: Tensor | None) -> Tensor:
+        with self._problem(y, x0) as (red, start), torch.no_grad(), red.solving():
+            return self.solver.iterate(red, start)
+
+    @contextmanager
+    def _problem(self, y: Tensor, x0: Tensor | None) -> Iterator[tuple[RED, Tensor]]:
+        """Give the map and the start, the denoiser frozen."""
+        self._check("y", y, getattr(self.operator, "data_shape", None))
         autocast = _Autocast(y.device)
-        with _full_precision(y.device):
+        module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
+        with _full_precision(y.device), frozen(module):
             start = _initial(self.operator, y) if x0 is None else x0
-            if self.nonnegative:
-                if start.is_complex():
-                    raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
-                start = start.clamp(min=0)
-            self._check_tensor("x0", start, getattr(self.operator, "image_shape", None))
+            self._check("x0", start, getattr(self.operator, "image_shape", None))
             if start.shape[0] != y.shape[0]:
                 raise ValueError(
                     f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}"
                 )
+            if start.device != y.device or start.real.dtype != y.real.dtype:
+                raise ValueError(
+                    f"DEQRED: x0 must have the device and precision of y ({y.device}, {y.dtype}), "
+                    f"got {start.device}, {start.dtype}"
+                )
+            if self.nonnegative:
+                if start.is_complex():
+                    raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
+                start = start.clamp(min=0)
             fidelity = Fidelity(
                 self.operator, y, self.minibatch_size, self.variance_reduction, self.generator
             )
             step_size, tau = (self._scalar(v, y.device) for v in (self.step_size, self.tau))
-            with frozen(self.denoiser) if isinstance(self.denoiser, nn.Module) else nullcontext():
-                flags = training_flags(self.denoiser)
-                red = RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags)
-                return self.differentiation.solve(red, start, self.solver, self._memory)
+            yield (
+                RED(
+                    fidelity,
+                    self.denoiser,
+                    step_size,
+                    tau,
+                    self.nonnegative,
+                    autocast,
+                    training_flags(module),
+                ),
+                start,
+            )
 
     def _scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
         if isinstance(value, Tensor):
             return value
         return torch.tensor(value, dtype=torch.float64, device=device)
 
-    def _check_tensor(self, name: str, value: Tensor, shape: tuple[int, ...] | None) -> None:
+    @bookkeeping
+    def _check(self, name: str, value: Tensor, shape: tuple[int, ...] | None) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"DEQRED: {name} must be a torch.Tensor, got {type(value).__name__}")
         if not (value.is_floating_point() or value.is_complex()):
@@ -254,6 +283,8 @@ class DEQRED(nn.Module):
                     f"DEQRED: {name} must have the denoiser's precision ({weight.dtype}), got {value.dtype}"
                 )
             break
+        if _exporting():
+            return
         finite = value.detach().isfinite()
         if not bool(finite.all()):
             index = tuple(int(i) for i in (~finite).nonzero()[0])
@@ -321,10 +352,12 @@ class RED(FixedPointMap):
             )
         return from_channels(denoised.to(channels.dtype), image)
 
+    @bookkeeping
     def draw(self) -> RED:
         """Return the map of a fresh minibatch."""
         return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
 
+    @bookkeeping
     def select(self, images: Tensor) -> RED:
         """Return the map of some images."""
         return replace(self, fidelity=self.fidelity.select(images))
@@ -337,19 +370,11 @@ class RED(FixedPointMap):
         if self.autocast.enabled:
             torch.clear_autocast_cache()
 
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
+    def recomputing(self) -> AbstractContextManager[None]:
         """Put the denoiser into the mode it was solved in, while a step is computed again."""
-        now = training_flags(self.denoiser)
-        try:
-            for module, training in self.flags:
-                module.training = training
-            with _full_precision(self.fidelity.y.device):
-                yield
-        finally:
-            for module, training in now:
-                module.training = training
+        return _Modes(self.flags)
 
+    @untraced
     def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
         """Linearize the denoiser once; the data fidelity is linear, and the projection a mask."""
         size = self.fidelity.minibatch_size if minibatch_size == "same" else minibatch_size
@@ -499,10 +524,10 @@ class Fidelity:
         return replace(self, y=self.y.index_select(0, images), anchor=anchor)
 
 
-def training_flags(denoiser: Callable[[Tensor], Tensor]) -> list[tuple[nn.Module, bool]]:
-    """Return the modules of a denoiser with their modes."""
-    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    return [(module, module.training) for module in modules]
+@bookkeeping
+def training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return the modules in a module with their modes."""
+    return [(submodule, submodule.training) for submodule in module.modules()]
 
 
 def as_channels(image: Tensor) -> Tensor:
@@ -525,6 +550,23 @@ def from_channels(channels: Tensor, like: Tensor) -> Tensor:
     return channels[:, 0] if like.ndim == 3 else channels
 
 
+class _Modes(AbstractContextManager[None]):
+    """Modules in given modes, restored on exit; can be entered again, as second derivatives do."""
+
+    def __init__(self, flags: list[tuple[nn.Module, bool]]) -> None:
+        self.flags = flags
+        self.before: list[list[bool]] = []
+
+    def __enter__(self) -> None:
+        self.before.append([module.training for module, _ in self.flags])
+        for module, training in self.flags:
+            module.training = training
+
+    def __exit__(self, *_: object) -> None:
+        for (module, _), training in zip(self.flags, self.before.pop(), strict=True):
+            module.training = training
+
+
 class _Autocast:
     """The autocast that the caller had on, for the denoiser alone."""
 
@@ -538,6 +580,11 @@ class _Autocast:
             return nullcontext()
         # A weight cast and kept without a graph would lose the gradient of an evaluation that wants one.
         return torch.autocast(self.device_type, self.dtype, cache_enabled=not torch.is_grad_enabled())
+
+
+def _exporting() -> bool:
+    # torch 2.6 has no such question.
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -576,6 +623,7 @@ def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:
         )
 
 
+@bookkeeping
 def _initial(operator: Any, y: Tensor) -> Tensor:
     if hasattr(operator, "initial"):
         start: Tensor = operator.initial(y)

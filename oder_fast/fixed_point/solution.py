@@ -50,11 +50,12 @@ class Solution:
         """The last relative residual of each image, float64, shape ``(B,)``."""
         return last_residual(self.residuals)
 
-    def require(self, on_failure: Policy) -> Solution:
+    def require(self, on_failure: Policy, *, stacklevel: int = 2) -> Solution:
         """Return this solution if all images converged; else do what the policy says.
 
         Args:
             on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+            stacklevel: Where the warning points to, as in `warnings.warn`.
 
         Raises:
             NotConvergedError: Where an image did not converge and the policy is ``"raise"``.
@@ -62,7 +63,7 @@ class Solution:
         if on_failure != "ignore" and not bool(self.converged.all()):
             if on_failure == "raise":
                 raise NotConvergedError(self.message, self)
-            warnings.warn(self.message, NotConvergedWarning, stacklevel=3)
+            warnings.warn(self.message, NotConvergedWarning, stacklevel=stacklevel)
         return self
 
 

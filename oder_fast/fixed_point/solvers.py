@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ._compile import bookkeeping, untraced
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
 
@@ -80,6 +81,7 @@ class State:
 
     point: Tensor
 
+    @bookkeeping
     def select(self, images: Tensor) -> None:
         """Keep some images of the batch."""
         for f in fields(self):
@@ -102,11 +104,13 @@ class _Record:
         self.iterations = torch.zeros(batch, dtype=torch.int64)
         self.converged = torch.zeros(batch, dtype=torch.bool)
 
+    @bookkeeping
     def finish(self, images: Tensor, values: Tensor, iteration: int, converged: bool) -> None:
         self.pieces.append((images, values))
         self.iterations[images] = iteration
         self.converged[images] = converged
 
+    @bookkeeping
     def solution(self, describe: Callable[[Tensor, Tensor, Tensor], str]) -> Solution:
         value = self.pieces[0][1]
         if len(self.pieces) > 1:
@@ -122,6 +126,7 @@ class _Record:
         return Solution(value, self.iterations, residuals, at, self.converged, contraction, message)
 
 
+@bookkeeping
 def relative_residual(reductions: Tensor) -> Tensor:
     """Return ``|T(s) - s| / |T(s)|`` from reductions ``(B, 3)``; 0 where both vanish."""
     change, norm = reductions[:, 0], reductions[:, 1]
@@ -165,6 +170,7 @@ class Solver(ABC, Generic[StateT]):
     def _tail(self) -> Tail | None:
         return None
 
+    @untraced
     def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
         r"""Iterate from `start` until :math:`\|T(x) - x\| \le \mathrm{tolerance} \, \|T(x)\|` for each image.
 
@@ -223,7 +229,8 @@ class Solver(ABC, Generic[StateT]):
             if not check and not last:
                 continue
             reductions = step.reductions.cpu()
-            wrong = alive & ~(reductions[:, 0] <= limit.cpu())
+            grew = ~(reductions[:, 0] <= limit.cpu().nan_to_num(posinf=0.0))
+            wrong = alive & grew
             if bool(wrong.any()):
                 record.finish(images[alive], step.image[alive.to(start.device)], iteration, False)
                 raise DivergenceError(
@@ -249,6 +256,14 @@ class Solver(ABC, Generic[StateT]):
                     average, limit = average.index_select(0, keep), limit.index_select(0, keep)
                     images, alive = images[keep], alive[keep]
         return record.solution(lambda *found: self._describe(exact, start.real.dtype, *found))
+
+    def iterate(self, fixed_point_map: FixedPointMap, start: Tensor) -> Tensor:
+        """Run all iterations and test nothing: what can be traced."""
+        state = self._begin(start)
+        step = self._advance(fixed_point_map, state)
+        for _ in range(self.max_iterations - 1):
+            step = self._advance(fixed_point_map.draw(), state)
+        return step.image
 
     def _checks(self, iteration: int, stochastic: bool, on_cpu: bool) -> bool:
         """Whether an iteration takes the residual of the full map and tests it."""
