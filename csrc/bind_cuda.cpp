@@ -17,7 +17,7 @@ T* at(Address a) {
 }
 
 int narrow(int64_t value, const char* name) {
-  // Positions on an image are 32-bit numbers in the kernels, with room for what lies beside it.
+  // The kernels count in 32 bits along each axis, with room for what lies beside an image.
   if (value < 1 || value > std::numeric_limits<int>::max() / 4) {
     throw std::invalid_argument(std::string(name) + " must lie in 1..2^29, got " + std::to_string(value));
   }
@@ -26,15 +26,9 @@ int narrow(int64_t value, const char* name) {
 
 RadonScan scan_of(int64_t height, int64_t width, Address angles, int64_t n_views, Address views, int64_t n_used,
                   int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size) {
-  return {at<double>(angles),
-          at<int64_t>(views),
-          n_views,
-          n_used,
-          narrow(height, "height"),
-          narrow(width, "width"),
-          narrow(n_bins, "n_bins"),
-          bin_spacing / pixel_size,
-          bin_offset / pixel_size};
+  return {at<double>(angles),       at<int64_t>(views),       narrow(n_views, "n_views"),
+          narrow(n_used, "n_used"), narrow(height, "height"), narrow(width, "width"),
+          narrow(n_bins, "n_bins"), bin_spacing / pixel_size, bin_offset / pixel_size};
 }
 
 }  // namespace
@@ -50,8 +44,8 @@ PYBIND11_MODULE(ODER_MODULE, m) {
          double pixel_size, Address stream) {
         const RadonScan scan =
             scan_of(height, width, angles, n_views, 0, n_views, n_bins, bin_spacing, bin_offset, pixel_size);
-        oder::radon_forward(dtype, at(image), at(sinogram), at<float>(sums), n_sums, batch, scan, pixel_size,
-                            at(stream));
+        oder::radon_forward(dtype, at(image), at(sinogram), at<float>(sums), n_sums, narrow(batch, "batch"), scan,
+                            pixel_size, at(stream));
       },
       release());
 
@@ -63,7 +57,8 @@ PYBIND11_MODULE(ODER_MODULE, m) {
                   double pixel_size, Address stream) {
           const RadonScan scan =
               scan_of(height, width, angles, n_views, 0, n_views, n_bins, bin_spacing, bin_offset, pixel_size);
-          oder::radon_adjoint(dtype, at(sinogram), at(image), batch, scan, pixel_size, matched, at(stream));
+          oder::radon_adjoint(dtype, at(sinogram), at(image), narrow(batch, "batch"), scan, pixel_size, matched,
+                              at(stream));
         },
         release());
   }
@@ -75,36 +70,36 @@ PYBIND11_MODULE(ODER_MODULE, m) {
          double bin_spacing, double bin_offset, double pixel_size, Address stream) {
         const RadonScan scan =
             scan_of(height, width, angles, n_views, views, n_used, n_bins, bin_spacing, bin_offset, pixel_size);
-        oder::radon_gradient(dtype, at(image), at(measured), at<float>(sums), n_sums, at(gradient), batch, scan,
-                             pixel_size, at(stream));
+        oder::radon_gradient(dtype, at(image), at(measured), at<float>(sums), n_sums, at(gradient),
+                             narrow(batch, "batch"), scan, pixel_size, at(stream));
       },
       release());
 
   m.def(
       "radon_red_update",
-      [](int dtype, Address image, Address measured, Address sums, int64_t n_sums, Address denoised,
-         Address step_size, Address tau, Address previous, Address momentum, bool nonnegative, Address updated,
-         Address extrapolated, Address reductions, Address partials, int64_t n_partials, int64_t batch, int64_t height,
-         int64_t width, Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins,
-         double bin_spacing, double bin_offset, double pixel_size, Address stream) {
+      [](int dtype, Address image, Address measured, Address sums, int64_t n_sums, Address denoised, Address step_size,
+         Address tau, Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
+         Address reductions, Address partials, int64_t n_partials, int64_t batch, int64_t height, int64_t width,
+         Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins, double bin_spacing,
+         double bin_offset, double pixel_size, Address stream) {
         const RadonScan scan =
             scan_of(height, width, angles, n_views, views, n_used, n_bins, bin_spacing, bin_offset, pixel_size);
-        const RedOperands red{at(denoised),   at<double>(step_size), at<double>(tau),        at(previous),
-                              at<double>(momentum), nonnegative,     at(updated),            at(extrapolated),
-                              at<double>(reductions), at<double>(partials), n_partials};
-        oder::radon_red_update(dtype, at(image), at(measured), at<float>(sums), n_sums, red, batch, scan, pixel_size,
-                               at(stream));
+        const RedOperands red{at(denoised),           at<double>(step_size), at<double>(tau), at(previous),
+                              at<double>(momentum),   nonnegative,           at(updated),     at(extrapolated),
+                              at<double>(reductions), at<double>(partials),  n_partials};
+        oder::radon_red_update(dtype, at(image), at(measured), at<float>(sums), n_sums, red, narrow(batch, "batch"),
+                               scan, pixel_size, at(stream));
       },
       release());
 
   m.def(
       "red_update",
-      [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau,
-         Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
-         Address reductions, Address partials, int64_t n_partials, int64_t batch, int64_t n, Address stream) {
-        const RedOperands red{at(denoised),   at<double>(step_size), at<double>(tau),        at(previous),
-                              at<double>(momentum), nonnegative,     at(updated),            at(extrapolated),
-                              at<double>(reductions), at<double>(partials), n_partials};
+      [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau, Address previous,
+         Address momentum, bool nonnegative, Address updated, Address extrapolated, Address reductions,
+         Address partials, int64_t n_partials, int64_t batch, int64_t n, Address stream) {
+        const RedOperands red{at(denoised),           at<double>(step_size), at<double>(tau), at(previous),
+                              at<double>(momentum),   nonnegative,           at(updated),     at(extrapolated),
+                              at<double>(reductions), at<double>(partials),  n_partials};
         oder::red_update(dtype, at(image), at(gradient), red, batch, n, at(stream));
       },
       release());

@@ -103,6 +103,7 @@ class Block {
     size.x = threads;
     if (fibers_.size() < threads) fibers_.resize(threads);
     values_.resize(threads);
+    copies_.assign(threads, {});
     const char* order = std::getenv("ODER_HOST_ORDER");
     order_ = order ? order : "forward";
     random_.seed(std::strtoul(order_.c_str(), nullptr, 10));
@@ -118,6 +119,19 @@ class Block {
   }
 
   void wait_for_block() { wait(kAtBlock); }
+
+  void copy_async(void* target, const void* source, size_t bytes, bool copy) {
+    copies_[thread.x].push_back({target, copy ? source : nullptr, bytes});
+  }
+
+  // Nothing arrives before it is waited for.
+  void wait_for_copies() {
+    for (const Copy& c : copies_[thread.x]) {
+      if (c.source) std::memcpy(c.target, c.source, c.bytes);
+      if (!c.source) std::memset(c.target, 0, c.bytes);
+    }
+    copies_[thread.x].clear();
+  }
 
   double shuffle_down(double value, unsigned offset) {
     const unsigned t = thread.x, source = t % 32 + offset < 32 && t + offset < size.x ? t + offset : t;
@@ -142,6 +156,12 @@ class Block {
   Fiber scheduler_;
   std::vector<State> states_;
   std::vector<double> values_;
+  struct Copy {
+    void* target;
+    const void* source;
+    size_t bytes;
+  };
+  std::vector<std::vector<Copy>> copies_;
   std::string order_;
   std::mt19937 random_;
 
@@ -233,5 +253,10 @@ inline uint32_t shift_right(uint32_t low, uint32_t high, int shift) {
 }
 inline float saturate(float a) { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }
 inline double shuffle_down(double a, int offset) { return host::block().shuffle_down(a, offset); }
+template <int Bytes>
+void copy_async(void* target, const void* source, bool copy) {
+  host::block().copy_async(target, source, Bytes, copy);
+}
+inline void wait_for_copies() { host::block().wait_for_copies(); }
 
 }  // namespace oder

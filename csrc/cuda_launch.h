@@ -13,7 +13,7 @@
 #define ODER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define ODER_SHARED(type, name, count) __shared__ type name[count]
 // The shared memory whose size the launch gives.
-#define ODER_DYNAMIC_SHARED(type, name)                          \
+#define ODER_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #else
@@ -38,13 +38,14 @@ inline int processor_count() {
 template <class... Parameters, class... Arguments>
 void launch_checked(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
                     void* stream, Arguments&&... arguments) {
-  // Beyond 48 KB a kernel must ask.
-  if (shared > 48 * 1024) {
+  // Beyond 48 KB, static shared memory included, a kernel must ask.
+  if (shared > 32 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)),
           name);
   }
-  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), name);
 }
 
@@ -54,6 +55,17 @@ ODER_DEVICE uint32_t bits_of_float(float a) { return __float_as_uint(a); }
 ODER_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, shift); }
 ODER_DEVICE float saturate(float a) { return __saturatef(a); }
 ODER_DEVICE double shuffle_down(double a, int offset) { return __shfl_down_sync(0xffffffffu, a, offset); }
+
+// Copies 4 or 16 bytes from global to shared memory, or writes zeros; seen by this thread after wait_for_copies(), by
+// the others after a barrier too.
+template <int Bytes>
+ODER_DEVICE void copy_async(void* target, const void* source, bool copy) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(source), "n"(Bytes),
+               "r"(copy ? Bytes : 0)
+               : "memory");
+}
+ODER_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #endif
 

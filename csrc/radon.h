@@ -16,8 +16,7 @@ namespace oder {
 struct RadonScan {
   const double* angles;  // [n_views], radians
   const int64_t* views;  // [n_used] or null
-  int64_t n_views, n_used;
-  int height, width, n_bins;
+  int n_views, n_used, height, width, n_bins;
   double bin_spacing, bin_offset;
 };
 
@@ -25,13 +24,13 @@ struct RadonScan {
 constexpr double kRadonTieMargin = 1e-9;
 
 struct RadonDirection {
-  double c, s;   // cosine and sine
-  bool rows;     // marches over rows, or over columns
-  double step;   // length of a ray between two lines
-  bool valid;    // false for a view index out of range and for an angle that is no number
+  double c, s;  // cosine and sine
+  bool rows;    // marches over rows, or over columns
+  double step;  // length of a ray between two lines
+  bool valid;   // false for a view index out of range and for an angle that is no number
 };
 
-ODER_HD RadonDirection radon_direction(const RadonScan& scan, int64_t used) {
+ODER_HD RadonDirection radon_direction(const RadonScan& scan, int used) {
   const int64_t v = scan.views ? scan.views[used] : used;
   RadonDirection r{1.0, 0.0, true, 1.0, false};
   if (v < 0 || v >= scan.n_views || !(fabs(scan.angles[v]) < 1e300)) return r;
@@ -70,8 +69,8 @@ ODER_HD RadonBins radon_bins(const RadonScan& scan, const RadonDirection& r) {
   RadonBins bins;
   bins.per_column = r.c / scan.bin_spacing;
   bins.per_row = -r.s / scan.bin_spacing;
-  bins.corner = (scan.n_bins - 1) / 2.0 - scan.bin_offset / scan.bin_spacing -
-                (scan.height - 1) / 2.0 * bins.per_row - (scan.width - 1) / 2.0 * bins.per_column;
+  bins.corner = (scan.n_bins - 1) / 2.0 - scan.bin_offset / scan.bin_spacing - (scan.height - 1) / 2.0 * bins.per_row -
+                (scan.width - 1) / 2.0 * bins.per_column;
   return bins;
 }
 

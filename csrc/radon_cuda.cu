@@ -1,7 +1,7 @@
-#include "radon_cuda.h"
-
 #include <algorithm>
+#include <type_traits>
 
+#include "radon_cuda.h"
 #include "red_update_cuda.cuh"
 
 namespace oder {
@@ -12,12 +12,12 @@ constexpr int kWarps = kThreads / 32;
 // Lines (image rows or columns) that a projection sums at a time, as STRIP in oder_fast/ops/radon.py.
 constexpr int kStrip = 32;
 // Words of a line in shared memory, for all images of a block: three blocks fit beside each other on an H100.
-constexpr int kLineWords = 608;
+constexpr int kLineWords = 584;
 // Pixels kept left of a tile: the tap before its first pixel, and whole runs of four for aligned copies.
 constexpr int kMargin = 4;
 // Views of a block at a time.
 constexpr int kProjectViews = 16;
-constexpr int kGatherViews = 64;
+constexpr int kGatherViews = 128;
 // Edge of the square of pixels of a block that gathers, as TILE in oder_fast/ops/radon.py.
 constexpr int kTile = 32;
 constexpr int kPixels = kTile * kTile / kThreads;
@@ -32,13 +32,16 @@ ODER_DEVICE float one_plus_fraction(int64_t a) {
 }
 ODER_DEVICE int clamp_to(double a, int high) { return a > 0 ? (a < high ? static_cast<int>(a) : high) : 0; }
 
+// Where row (b, v) of a sinogram of the used views begins.
+ODER_DEVICE int64_t row_of(const RadonScan& scan, int64_t b, int v) { return (b * scan.n_used + v) * scan.n_bins; }
+
 // How lines of `length` pixels are cut into tiles. A ray belongs to the tile in which its leftmost sample of a strip
 // lies, and leaves it by less than a strip's height.
 struct Tiling {
   int tiles, length, stride;
 };
 
-ODER_HD Tiling tiling_of(int length, bool rows, int words) {
+Tiling tiling_of(int length, bool rows, int words) {
   Tiling t{1, length, length + kMargin + 1};
   if (t.stride + 4 > words) {
     const int room = (words - 1 - kStrip - 2 * kMargin) / 4 * 4;
@@ -50,6 +53,14 @@ ODER_HD Tiling tiling_of(int length, bool rows, int words) {
   t.stride = rows ? (t.stride + 3) / 4 * 4 : t.stride | 1;
   return t;
 }
+
+// How a projection is laid out over the grid.
+struct ProjectPlan {
+  Tiling rows, columns;
+  int n_sums;    // groups of strips
+  int n_strips;  // in a group
+  int n_views;   // in a chunk
+};
 
 struct ProjectView {
   RadonRays rays;
@@ -82,128 +93,110 @@ ODER_DEVICE ProjectRays rays_of_tile(const RadonScan& scan, const ProjectView& v
   const int touch_end = clamp_to(ceil((length - low) / sigma), n_bins);
   r.touch = touch > r.begin ? touch : r.begin;
   r.touch_end = touch_end < r.end ? touch_end : r.end;
-  if (r.touch < r.touch_end) r.origin = fixed(r.touch * sigma + first - static_cast<double>(tile) * tiling.length + kMargin);
+  if (r.touch < r.touch_end)
+    r.origin = fixed(r.touch * sigma + first - static_cast<double>(tile) * tiling.length + kMargin);
   return r;
 }
 
-// Copies lines [line, line + lines) of an image, `from` on, into a tile; zeros beside the image.
+// Copies one number to shared memory as float, zero where not `inside`; float32 arrives by wait_for_copies().
 template <class T>
-ODER_DEVICE void load_tile(const T* image, const RadonScan& scan, bool rows, int line, int lines, int from, int stride,
-                           float* tile) {
+ODER_DEVICE void fetch(float* target, const T* base, int64_t offset, bool inside) {
+  const T* const source = inside ? base + offset : base;
+  if constexpr (std::is_same_v<T, float>) {
+    copy_async<4>(target, source, inside);
+  } else {
+    *target = inside ? to_float(*source) : 0.0f;
+  }
+}
+
+// The same for four numbers, both addresses aligned to them.
+template <class T>
+ODER_DEVICE void fetch_four(float* target, const T* base, int64_t offset, bool inside) {
+  const T* const source = inside ? base + offset : base;
+  if constexpr (std::is_same_v<T, float>) {
+    copy_async<16>(target, source, inside);
+  } else {
+    Pack<float, 4> out{};
+    if (inside) {
+      const auto in = *reinterpret_cast<const Pack<T, 4>*>(source);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out.at[k] = to_float(in.at[k]);
+    }
+    *reinterpret_cast<Pack<float, 4>*>(target) = out;
+  }
+}
+
+// Fetches pixels `from` on of lines [line, line + lines) of an image into a tile; zeros beside the image.
+template <bool Rows, class T>
+ODER_DEVICE void load_tile(const T* __restrict__ image, const RadonScan& scan, int line, int lines, int from,
+                           int stride, float* __restrict__ tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int height = scan.height, width = scan.width;
-  if (!rows) {
-    const int j = line + lane;
+  if (!Rows) {
 #pragma unroll 4
     for (int x = warp; x < stride; x += kWarps) {
       const int i = from + x;
       const bool inside = i >= 0 && i < height && lane < lines;
-      tile[lane * stride + x] = inside ? to_float(image[static_cast<int64_t>(i) * width + j]) : 0.0f;
+      fetch(tile + lane * stride + x, image, static_cast<int64_t>(i) * width + line + lane, inside);
     }
     return;
   }
   const bool aligned = width % 4 == 0 && reinterpret_cast<uintptr_t>(image) % (4 * sizeof(T)) == 0;
   for (int r = warp; r < lines; r += kWarps) {
-    const T* const source = image + static_cast<int64_t>(line + r) * width;
+    const int64_t offset = static_cast<int64_t>(line + r) * width + from;
     float* const target = tile + r * stride;
     if (aligned) {
 #pragma unroll 4
       for (int x = 4 * lane; x < stride; x += 128) {
-        Pack<float, 4> out{};
-        if (from + x >= 0 && from + x < width) {
-          const auto in = *reinterpret_cast<const Pack<T, 4>*>(source + from + x);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) out.at[k] = to_float(in.at[k]);
-        }
-        *reinterpret_cast<Pack<float, 4>*>(target + x) = out;
+        fetch_four(target + x, image, offset + x, from + x >= 0 && from + x < width);
       }
     } else {
-#pragma unroll 4
+#pragma unroll 2
       for (int x = lane; x < stride; x += 32) {
-        const bool inside = from + x >= 0 && from + x < width;
-        target[x] = inside ? to_float(source[from + x]) : 0.0f;
+        fetch(target + x, image, offset + x, from + x >= 0 && from + x < width);
       }
     }
   }
 }
 
-// CUDA face of radon_forward, first stage.
-//
-// Computes        sums[g,b,v,d] = step_v * pixel_size * sum over the lines m of group g of the image at ray d's
-//                 crossing of line m, interpolated linearly (oder_fast/reference/radon.py); radon_combine adds up the
-//                 groups. Lines are rows or columns, whichever the ray is nearer to cross at right angles.
-// Thread mapping  grid (2 * groups of strips * chunks of views * ceil(batch / Images)), block 256: a block keeps a tile
-//                 of 32 lines of `Images` images in shared memory and projects the chunk's views through it, those over
-//                 rows if its index is even, else those over columns. A thread takes a ray; a warp takes as many
-//                 neighbouring rays as cross no more than 32 pixels of a line, so that none of its reads meet in a
-//                 bank. The images of a block share positions and weights.
-// Shared memory   the tile, Images * 32 lines of at most 608 / Images floats; tables of the chunk's views.
-// Accumulation    float32 over 32 lines, then over the strips of a group in increasing order; positions in 32.32 fixed
-//                 point from a float64 origin per tile.
-// Preconditions   contiguous; n_sums groups cover all strips.
-template <class T, int Images>
-ODER_KERNEL ODER_BOUNDS(kThreads, 3)
-    radon_project_kernel(const T* image, float* sums, RadonScan scan, int64_t batch, int n_sums, int n_strips,
-                         int chunk, float pixel_size) {
-  ODER_DYNAMIC_SHARED(float, tiles);
-  ODER_SHARED(ProjectView, views, kProjectViews);
-  ODER_SHARED(ProjectRays, bundles, kProjectViews);
+// What a block of radon_project_kernel has to do.
+struct ProjectBlock {
+  int group, first_view, n_views, first_image;
+};
+
+template <class T, int Images, bool Rows>
+ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& scan, int batch, const ProjectPlan& plan,
+                                const ProjectBlock& block, const ProjectView* views, ProjectRays* bundles,
+                                float* tiles) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const bool rows = blockIdx.x % 2 == 0;
-  unsigned block = blockIdx.x / 2;
-  const int group = block % n_sums;
-  block /= n_sums;
-  const unsigned n_chunks = static_cast<unsigned>((scan.n_used + chunk - 1) / chunk);
-  const int64_t first_view = static_cast<int64_t>(block % n_chunks) * chunk;
-  const int64_t first_image = static_cast<int64_t>(block / n_chunks) * Images;
-  const int n_views = static_cast<int>(scan.n_used - first_view < chunk ? scan.n_used - first_view : chunk);
-
-  const int n_lines = rows ? scan.height : scan.width, length = rows ? scan.width : scan.height;
-  const Tiling tiling = tiling_of(length, rows, kLineWords / Images);
+  const int n_lines = Rows ? scan.height : scan.width, length = Rows ? scan.width : scan.height;
+  const Tiling& tiling = Rows ? plan.rows : plan.columns;
   const int stride = tiling.stride, plane = kStrip * stride;
-
-  if (thread < n_views) {
-    const RadonDirection direction = radon_direction(scan, first_view + thread);
-    ProjectView& view = views[thread];
-    view.rays = radon_rays(scan, direction);
-    const double sigma = view.rays.sigma;
-    // Where a step is longer, at most one ray touches the image, and any step will do.
-    view.per_ray = fixed(sigma < 1073741824.0 ? sigma : 1073741824.0);
-    view.per_line = fixed(view.rays.slope) + (static_cast<int64_t>(stride) << 32);
-    view.scale = static_cast<float>(direction.step) * pixel_size;
-    view.lanes = sigma > 1 && sigma <= 2 ? static_cast<int>(31 / sigma) + 1 : 32;
-    view.here = direction.rows == rows;
-    view.valid = direction.valid;
-  }
-  __syncthreads();
-  bool any = false;
-  for (int v = 0; v < n_views; ++v) any |= views[v].here;
-  if (!any) return;
-
-  const int strips = (n_lines + kStrip - 1) / kStrip, first_strip = group * n_strips;
-  const int last_strip = strips < first_strip + n_strips ? strips : first_strip + n_strips;
+  const int strips = (n_lines + kStrip - 1) / kStrip, first_strip = block.group * plan.n_strips;
+  const int last_strip = strips < first_strip + plan.n_strips ? strips : first_strip + plan.n_strips;
   int strip = first_strip;
-  // At least once: a group without a strip of this direction still writes its zeros.
+  // At least once: a block.group without a strip of this direction still writes its zeros.
   do {
     const int line = strip * kStrip;
     const int lines = strip < strips ? (n_lines - line < kStrip ? n_lines - line : kStrip) : 0;
     for (int tile = 0; tile < tiling.tiles; ++tile) {
       __syncthreads();
       const int from = tile * tiling.length - kMargin;
+#pragma unroll 1
       for (int k = 0; k < Images; ++k) {
-        const bool there = first_image + k < batch;
-        const int64_t b = there ? first_image + k : first_image;
-        load_tile(image + b * scan.height * scan.width, scan, rows, line, lines, from, stride, tiles + k * plane);
+        const int64_t b = block.first_image + k < batch ? block.first_image + k : block.first_image;
+        load_tile<Rows>(image + b * scan.height * scan.width, scan, line, lines, from, stride, tiles + k * plane);
       }
-      if (thread < n_views) {
+      if (thread < block.n_views) {
         bundles[thread] = rays_of_tile(scan, views[thread], length, line, lines, tile, tiling);
       }
+      wait_for_copies();
       __syncthreads();
 
       int task = warp;
-      for (int v = 0; v < n_views; ++v) {
+      for (int v = 0; v < block.n_views; ++v) {
         if (!views[v].here) continue;
-        const ProjectRays rays = bundles[v];
+        const ProjectRays& rays = bundles[v];
         const int lanes = views[v].lanes, tasks = (rays.end - rays.begin + lanes - 1) / lanes;
         const int64_t per_line = views[v].per_line;
         for (; task < tasks; task += kWarps) {
@@ -226,7 +219,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
             const unsigned first = whole(position);
             const unsigned last = whole(position + (lines - 1) * per_line) - (lines - 1) * stride;
             if (first < limit && last < limit) {
-#pragma unroll 8
+#pragma unroll(8 / Images)
               for (int m = 0; m < lines; ++m, position += per_line) tap(position);
             } else {
 #pragma unroll 1
@@ -238,8 +231,9 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
           const int d = views[v].rays.flip ? scan.n_bins - 1 - e : e;
 #pragma unroll
           for (int k = 0; k < Images; ++k) {
-            if (first_image + k >= batch) continue;
-            float* const out = sums + ((group * batch + first_image + k) * scan.n_used + first_view + v) * scan.n_bins + d;
+            if (block.first_image + k >= batch) continue;
+            const int64_t plane_of = static_cast<int64_t>(block.group) * batch + block.first_image + k;
+            float* const out = sums + row_of(scan, plane_of, block.first_view + v) + d;
             const float sum = (low[k] + high[k]) * views[v].scale;
             *out = strip == first_strip ? sum : *out + sum;
           }
@@ -250,29 +244,88 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   } while (++strip < last_strip);
 }
 
+// CUDA face of radon_forward, first stage.
+//
+// Computes        sums[g,b,v,d] = step_v * pixel_size * sum over the lines m of group g of the image at ray d's
+//                 crossing of line m, interpolated linearly (oder_fast/reference/radon.py); radon_combine adds up the
+//                 groups. Lines are rows or columns, whichever the ray is nearer to cross at right angles.
+// Thread mapping  grid (2 * groups of strips * chunks of views * ceil(batch / Images)), block 256: a block keeps a tile
+//                 of 32 lines of `Images` images in shared memory and projects the chunk's views through it, those over
+//                 rows if its index is even, else those over columns. A thread takes a ray; a warp takes as many
+//                 neighbouring rays as cross no more than 32 pixels of a line, so that none of its reads meet in a
+//                 bank. The images of a block share positions and weights.
+// Shared memory   the tile, Images * 32 lines of at most 584 / Images floats; tables of the chunk's views.
+// Accumulation    float32 over 32 lines, then over the strips of a group in increasing order; positions in 32.32 fixed
+//                 point from a float64 origin per tile.
+// Preconditions   contiguous; n_sums groups cover all strips.
+template <class T, int Images>
+ODER_KERNEL ODER_BOUNDS(kThreads, 3)
+    radon_project_kernel(const T* image, float* sums, RadonScan scan, int batch, ProjectPlan plan, float pixel_size) {
+  ODER_DYNAMIC_SHARED(float, tiles);
+  ODER_SHARED(ProjectView, views, kProjectViews);
+  ODER_SHARED(ProjectRays, bundles, kProjectViews);
+  const bool rows = blockIdx.x % 2 == 0;
+  const int stride = rows ? plan.rows.stride : plan.columns.stride;
+  unsigned block = blockIdx.x / 2;
+  ProjectBlock at;
+  at.group = block % plan.n_sums;
+  block /= plan.n_sums;
+  const unsigned n_chunks = (scan.n_used + plan.n_views - 1) / plan.n_views;
+  at.first_view = block % n_chunks * plan.n_views;
+  at.first_image = block / n_chunks * Images;
+  at.n_views = scan.n_used - at.first_view < plan.n_views ? scan.n_used - at.first_view : plan.n_views;
+
+  const int thread = threadIdx.x;
+  if (thread < at.n_views) {
+    const RadonDirection direction = radon_direction(scan, at.first_view + thread);
+    ProjectView& view = views[thread];
+    view.rays = radon_rays(scan, direction);
+    const double sigma = view.rays.sigma;
+    // Where a step is longer, at most one ray touches the image, and any step will do.
+    view.per_ray = fixed(sigma < 1073741824.0 ? sigma : 1073741824.0);
+    view.per_line = fixed(view.rays.slope) + (static_cast<int64_t>(stride) << 32);
+    view.scale = static_cast<float>(direction.step) * pixel_size;
+    view.lanes = sigma > 1 && sigma <= 2 ? static_cast<int>(31 / sigma) + 1 : 32;
+    view.here = direction.rows == rows;
+    view.valid = direction.valid;
+  }
+  __syncthreads();
+  bool any = false;
+  for (int v = 0; v < at.n_views; ++v) any |= views[v].here;
+  if (!any) return;
+  if (rows) {
+    project_strips<T, Images, true>(image, sums, scan, batch, plan, at, views, bundles, tiles);
+  } else {
+    project_strips<T, Images, false>(image, sums, scan, batch, plan, at, views, bundles, tiles);
+  }
+}
+
 // CUDA face of radon_forward, second stage; residual of radon_gradient and radon_red_update.
 //
 // Computes        out[b,v,d] = sum_g sums[g,b,v,d] - measured[b,views[v],d]; measured counts as zero where it is null
 //                 and where the view is out of range.
-// Thread mapping  grid (batch * n_used), block 256: a block has a row of the sinogram.
+// Thread mapping  grid (batch * n_used * ceil(n_bins / 256)), block 256: a thread has a bin.
 // Shared memory   none.
 // Accumulation    float32, groups in increasing order.
 // Preconditions   contiguous; out may be sums.
 template <class T, class Out>
 ODER_KERNEL ODER_BOUNDS(kThreads, 1)
-    radon_combine_kernel(const float* sums, int n_sums, const T* measured, Out* out, RadonScan scan, int64_t batch) {
-  const int64_t row = blockIdx.x, b = row / scan.n_used, used = row % scan.n_used;
-  const int64_t view = scan.views ? scan.views[used] : used;
-  const int64_t plane = batch * scan.n_used * scan.n_bins;
-  const T* const data =
-      measured && view >= 0 && view < scan.n_views ? measured + (b * scan.n_views + view) * scan.n_bins : nullptr;
-  for (int d = threadIdx.x; d < scan.n_bins; d += kThreads) {
-    const int64_t at = row * scan.n_bins + d;
-    float sum = 0;
-#pragma unroll 4
-    for (int g = 0; g < n_sums; ++g) sum += sums[g * plane + at];
-    out[at] = from_float<Out>(data ? sum - to_float(data[d]) : sum);
+    radon_combine_kernel(const float* sums, int n_sums, const T* measured, Out* out, RadonScan scan, int batch) {
+  const unsigned parts = (scan.n_bins + kThreads - 1) / kThreads, row = blockIdx.x / parts;
+  const int d = blockIdx.x % parts * kThreads + threadIdx.x;
+  if (d >= scan.n_bins) return;
+  const int b = row / scan.n_used, used = row % scan.n_used;
+  const int64_t at = row_of(scan, b, used) + d, plane = row_of(scan, batch, 0);
+  float sum = 0;
+#pragma unroll 8
+  for (int g = 0; g < n_sums; ++g) sum += sums[g * plane + at];
+  if (measured) {
+    const int64_t view = scan.views ? scan.views[used] : used;
+    if (view >= 0 && view < scan.n_views) {
+      sum -= to_float(measured[(static_cast<int64_t>(b) * scan.n_views + view) * scan.n_bins + d]);
+    }
   }
+  out[at] = from_float<Out>(sum);
 }
 
 enum GatherKind { kNothing, kTwoBins, kFourBins, kAnyBins };
@@ -280,41 +333,63 @@ enum GatherKind { kNothing, kTwoBins, kFourBins, kAnyBins };
 // One view as a tile of pixels sees it. A pixel takes bin d with the weight 1 - abs(d - u) * sigma, if that is
 // positive, where u is the bin coordinate of its centre.
 struct GatherView {
-  int64_t corner, per_row, per_column;  // u, relative to bin `from`
-  RadonBins bins;                       // u, as it is, from the tile's first pixel
+  RadonBins bins;  // u from the tile's first pixel
   double sigma;
   float scale;
-  int from;
-  GatherKind kind;
+  int from;  // first bin of the view's window in shared memory
 };
 
-ODER_DEVICE GatherView gather_view(const RadonScan& scan, int64_t used, int i, int j, double scale, bool matched,
-                                   int window) {
+// What the threads read of a view with a window, in two accesses: u from the tile's first pixel, such that its high
+// word counts from the first window.
+struct alignas(16) GatherSteps {
+  int64_t corner, per_row, per_column;
+  float sigma;
+  int kind;
+};
+
+// Prepares the `slot`-th view of those whose windows are in shared memory together; (i, j) is the tile's first pixel.
+ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, double scale, bool matched, int window,
+                                int slot, GatherView& view, GatherSteps& steps) {
   const RadonDirection direction = radon_direction(scan, used);
-  GatherView view{};
-  view.kind = kNothing;
-  if (!direction.valid) return view;
+  const double sigma = matched ? direction.step * scan.bin_spacing : 1.0;
+  steps.sigma = static_cast<float>(sigma);
+  steps.kind = kNothing;
+  if (!direction.valid) return;
   view.bins = radon_bins(scan, direction);
   view.bins.corner += i * view.bins.per_row + j * view.bins.per_column;
-  view.sigma = matched ? direction.step * scan.bin_spacing : 1.0;
+  view.sigma = sigma;
   view.scale = static_cast<float>(matched ? scale * direction.step : scale);
   const double over_rows = (kTile - 1) * view.bins.per_row, over_columns = (kTile - 1) * view.bins.per_column;
   const double low = view.bins.corner + (over_rows < 0 ? over_rows : 0) + (over_columns < 0 ? over_columns : 0);
   const double high = view.bins.corner + (over_rows > 0 ? over_rows : 0) + (over_columns > 0 ? over_columns : 0);
-  const double reach = 1 / view.sigma;
-  if (high + reach <= 0 || low - reach >= scan.n_bins - 1 + 1e-6) {
-    if (high + reach < 0 || low - reach > scan.n_bins - 1) return view;
-  }
+  if (high + 1 / sigma < 0 || low - 1 / sigma > scan.n_bins - 1) return;
   // Beyond 8 the 23 bits of a fraction no longer make a weight of float's precision.
-  view.kind = window == 0 || view.sigma < 0.5 || view.sigma > 8 ? kAnyBins
-              : view.sigma < 1 - 1e-7                            ? kFourBins
-                                                                 : kTwoBins;
-  if (view.kind == kAnyBins) return view;
+  if (window == 0 || sigma < 0.5 || sigma > 8) {
+    steps.kind = kAnyBins;
+    return;
+  }
+  steps.kind = sigma < 1 - 1e-7 ? kFourBins : kTwoBins;
   view.from = static_cast<int>(floor(low)) - 1;
-  view.corner = fixed(view.bins.corner - view.from);
-  view.per_row = fixed(view.bins.per_row);
-  view.per_column = fixed(view.bins.per_column);
-  return view;
+  steps.corner = fixed(view.bins.corner - view.from) + (static_cast<int64_t>(slot * window) << 32);
+  steps.per_row = fixed(view.bins.per_row);
+  steps.per_column = fixed(view.bins.per_column);
+}
+
+ODER_DEVICE bool has_window(const GatherSteps& steps) { return steps.kind == kTwoBins || steps.kind == kFourBins; }
+
+// Adds to a pixel the bins whose weights are not zero, of which there are at most Taps.
+template <int Taps, int Images>
+ODER_DEVICE void add_bins(const Pack<float, Images>* windows, int64_t u, float sigma, float sums[Images]) {
+  const float fraction1 = one_plus_fraction(u);
+  const Pack<float, Images>* const at = windows + whole(u);
+#pragma unroll
+  for (int tap = 1 - Taps / 2; tap <= Taps / 2; ++tap) {
+    // 1 - abs(tap - fraction) * sigma
+    const float weight = tap < 1 ? saturate(fmaf(-sigma, fraction1, 1 + (1 + tap) * sigma))
+                                 : saturate(fmaf(sigma, fraction1, 1 - (1 + tap) * sigma));
+#pragma unroll
+    for (int k = 0; k < Images; ++k) sums[k] = fmaf(weight, at[tap].at[k], sums[k]);
+  }
 }
 
 // CUDA face of radon_adjoint, radon_backproject, and of the second half of radon_gradient and radon_red_update.
@@ -325,59 +400,83 @@ ODER_DEVICE GatherView gather_view(const RadonScan& scan, int64_t used, int i, i
 // Thread mapping  grid (tiles of 32 x 32 pixels * ceil(batch / Images)), block 256: a warp has 4 rows of the tile, a
 //                 thread 4 pixels of one column; each pixel is written once, no atomics. A view steps by at most one
 //                 bin between lanes, so that their reads meet in no bank. The images share positions and weights.
-// Shared memory   the bins of 64 views that the tile can see, times the scale of the view; a table of the views.
+// Shared memory   the bins of 128 views that the tile can see, times the scale of the view; a table of the views.
 // Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin per
 //                 tile, in float64 for bins finer than half or coarser than 8 pixels.
 // Preconditions   contiguous; with Update, n_partials is the number of tiles.
 template <class In, class Out, int Images, bool Update>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
-    radon_gather_kernel(const In* sinogram, const Out* point, Out* image, RadonScan scan, int64_t batch, double scale,
-                        bool matched, int chunk, int window, RedOperands red) {
+    radon_gather_kernel(const In* __restrict__ sinogram, const Out* point, Out* image, RadonScan scan, int batch,
+                        double scale, bool matched, int chunk, int window, RedOperands red) {
   using Bins = Pack<float, Images>;
   ODER_DYNAMIC_SHARED(Bins, windows);
   ODER_SHARED(GatherView, views, kGatherViews);
+  ODER_SHARED(GatherSteps, steps, kGatherViews);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int across = (scan.width + kTile - 1) / kTile, down = (scan.height + kTile - 1) / kTile;
   const unsigned tiles = static_cast<unsigned>(across) * down, tile = blockIdx.x % tiles;
-  const int64_t first_image = static_cast<int64_t>(blockIdx.x / tiles) * Images;
+  const int first_image = blockIdx.x / tiles * Images;
   const int first_row = static_cast<int>(tile / across) * kTile, first_column = static_cast<int>(tile % across) * kTile;
   const int row = warp * kPixels;
-  const int64_t sinogram_size = scan.n_used * scan.n_bins;
+  const int64_t sinogram_size = row_of(scan, 1, 0);
 
   float sums[kPixels][Images] = {};
-  for (int64_t first_view = 0; first_view < scan.n_used; first_view += chunk) {
-    const int n_views = static_cast<int>(scan.n_used - first_view < chunk ? scan.n_used - first_view : chunk);
+  for (int first_view = 0; first_view < scan.n_used; first_view += chunk) {
+    const int n_views = scan.n_used - first_view < chunk ? scan.n_used - first_view : chunk;
     __syncthreads();
     if (thread < n_views) {
-      views[thread] = gather_view(scan, first_view + thread, first_row, first_column, scale, matched, window);
+      prepare_gather(scan, first_view + thread, first_row, first_column, scale, matched, window, thread, views[thread],
+                     steps[thread]);
     }
     __syncthreads();
+    // Every thread fetches bins and then scales the same ones.
     for (int v = warp; v < n_views; v += kWarps) {
-      if (views[v].kind != kTwoBins && views[v].kind != kFourBins) continue;
-      const float view_scale = views[v].scale;
+      if (!has_window(steps[v])) continue;
+      const int64_t offset = row_of(scan, first_image, first_view + v) + views[v].from;
+#pragma unroll 2
       for (int x = lane; x < window; x += 32) {
         const int d = views[v].from + x;
         const bool inside = d >= 0 && d < scan.n_bins;
-        const In* const source = sinogram + (first_image * scan.n_used + first_view + v) * scan.n_bins + d;
-        Bins bins;
 #pragma unroll
         for (int k = 0; k < Images; ++k) {
-          bins.at[k] = inside && first_image + k < batch ? view_scale * to_float(source[k * sinogram_size]) : 0.0f;
+          fetch(&windows[v * window + x].at[k], sinogram, offset + x + k * sinogram_size,
+                inside && first_image + k < batch);
         }
-        windows[v * window + x] = bins;
+      }
+    }
+    wait_for_copies();
+    for (int v = warp; v < n_views; v += kWarps) {
+      if (!has_window(steps[v])) continue;
+      const float view_scale = views[v].scale;
+#pragma unroll 2
+      for (int x = lane; x < window; x += 32) {
+#pragma unroll
+        for (int k = 0; k < Images; ++k) windows[v * window + x].at[k] *= view_scale;
       }
     }
     __syncthreads();
     for (int v = 0; v < n_views; ++v) {
-      const GatherView& view = views[v];
-      if (view.kind == kNothing) continue;
-      if (view.kind == kAnyBins) {
-        const In* const source = sinogram + (first_image * scan.n_used + first_view + v) * scan.n_bins;
+      const GatherSteps step = steps[v];
+      if (step.kind == kTwoBins || step.kind == kFourBins) {
+        // Unsigned factors cost half the instructions.
+        int64_t u =
+            step.corner + step.per_row * static_cast<unsigned>(row) + step.per_column * static_cast<unsigned>(lane);
+        if (step.kind == kTwoBins) {
+#pragma unroll
+          for (int p = 0; p < kPixels; ++p, u += step.per_row) add_bins<2, Images>(windows, u, step.sigma, sums[p]);
+        } else {
+#pragma unroll
+          for (int p = 0; p < kPixels; ++p, u += step.per_row) add_bins<4, Images>(windows, u, step.sigma, sums[p]);
+        }
+      } else if (step.kind == kAnyBins) {
+        const GatherView& view = views[v];
+        const In* const source = sinogram + row_of(scan, first_image, first_view + v);
 #pragma unroll
         for (int p = 0; p < kPixels; ++p) {
           const double u = view.bins.corner + (row + p) * view.bins.per_row + lane * view.bins.per_column;
           const int begin = clamp_to(ceil(u - 1 / view.sigma), scan.n_bins);
           const int end = clamp_to(floor(u + 1 / view.sigma) + 1, scan.n_bins);
+#pragma unroll 1
           for (int d = begin; d < end; ++d) {
             const double weight = 1 - fabs(d - u) * view.sigma;
             if (weight <= 0) continue;
@@ -388,28 +487,6 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
             }
           }
         }
-        continue;
-      }
-      const Bins* const bins = windows + v * window;
-      const float q = static_cast<float>(view.sigma);
-      const float q0 = 1 + q, q1 = 1 - 2 * q;
-      const int64_t per_row = view.per_row;
-      int64_t u = view.corner + row * per_row + lane * view.per_column;
-      const bool four = view.kind == kFourBins;
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p, u += per_row) {
-        const float fraction1 = one_plus_fraction(u);
-        const float w0 = saturate(q0 - q * fraction1), w1 = saturate(q1 + q * fraction1);
-        const Bins* const at = bins + whole(u);
-#pragma unroll
-        for (int k = 0; k < Images; ++k) sums[p][k] += w0 * at[0].at[k];
-#pragma unroll
-        for (int k = 0; k < Images; ++k) sums[p][k] += w1 * at[1].at[k];
-        if (four) {
-          const float before = saturate(1 - q * fraction1), after = saturate(1 - 3 * q + q * fraction1);
-#pragma unroll
-          for (int k = 0; k < Images; ++k) sums[p][k] += before * at[-1].at[k] + after * at[2].at[k];
-        }
       }
     }
   }
@@ -417,7 +494,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   const int j = first_column + lane;
 #pragma unroll
   for (int k = 0; k < Images; ++k) {
-    const int64_t b = first_image + k;
+    const int b = first_image + k;
     if (b >= batch) break;
     float part_sums[3] = {0, 0, 0};
     const RedStep step = Update ? red_step(red, b) : RedStep{};
@@ -425,7 +502,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
     for (int p = 0; p < kPixels; ++p) {
       const int i = first_row + row + p;
       if (i >= scan.height || j >= scan.width) continue;
-      const int64_t at = (b * scan.height + i) * scan.width + j;
+      const int64_t at = (static_cast<int64_t>(b) * scan.height + i) * scan.width + j;
       if (!Update) {
         image[at] = from_float<Out>(sums[p][k]);
         continue;
@@ -443,7 +520,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
       if (k > 0) __syncthreads();
       red_block_sums(block_sums);
       if (thread == 0) {
-        for (int m = 0; m < 3; ++m) red.partials[3 * (b * tiles + tile) + m] = block_sums[m];
+        for (int m = 0; m < 3; ++m) red.partials[3 * (static_cast<int64_t>(b) * tiles + tile) + m] = block_sums[m];
       }
     }
   }
@@ -452,33 +529,33 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T, int Images>
-void project(const T* image, float* sums, int64_t n_sums, int64_t batch, const RadonScan& scan, double pixel_size,
+void project(const T* image, float* sums, int64_t n_sums, int batch, const RadonScan& scan, double pixel_size,
              void* stream) {
   const int64_t groups = ceil_div(batch, Images);
   // As many views share a tile as leave every processor its three blocks.
-  const int64_t chunk = std::clamp<int64_t>(ceil_div(scan.n_used * n_sums * groups, 3 * processor_count()), 1,
-                                            kProjectViews);
+  const int64_t chunk =
+      std::clamp<int64_t>(ceil_div(scan.n_used * n_sums * groups, 3 * processor_count()), 1, kProjectViews);
   const int64_t strips = ceil_div(std::max(scan.height, scan.width), kStrip);
   const int words = kLineWords / Images;
-  const int stride = std::max(tiling_of(scan.width, true, words).stride, tiling_of(scan.height, false, words).stride);
-  const size_t shared = sizeof(float) * Images * kStrip * stride;
+  const ProjectPlan plan{tiling_of(scan.width, true, words), tiling_of(scan.height, false, words),
+                         static_cast<int>(n_sums), static_cast<int>(ceil_div(strips, n_sums)), static_cast<int>(chunk)};
+  const int stride = std::max(plan.rows.stride, plan.columns.stride);
   const int64_t blocks = 2 * n_sums * ceil_div(scan.n_used, chunk) * groups;
-  ODER_LAUNCH((radon_project_kernel<T, Images>), blocks, kThreads, shared, stream, image, sums, scan, batch,
-              static_cast<int>(n_sums), static_cast<int>(ceil_div(strips, n_sums)), static_cast<int>(chunk),
-              static_cast<float>(pixel_size));
+  ODER_LAUNCH((radon_project_kernel<T, Images>), blocks, kThreads, sizeof(float) * Images * kStrip * stride, stream,
+              image, sums, scan, batch, plan, static_cast<float>(pixel_size));
 }
 
 template <class T, class Out>
-void project_all(const T* image, float* sums, int64_t n_sums, const T* measured, Out* out, int64_t batch,
+void project_all(const T* image, float* sums, int64_t n_sums, const T* measured, Out* out, int batch,
                  const RadonScan& scan, double pixel_size, void* stream) {
   if (n_sums < 1) throw std::invalid_argument("radon_project_kernel: n_sums must be at least 1");
   (batch > 1 ? project<T, 2> : project<T, 1>)(image, sums, n_sums, batch, scan, pixel_size, stream);
-  ODER_LAUNCH((radon_combine_kernel<T, Out>), batch * scan.n_used, kThreads, 0, stream, sums, static_cast<int>(n_sums),
-              measured, out, scan, batch);
+  ODER_LAUNCH((radon_combine_kernel<T, Out>), int64_t{batch} * scan.n_used * ceil_div(scan.n_bins, kThreads), kThreads,
+              0, stream, sums, static_cast<int>(n_sums), measured, out, scan, batch);
 }
 
 template <class In, class Out, int Images, bool Update>
-void gather(const In* sinogram, const Out* point, Out* image, int64_t batch, const RadonScan& scan, double scale,
+void gather(const In* sinogram, const Out* point, Out* image, int batch, const RadonScan& scan, double scale,
             bool matched, const RedOperands& red, void* stream) {
   const int64_t tiles = ceil_div(scan.height, kTile) * ceil_div(scan.width, kTile);
   if (Update && red.n_partials != tiles) {
@@ -488,14 +565,15 @@ void gather(const In* sinogram, const Out* point, Out* image, int64_t batch, con
   const double seen = std::ceil((kTile - 1) * std::sqrt(2.0) / scan.bin_spacing) + 6;
   int window = seen * sizeof(float) * Images <= kWindowBytes ? static_cast<int>(seen) : 0;
   const int64_t room = window ? kWindowBytes / (static_cast<int64_t>(sizeof(float)) * Images * window) : kGatherViews;
-  const int64_t chunk = std::min<int64_t>({scan.n_used, room, kGatherViews});
+  const int64_t most = std::min<int64_t>({scan.n_used, room, kGatherViews});
+  const int64_t chunk = ceil_div(scan.n_used, ceil_div(scan.n_used, most));
   const size_t shared = sizeof(float) * Images * window * chunk;
-  ODER_LAUNCH((radon_gather_kernel<In, Out, Images, Update>), tiles * ceil_div(batch, Images), kThreads, shared,
-              stream, sinogram, point, image, scan, batch, scale, matched, static_cast<int>(chunk), window, red);
+  ODER_LAUNCH((radon_gather_kernel<In, Out, Images, Update>), tiles * ceil_div(batch, Images), kThreads, shared, stream,
+              sinogram, point, image, scan, batch, scale, matched, static_cast<int>(chunk), window, red);
 }
 
 template <class In, class Out, bool Update>
-void gather_all(const In* sinogram, const Out* point, Out* image, int64_t batch, const RadonScan& scan, double scale,
+void gather_all(const In* sinogram, const Out* point, Out* image, int batch, const RadonScan& scan, double scale,
                 bool matched, const RedOperands& red, void* stream) {
   (batch > 1 ? gather<In, Out, 2, Update> : gather<In, Out, 1, Update>)(sinogram, point, image, batch, scan, scale,
                                                                         matched, red, stream);
@@ -503,7 +581,7 @@ void gather_all(const In* sinogram, const Out* point, Out* image, int64_t batch,
 
 }  // namespace
 
-void radon_forward(int dtype, const void* image, void* sinogram, float* sums, int64_t n_sums, int64_t batch,
+void radon_forward(int dtype, const void* image, void* sinogram, float* sums, int64_t n_sums, int batch,
                    const RadonScan& scan, double pixel_size, void* stream) {
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);
@@ -512,8 +590,8 @@ void radon_forward(int dtype, const void* image, void* sinogram, float* sums, in
   });
 }
 
-void radon_adjoint(int dtype, const void* sinogram, void* image, int64_t batch, const RadonScan& scan,
-                   double pixel_size, bool matched, void* stream) {
+void radon_adjoint(int dtype, const void* sinogram, void* image, int batch, const RadonScan& scan, double pixel_size,
+                   bool matched, void* stream) {
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);
     gather_all<T, T, false>(static_cast<const T*>(sinogram), nullptr, static_cast<T*>(image), batch, scan,
@@ -522,7 +600,7 @@ void radon_adjoint(int dtype, const void* sinogram, void* image, int64_t batch, 
 }
 
 void radon_gradient(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums, void* gradient,
-                    int64_t batch, const RadonScan& scan, double pixel_size, void* stream) {
+                    int batch, const RadonScan& scan, double pixel_size, void* stream) {
   const double scale = pixel_size * static_cast<double>(scan.n_views) / static_cast<double>(scan.n_used);
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);
@@ -533,7 +611,7 @@ void radon_gradient(int dtype, const void* image, const void* measured, float* s
 }
 
 void radon_red_update(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums,
-                      const RedOperands& red, int64_t batch, const RadonScan& scan, double pixel_size, void* stream) {
+                      const RedOperands& red, int batch, const RadonScan& scan, double pixel_size, void* stream) {
   const double scale = pixel_size * static_cast<double>(scan.n_views) / static_cast<double>(scan.n_used);
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);

@@ -63,8 +63,8 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
 #pragma unroll
     for (int m = 0; m < kRun; ++m) {
       float u, e = 0;
-      red_pixel<T>(step, to_float(xs.at[m]), to_float(gs.at[m]), to_float(ds.at[m]), to_float(ps.at[m]), momentum, u,
-                   e, part_sums);
+      red_pixel<T>(step, to_float(xs.at[m]), to_float(gs.at[m]), to_float(ds.at[m]), to_float(ps.at[m]), momentum, u, e,
+                   part_sums);
       us.at[m] = from_float<T>(u);
       es.at[m] = from_float<T>(e);
     }

@@ -21,8 +21,8 @@ ODER_DEVICE RedStep red_step(const RedOperands& red, int64_t b) {
 
 // Updates one number. `updated` is rounded as it is stored, so that the reductions speak of what is stored.
 template <class T>
-ODER_DEVICE void red_pixel(const RedStep& p, float x, float gradient, float denoised, float previous,
-                           bool has_previous, float& updated, float& extrapolated, float sums[3]) {
+ODER_DEVICE void red_pixel(const RedStep& p, float x, float gradient, float denoised, float previous, bool has_previous,
+                           float& updated, float& extrapolated, float sums[3]) {
   float u = x - p.step * (gradient + p.tau * (x - denoised));
   if (p.nonnegative && u < 0.0f) u = 0.0f;
   u = to_float(from_float<T>(u));

@@ -11,12 +11,12 @@ struct RedOperands {
   const double* step_size;  // []
   const double* tau;        // []
   const void* previous;
-  const double* momentum;   // [batch]
+  const double* momentum;  // [batch]
   bool nonnegative;
   void* updated;
   void* extrapolated;
-  double* reductions;       // [batch, 3]
-  double* partials;         // [batch, n_partials, 3]
+  double* reductions;  // [batch, 3]
+  double* partials;    // [batch, n_partials, 3]
   int64_t n_partials;
 };
 
