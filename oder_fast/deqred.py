@@ -124,9 +124,9 @@ class DEQRED(nn.Module):
                 f"DEQRED: operator must have gradient(x, y, blocks), or A(x) and A_adjoint(y); "
                 f"{type(operator).__name__} has neither"
             )
-        _check_minibatch("minibatch_size", minibatch_size, operator)
-        if isinstance(differentiation, Implicit) and isinstance(differentiation.minibatch_size, int):
-            _check_minibatch("differentiation.minibatch_size", differentiation.minibatch_size, operator)
+        _check_minibatch("minibatch_size", minibatch_size, operator, solver)
+        if isinstance(differentiation, Implicit):
+            _check_adjoint(differentiation, solver, minibatch_size, operator)
         _check_scalar("tau", tau, zero=True)
         if step_size is None:
             step_size = _safe_step(operator, tau)
@@ -562,9 +562,9 @@ class _Modes(AbstractContextManager[None]):
         for module, training in self.flags:
             module.training = training
 
-    def __exit__(self, *_: object) -> None:
-        for (module, _), training in zip(self.flags, self.before.pop(), strict=True):
-            module.training = training
+    def __exit__(self, *exception: object) -> None:
+        for (module, _), before in zip(self.flags, self.before.pop(), strict=True):
+            module.training = before
 
 
 class _Autocast:
@@ -593,9 +593,19 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _check_minibatch(name: str, size: int | None, operator: Any) -> None:
+def _check_adjoint(differentiation: Implicit, solver: Solver[Any], size: int | None, operator: Any) -> None:
+    own = differentiation.minibatch_size
+    adjoint_size = size if own == "same" else own
+    assert not isinstance(adjoint_size, str)
+    adjoint_solver = differentiation.solver or solver
+    _check_minibatch("differentiation.minibatch_size", adjoint_size, operator, adjoint_solver)
+
+
+def _check_minibatch(name: str, size: int | None, operator: Any, solver: Solver[Any]) -> None:
     if size is None:
         return
+    if not solver.takes_minibatches:
+        raise ValueError(f"DEQRED: {type(solver).__name__} takes no minibatches, but {name} is {size}")
     if not (hasattr(operator, "n_blocks") and hasattr(operator, "draw_blocks")):
         raise ValueError(
             f"DEQRED: {name} needs an operator with n_blocks and draw_blocks(size, generator), "

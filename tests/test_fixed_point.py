@@ -19,6 +19,7 @@ from oder_fast.fixed_point import (
     NotConvergedError,
     NotConvergedWarning,
     Picard,
+    solvers,
 )
 
 SOLVERS = [Picard, Nesterov, Anderson]
@@ -181,7 +182,7 @@ def test_anderson_survives_a_mixed_iterate_that_is_nan():
 
 def test_anderson_refuses_minibatches():
     function, _ = noisy_map()
-    with pytest.raises(ValueError, match="Anderson: mixing amplifies the noise of minibatches"):
+    with pytest.raises(ValueError, match="Anderson takes no minibatches: use Nesterov or Picard"):
         Anderson().solve(function, torch.zeros(1, SIZE, dtype=torch.float64))
 
 
@@ -231,6 +232,26 @@ def test_a_converged_image_freezes_and_leaves_the_batch(solver, selects):
         assert int(alone.iterations) == int(solution.iterations[i])
         assert torch.equal(alone.value[0], solution.value[i])
     assert sum(sizes) == (int(solution.iterations.sum()) if selects else 4 * int(solution.iterations.max()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_device_that_runs_ahead_is_looked_at_now_and_then(solver, monkeypatch):
+    # As on a GPU: tested every ten iterations, nothing leaves the batch, and values freeze all the same.
+    rates = torch.tensor([0.9, 0.1, 0.8, 0.1], dtype=torch.float64)
+    start = torch.zeros(4, 5, dtype=torch.float64)
+    solver = solver(tolerance=1e-8, max_iterations=500, check_every=10)
+    exact = solver.solve(Elementwise(rates, [], True), start)
+    monkeypatch.setattr(solvers, "looking_is_cheap", lambda device: False)
+    sizes: list[int] = []
+    solution = solver.solve(Elementwise(rates, sizes, True), start)
+    assert solution.converged.all()
+    for found, earliest in zip(solution.iterations.tolist(), exact.iterations.tolist(), strict=True):
+        assert found == 10 * math.ceil((earliest - 1) / 10) + 1
+    assert sizes == [4] * int(solution.iterations.max())
+    for i in range(4):
+        alone = solver.solve(Elementwise(rates[i : i + 1], [], True), start[:1])
+        assert torch.equal(alone.value[0], solution.value[i])
+    torch.testing.assert_close(solution.value, exact.value, rtol=1e-6, atol=0)
 
 
 def test_an_empty_batch_is_refused():

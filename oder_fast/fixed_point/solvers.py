@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,13 +117,23 @@ class _Record:
             order = torch.cat([images for images, _ in self.pieces]).argsort()
             value = torch.cat([v for _, v in self.pieces]).index_select(0, order.to(value.device))
         residuals = torch.full((len(self.rows), len(self.iterations)), math.nan, dtype=torch.float64)
-        for row, (iteration, images, reductions) in zip(residuals, self.rows, strict=True):
-            alive = iteration <= self.iterations[images]
-            row[images[alive]] = relative_residual(reductions.cpu())[alive]
+        if self.rows:
+            found = relative_residual(torch.cat([reductions for _, _, reductions in self.rows]).cpu())
+            sizes = [len(images) for _, images, _ in self.rows]
+            for row, (iteration, images, _), values in zip(
+                residuals, self.rows, found.split(sizes), strict=True
+            ):
+                alive = iteration <= self.iterations[images]
+                row[images[alive]] = values[alive]
         at = torch.tensor([iteration for iteration, _, _ in self.rows], dtype=torch.int64)
         contraction = fit_contraction(residuals, at)
         message = describe(self.converged, residuals, contraction)
         return Solution(value, self.iterations, residuals, at, self.converged, contraction, message)
+
+
+def looking_is_cheap(device: torch.device) -> bool:
+    """Whether the values of a tensor can be looked at without waiting for a device."""
+    return device.type == "cpu"
 
 
 @bookkeeping
@@ -145,6 +155,8 @@ class Solver(ABC, Generic[StateT]):
             minibatch; otherwise every iteration is tested. None: run all iterations and test nothing but
             that the result is finite, as the official code of ODER does.
     """
+
+    takes_minibatches: ClassVar[bool] = True
 
     max_iterations: int = 200
     tolerance: float = 1e-4
@@ -186,14 +198,16 @@ class Solver(ABC, Generic[StateT]):
 
         Raises:
             DivergenceError: Where the residual becomes NaN or infinite, or grows far beyond its start.
-            ValueError: For an empty batch.
+            ValueError: For an empty batch, or a map of minibatches where the solver takes none.
         """
         if start.ndim == 0 or start.shape[0] == 0:
             raise ValueError(
                 f"{type(self).__name__}: start must hold at least one image, got {tuple(start.shape)}"
             )
         exact = as_map(fixed_point_map)
-        on_cpu = start.device.type == "cpu"
+        if exact.stochastic and not self.takes_minibatches:
+            raise ValueError(f"{type(self).__name__} takes no minibatches: use Nesterov or Picard")
+        cheap_to_look = looking_is_cheap(start.device)
         state = self._begin(start)
         tail = self._tail() if exact.stochastic and not exact.variance_reduced else None
         tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
@@ -205,7 +219,7 @@ class Solver(ABC, Generic[StateT]):
 
         for iteration in range(1, self.max_iterations + 1):
             last = iteration == self.max_iterations
-            check = self._checks(iteration, exact.stochastic, on_cpu)
+            check = self._checks(iteration, exact.stochastic, cheap_to_look)
             ending = tail if iteration > tail_start else None
             averaging = isinstance(ending, Average)
             current = exact if check and not averaging else exact.draw()
@@ -229,8 +243,8 @@ class Solver(ABC, Generic[StateT]):
             if not check and not last:
                 continue
             reductions = step.reductions.cpu()
-            grew = ~(reductions[:, 0] <= limit.cpu().nan_to_num(posinf=0.0))
-            wrong = alive & grew
+            limit = limit.cpu().nan_to_num(posinf=0.0)
+            wrong = alive & ~(reductions[:, 0] <= limit)
             if bool(wrong.any()):
                 record.finish(images[alive], step.image[alive.to(start.device)], iteration, False)
                 raise DivergenceError(
@@ -247,7 +261,7 @@ class Solver(ABC, Generic[StateT]):
             alive = alive & ~finished
             if not bool(alive.any()):
                 break
-            if on_cpu and bool(done.any()):
+            if cheap_to_look and bool(done.any()):
                 keep = alive.nonzero()[:, 0]
                 selected = exact.select(keep)
                 if selected is not None:
@@ -265,11 +279,11 @@ class Solver(ABC, Generic[StateT]):
             step = self._advance(fixed_point_map.draw(), state)
         return step.image
 
-    def _checks(self, iteration: int, stochastic: bool, on_cpu: bool) -> bool:
+    def _checks(self, iteration: int, stochastic: bool, cheap_to_look: bool) -> bool:
         """Whether an iteration takes the residual of the full map and tests it."""
         if self.check_every is None:
             return False
-        if on_cpu and not stochastic:
+        if cheap_to_look and not stochastic:
             return True
         return (iteration - 1) % self.check_every == 0 or iteration == self.max_iterations
 
@@ -443,7 +457,7 @@ class Anderson(Solver[_AndersonState]):
         ridge: Relative to the trace of the Gram matrix.
 
     Raises:
-        ValueError: For a stochastic map, no memory, or a negative ridge.
+        ValueError: For no memory, or a negative ridge.
 
     Example:
         >>> import torch
@@ -455,6 +469,8 @@ class Anderson(Solver[_AndersonState]):
         Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numerical Analysis 49 (2011).
     """
 
+    takes_minibatches: ClassVar[bool] = False
+
     memory: int = 5
     ridge: float = 1e-8
 
@@ -464,12 +480,6 @@ class Anderson(Solver[_AndersonState]):
             raise ValueError(f"Anderson: memory must be a whole number above 0, got {self.memory!r}")
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"Anderson: ridge must be a finite number, at least 0, got {self.ridge}")
-
-    def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
-        """Iterate from `start`; see `Solver.solve`."""
-        if as_map(fixed_point_map).stochastic:
-            raise ValueError("Anderson: mixing amplifies the noise of minibatches; use Nesterov or Picard")
-        return super().solve(fixed_point_map, start)
 
     def _begin(self, start: Tensor) -> _AndersonState:
         empty = torch.zeros(start.shape[0], 0, dtype=torch.float64, device=start.device)
