@@ -22,6 +22,7 @@ from oder_fast.fixed_point import (
     Picard,
     Unrolled,
 )
+from oder_fast.fixed_point import differentiation as differentiation_module
 from oder_fast.fixed_point.differentiation import AdjointMemory
 
 SIZE = 8
@@ -187,6 +188,26 @@ def test_minibatches_give_the_full_gradients(kind, unrolled, differentiation):
     solver = Nesterov(tolerance=1e-11, max_iterations=3000)
     problem = Problem(**kind, minibatch_size=5, solver=solver, differentiation=differentiation)
     assert_gradients_close(problem.gradients(), unrolled, 1e-6)
+
+
+@pytest.mark.parametrize("variance_reduction", [True, False])
+def test_unrolled_minibatches_are_the_same_when_computed_again(variance_reduction, monkeypatch):
+    # Few iterations, so that the gradient depends on which minibatches were drawn.
+    options = {
+        "minibatch_size": 2,
+        "variance_reduction": variance_reduction,
+        "solver": Nesterov(8, 1e-12),
+        "on_failure": "ignore",
+        "differentiation": Unrolled(),
+    }
+    checkpointed = Problem(**options).gradients()
+    monkeypatch.setattr(differentiation_module, "Checkpointed", lambda fixed_point_map: fixed_point_map)
+    assert_gradients_close(checkpointed, Problem(**options).gradients(), 1e-12)
+    monkeypatch.undo()
+    other = Problem(**options)
+    other.model.generator.manual_seed(99)
+    with pytest.raises(AssertionError):
+        assert_gradients_close(checkpointed, other.gradients(), 1e-3)
 
 
 # ------------------------------------------------------------------ a plain callable
