@@ -5,37 +5,39 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__, build_info
 
 
-def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
+def _whole_number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
         try:
-            value = kind(text)
+            value = int(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
-        if not (math.isfinite(value) and value >= least):
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
         return value
 
     return read
 
 
-def _decibel(text: str) -> float:
+def _decibels(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number of dB, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from . import _demo
-    from .fixed_point import DivergenceError
+    from .fixed_point import FixedPointError
 
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
     try:
@@ -43,34 +45,37 @@ def _demo(arguments: argparse.Namespace) -> int:
     except _demo.BadInputError as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 2
-    except (DivergenceError, OSError) as error:
+    except (FixedPointError, OSError) as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _info(_: argparse.Namespace) -> int:
-    from . import build_info
+def _print_tree(tree: Mapping[str, Any], indent: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{key}:")
+            _print_tree(value, indent + "  ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            print(f"{indent}{key}: {text}")
 
-    print(build_info())
+
+def _info(_: argparse.Namespace) -> int:
+    _print_tree(build_info())
     return 0
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"oder-fast {version('oder-fast')}")
-        parser.exit()
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="oder-fast", description="Fixed points of regularization by denoising, by minibatches, fast."
     )
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="print the version and exit"
-    )
+    parser.add_argument("--version", action="version", version=f"oder-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
@@ -80,40 +85,23 @@ def _parser() -> argparse.ArgumentParser:
             "fixed point, reconstruct by filtered back-projection, RED (all views a step) and ODER (a "
             "minibatch of views a step), print a table, and write figure.png, arrays.npz and denoiser.pt."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.set_defaults(run=_demo)
-    demo.add_argument(
-        "--input",
-        type=Path,
-        metavar="FILE",
-        help="image: DICOM, TIFF, PNG, NPY or NPZ (default: the CT slice of pydicom)",
-    )
-    demo.add_argument("--array", metavar="NAME", help="array of an NPZ file that holds several")
-    demo.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=Path("oder-fast-demo"), help="where to write"
-    )
-    demo.add_argument("--views", type=_number(int, 1), default=48, metavar="N", help="views over 180 degrees")
-    demo.add_argument(
-        "--minibatch", type=_number(int, 1), metavar="N", help="views a step in ODER (default: a third)"
-    )
-    demo.add_argument(
-        "--snr", type=_decibel, default=50.0, metavar="DB", help="signal-to-noise ratio of the scan"
-    )
-    demo.add_argument(
-        "--steps", type=_number(int, 1), default=1500, metavar="N", help="training steps on noise"
-    )
-    demo.add_argument(
-        "--fixed-point-steps",
-        type=_number(int, 0),
-        default=20,
-        metavar="N",
-        help="training steps through the fixed point",
-    )
-    demo.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="same seed, same numbers")
-    demo.add_argument(
-        "--threads", type=_number(int, 1), metavar="N", help="threads (default: as torch chooses)"
-    )
+
+    def option(name: str, read: Callable[[str], Any], metavar: str, text: str, default: Any = None) -> None:
+        shown = text if default is None else f"{text} (default: {default})"
+        demo.add_argument(name, type=read, metavar=metavar, help=shown, default=default)
+
+    option("--input", Path, "FILE", "DICOM, TIFF, PNG, NPY or NPZ image (default: the CT slice of pydicom)")
+    option("--array", str, "NAME", "array of an NPZ file that holds several")
+    option("--output", Path, "FOLDER", "where to write", Path("oder-fast-demo"))
+    option("--views", _whole_number(1), "N", "views, spread over 180 degrees", 45)
+    option("--minibatch", _whole_number(1), "N", "views a step in ODER (default: a third of the views)")
+    option("--snr", _decibels, "DB", "signal-to-noise ratio of the scan", 50.0)
+    option("--steps", _whole_number(1), "N", "training steps on noise", 1200)
+    option("--fixed-point-steps", _whole_number(0), "N", "training steps through the fixed point", 60)
+    option("--seed", _whole_number(0), "N", "the same seed gives the same numbers", 0)
+    option("--threads", _whole_number(1), "N", "threads; more pay where the cores are idle", 1)
     info = commands.add_parser("info", help="say what was built, and why a face is missing")
     info.set_defaults(run=_info)
     return parser
@@ -125,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("oder-fast: interrupted; no file was left half-written", file=sys.stderr)
+        print("\noder-fast: interrupted; no file was left half-written", file=sys.stderr)
         return 130
     return status
 
