@@ -112,18 +112,25 @@ def ellipse_image(ellipses: Ellipses, n: int, oversampling: int = 8) -> Tensor:
 def in_turn(
     candidates: dict[str, Callable[[], object]], seconds: float = 1.5, rounds: int = 5
 ) -> dict[str, float]:
-    """Median seconds of each candidate, timed in turn; at least `rounds` rounds, about `seconds` in all."""
+    """Median seconds of each candidate, timed in turn; at least `rounds` rounds, about `seconds` in all.
+
+    Before each timed call comes an untimed one of the same candidate: in a solver's loop too it finds its own data
+    in the caches, not that of a peer.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
+
+    def run(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
         call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < rounds:
         for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            run(call)
+            times[name].append(run(call))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -64,7 +64,7 @@ def scalars(*values: Tensor | None) -> list[Tensor | None]:
     return [None if v is None else v.detach().to(torch.float64).contiguous() for v in values]
 
 
-def _impl(
+def _write(
     image: Tensor,
     fidelity_grad: Tensor,
     denoised: Tensor,
@@ -74,29 +74,38 @@ def _impl(
     momentum: Tensor | None,
     nonnegative: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    updated, extrapolated, reductions = outputs(image, previous)
+    updated: Tensor,
+    extrapolated: Tensor | None,
+    reductions: Tensor,
+) -> None:
+    """Write the results into the memory given."""
     if image.numel() == 0:
-        return updated, extrapolated, reductions.zero_()
-    out = _real(updated)
-    assert out is not None
-    batch, length = image.shape[0], out.numel() // image.shape[0]
+        reductions.zero_()
+        return
+    result = _real(updated)
+    assert result is not None
+    batch, length = image.shape[0], result.numel() // image.shape[0]
     faces.face(backend).launch(
         "red_update",
         image,
-        faces.DTYPE_CODES[out.dtype],
+        faces.DTYPE_CODES[result.dtype],
         *contiguous(image, fidelity_grad, denoised),
         *scalars(step_size, tau),
         *contiguous(previous),
         *scalars(momentum),
         nonnegative,
-        out,
+        result,
         None if previous is None else _real(extrapolated),
         reductions,
         *partial_sums(batch, min(-(-length // PART), 1024), reductions, backend),
         batch,
         length,
     )
+
+
+def _impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    updated, extrapolated, reductions = outputs(args[0], args[5])
+    _write(*args, updated=updated, extrapolated=extrapolated, reductions=reductions)
     return updated, extrapolated, reductions
 
 
@@ -168,6 +177,15 @@ def _backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any)
 
 register("red_update", _impl, _fake, _backward, _setup)
 
+LIBRARY.define(
+    "red_update_out(Tensor image, Tensor fidelity_grad, Tensor denoised, Tensor step_size, Tensor tau, "
+    "Tensor? previous, Tensor? momentum, bool nonnegative, str backend, Tensor(a!) updated, "
+    "Tensor(b!)? extrapolated, Tensor(c!) reductions) -> ()"
+)
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("red_update_out", _write, _key)
+torch.library.register_fake("oder_fast::red_update_out", lambda *_: None, lib=LIBRARY)
+
 
 def parameter(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """Return a 0-d tensor for a float or a 0-d tensor."""
@@ -211,6 +229,24 @@ def check_prior(
     return momentum
 
 
+def _check_out(op: str, out: RedUpdate, image: Tensor, args: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise ValueError(f"{op}: out cannot be given where a gradient is asked for")
+    for name in ("image", "extrapolated"):
+        value = getattr(out, name)
+        _checks.tensor(op, f"out.{name}", value)
+        _checks.same(op, f"out.{name}", value, "image", image)
+        _checks.shape(op, f"out.{name}", value, tuple(image.shape), "that of image")
+    _checks.shape(op, "out.reductions", out.reductions, (image.shape[0], 3), "three for each image")
+    if out.reductions.dtype != torch.float64 or out.reductions.device != image.device:
+        raise ValueError(f"{op}: out.reductions must be float64 on {image.device}")
+    if not all(value.is_contiguous() for value in out):
+        raise ValueError(f"{op}: out must be contiguous")
+    given = {a.data_ptr() for a in args if isinstance(a, Tensor)}
+    if any(value.data_ptr() in given for value in out):
+        raise ValueError(f"{op}: out must not share memory with the other arguments")
+
+
 def red_update(
     image: Tensor,
     fidelity_grad: Tensor,
@@ -221,6 +257,7 @@ def red_update(
     previous: Tensor | None = None,
     momentum: float | Tensor | None = None,
     nonnegative: bool = False,
+    out: RedUpdate | None = None,
     backend: str = "auto",
 ) -> RedUpdate:
     r"""Take one step of regularization by denoising in a single pass over memory.
@@ -239,15 +276,18 @@ def red_update(
         previous: The last iterate `x`, like `image`; given together with `momentum`.
         momentum: ``beta``, float or tensor ``(B,)``; not differentiated.
         nonnegative: Project on ``x >= 0`` (real images only).
+        out: Results of an earlier call to write into, for loops that allocate nothing: contiguous, apart from
+            the other arguments; not differentiable.
         backend: ``"auto"`` or the name of a face.
 
     Returns:
-        A `RedUpdate`; `image` and `extrapolated` are differentiable any number of times in `image`,
+        A `RedUpdate` (`out` where given); `image` and `extrapolated` are differentiable any number of times in `image`,
         `fidelity_grad`, `denoised`, `step_size`, `tau` and `previous`.
 
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape or device that does not fit, or a projection of complex images.
+        ValueError: For a shape or device that does not fit, a projection of complex images, or `out` where a
+            gradient is asked for.
 
     Example:
         >>> import torch
@@ -273,7 +313,18 @@ def red_update(
     tau = parameter(op, "tau", tau, image.device)
     chosen = faces.resolve(backend, image.device, image.dtype)
     args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
+    if out is not None:
+        _check_out(op, out, image, args)
     if chosen == "reference":
-        return RedUpdate(*reference.red_update(*args))
+        results = RedUpdate(*reference.red_update(*args))
+        if out is None:
+            return results
+        for target, value in zip(out, results, strict=True):
+            target.copy_(value)
+        return out
+    if out is not None:
+        extrapolated = None if previous is None else out.extrapolated
+        torch.ops.oder_fast.red_update_out(*args, chosen, out.image, extrapolated, out.reductions)
+        return out
     updated, extrapolated, reductions = torch.ops.oder_fast.red_update(*args, chosen)
     return RedUpdate(updated, updated if previous is None else extrapolated, reductions)
