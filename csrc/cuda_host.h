@@ -186,21 +186,21 @@ class Block {
     for (unsigned t = 0; t < size.x; ++t) fibers_[t].reset(enter);
     for (;;) {
       if (shuffled) std::shuffle(order.begin(), order.end(), random_);
-      for (const unsigned t : order) {
+      // The first in the order goes on for as long as it can, so that a warp may be a whole barrier ahead.
+      for (unsigned k = 0; k < size.x; ++k) {
+        const unsigned t = order[k];
         if (states_[t] != kReady) continue;
         thread.x = t;
         Fiber::change(scheduler_, fibers_[t]);
+        const unsigned warp = t / 32 * 32, end = std::min(warp + 32, size.x);
+        if (states_[t] == kAtWarp && all(warp, end, kAtWarp)) {
+          std::fill(states_.begin() + warp, states_.begin() + end, kReady);
+          k = -1u;  // from the start
+        }
       }
       if (all(0, size.x, kDone)) return;
-      bool released = all(0, size.x, kAtBlock);
-      if (released) states_.assign(size.x, kReady);
-      for (unsigned w = 0; w < size.x; w += 32) {
-        const unsigned end = std::min(w + 32, size.x);
-        if (!all(w, end, kAtWarp)) continue;
-        std::fill(states_.begin() + w, states_.begin() + end, kReady);
-        released = true;
-      }
-      if (!released) fail(name, "has a barrier that some of its threads do not reach");
+      if (!all(0, size.x, kAtBlock)) fail(name, "has a barrier that some of its threads do not reach");
+      states_.assign(size.x, kReady);
     }
   }
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda_types.h"
 #include "radon_cuda.h"
 #include "red_update_cuda.cuh"
 
@@ -175,7 +176,7 @@ ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& sc
   const int strips = (n_lines + kStrip - 1) / kStrip, first_strip = block.group * plan.n_strips;
   const int last_strip = strips < first_strip + plan.n_strips ? strips : first_strip + plan.n_strips;
   int strip = first_strip;
-  // At least once: a block.group without a strip of this direction still writes its zeros.
+  // At least once: a group without a strip of this direction still writes its zeros.
   do {
     const int line = strip * kStrip;
     const int lines = strip < strips ? (n_lines - line < kStrip ? n_lines - line : kStrip) : 0;
@@ -511,7 +512,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
       const float x = to_float(point[at]), denoised = to_float(static_cast<const Out*>(red.denoised)[at]);
       const float previous = momentum ? to_float(static_cast<const Out*>(red.previous)[at]) : 0.0f;
       float u, e = 0;
-      red_pixel<Out>(step, x, sums[p][k], denoised, previous, momentum, u, e, part_sums);
+      red_pixel(step, x, sums[p][k], denoised, previous, momentum, u, e, part_sums);
       static_cast<Out*>(red.updated)[at] = from_float<Out>(u);
       if (momentum) static_cast<Out*>(red.extrapolated)[at] = from_float<Out>(e);
     }

@@ -1,3 +1,4 @@
+#include "cuda_types.h"
 #include "red_update_cuda.cuh"
 
 namespace oder {
@@ -44,8 +45,8 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
   double sums[3] = {0, 0, 0};
   const auto one = [&](int64_t k) {
     float u, e = 0, part_sums[3] = {0, 0, 0};
-    red_pixel<T>(step, to_float(x[k]), to_float(g[k]), to_float(denoised[k]), to_float(previous[k]), momentum, u, e,
-                 part_sums);
+    red_pixel(step, to_float(x[k]), to_float(g[k]), to_float(denoised[k]), to_float(previous[k]), momentum, u, e,
+              part_sums);
     updated[k] = from_float<T>(u);
     if (momentum) extrapolated[k] = from_float<T>(e);
     for (int m = 0; m < 3; ++m) sums[m] += part_sums[m];
@@ -63,8 +64,8 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
 #pragma unroll
     for (int m = 0; m < kRun; ++m) {
       float u, e = 0;
-      red_pixel<T>(step, to_float(xs.at[m]), to_float(gs.at[m]), to_float(ds.at[m]), to_float(ps.at[m]), momentum, u, e,
-                   part_sums);
+      red_pixel(step, to_float(xs.at[m]), to_float(gs.at[m]), to_float(ds.at[m]), to_float(ps.at[m]), momentum, u, e,
+                part_sums);
       us.at[m] = from_float<T>(u);
       es.at[m] = from_float<T>(e);
     }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda_launch.h"
-#include "cuda_types.h"
 #include "red_update_cuda.h"
 
 namespace oder {
@@ -19,13 +18,11 @@ ODER_DEVICE RedStep red_step(const RedOperands& red, int64_t b) {
           red.momentum ? static_cast<float>(red.momentum[b]) : 0.0f, red.nonnegative};
 }
 
-// Updates one number. `updated` is rounded as it is stored, so that the reductions speak of what is stored.
-template <class T>
+// Updates one number; the extrapolation and the sums take `updated` before it is rounded to its storage.
 ODER_DEVICE void red_pixel(const RedStep& p, float x, float gradient, float denoised, float previous, bool has_previous,
                            float& updated, float& extrapolated, float sums[3]) {
   float u = x - p.step * (gradient + p.tau * (x - denoised));
   if (p.nonnegative && u < 0.0f) u = 0.0f;
-  u = to_float(from_float<T>(u));
   const float change = u - x;
   sums[0] += change * change;
   sums[1] += u * u;

@@ -202,13 +202,11 @@ def _radon_gather_kernel(
         source = sinogram + (b * n_used + v) * n_bins
         if TAPS == 0:
             u = corner + i * per_row + j * per_column
-            lower = tl.minimum(tl.maximum(tl.floor(u), -2.0 - reach), n_bins + 1.0 + reach)
-            fraction = u - lower
-            for k in range(1 - reach, reach + 1):
-                weight = tl.maximum(1.0 - tl.abs(k - fraction) * sigma, 0.0) * peak
-                d = lower.to(tl.int64) + k
-                value = tl.load(source + d, (d >= 0) & (d < n_bins), 0.0).to(tl.float32)
-                sums += weight.to(tl.float32) * value
+            begin = tl.minimum(tl.maximum(tl.floor(u) + 1.0 - reach, 0.0), n_bins * 1.0).to(tl.int32)
+            for k in range(0, tl.minimum(2 * reach, n_bins)):
+                d = begin + k
+                weight = tl.maximum(1.0 - tl.abs(d - u) * sigma, 0.0) * peak
+                sums += weight.to(tl.float32) * tl.load(source + d, d < n_bins, 0.0).to(tl.float32)
         else:
             # A tile beyond the limits is as far from the detector as one at them.
             base = tl.minimum(tl.maximum(tl.floor(corner), -536870912.0), 536870912.0)
@@ -240,7 +238,7 @@ def _radon_gather_kernel(
             factor = tl.load(momentum + b).to(tl.float32)
         gradient = tl.where(here, sums, 0.0)
         u, e, term0, term1, term2 = red_step(
-            x, gradient, prior, last, size, weight, factor, MOMENTUM, NONNEGATIVE, dtype
+            x, gradient, prior, last, size, weight, factor, MOMENTUM, NONNEGATIVE
         )
         tl.store(updated + at, u.to(dtype), here)
         if MOMENTUM:

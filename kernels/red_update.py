@@ -12,14 +12,12 @@ BLOCK = 1024
 @triton.jit
 def red_step(
     x, gradient, denoised, previous, step_size, tau, momentum,
-    MOMENTUM: tl.constexpr, NONNEGATIVE: tl.constexpr, dtype: tl.constexpr,
+    MOMENTUM: tl.constexpr, NONNEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Update float32 numbers; return updated, extrapolated and the float64 terms of the three sums."""
+    """Return updated, before it is rounded to its storage, extrapolated, and the terms of the three sums."""
     updated = x - step_size * (gradient + tau * (x - denoised))
     if NONNEGATIVE:
         updated = tl.where(updated < 0, 0.0, updated)
-    # As it is stored, so that the reductions speak of what is stored.
-    updated = updated.to(dtype).to(tl.float32)
     change = updated - x
     extrapolated = updated
     uphill = tl.zeros_like(change)
@@ -68,9 +66,7 @@ def _red_update_kernel(
         p = x
         if MOMENTUM:
             p = tl.load(previous + at, inside, 0.0).to(tl.float32)
-        u, e, term0, term1, term2 = red_step(
-            x, g, d, p, step, weight, factor, MOMENTUM, NONNEGATIVE, image.dtype.element_ty
-        )
+        u, e, term0, term1, term2 = red_step(x, g, d, p, step, weight, factor, MOMENTUM, NONNEGATIVE)
         tl.store(updated + at, u.to(image.dtype.element_ty), inside)
         if MOMENTUM:
             tl.store(extrapolated + at, e.to(image.dtype.element_ty), inside)

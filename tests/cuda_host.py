@@ -1,72 +1,75 @@
-"""Build the CUDA faces for the host (csrc/cuda_host.h), so that the tests can run their kernels."""
+"""Build the CUDA faces for the host (csrc/cuda_host.h), so that tests can run their kernels without a GPU."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("radon_cuda.cu", "red_update_cuda.cu", "bind_cuda.cpp")
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unknown-pragmas"]
 
 
-def build(replace: dict[str, str] | None = None) -> ModuleType:
-    """Build and import the module; `replace` plants changes in a copy of the kernels.
+def build(change: Callable[[str, str], str] | None = None) -> ModuleType:
+    """Build and import the module.
 
-    Objects are kept in a cache folder by the content of all sources, so that only what changed is compiled.
+    Objects stay in build/host by the content of all sources, so that only what changed is compiled.
+
+    Args:
+        change: From the name and the text of a source to the text to compile in its place, to plant bugs.
     """
-    texts = {path.name: path.read_text() for path in sorted(CSRC.glob("*")) if path.is_file()}
-    for old, new in (replace or {}).items():
-        found = [name for name, text in texts.items() if old in text]
-        if len(found) != 1 or texts[found[0]].count(old) != 1:
-            raise ValueError(f"{old!r} must occur once, found in {found}")
-        texts[found[0]] = texts[found[0]].replace(old, new)
+    texts = {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*")) if path.is_file()}
+    if change is not None:
+        texts = {name: change(name, text) for name, text in texts.items()}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = os.environ.get("CXX", "g++")
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     headers = {name: text for name, text in texts.items() if not name.endswith((".cu", ".cpp"))}
-    cache = Path(tempfile.gettempdir()) / f"oder-fast-host-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    common = repr((FLAGS, compiler, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX"), headers))
+    common = repr((FLAGS, compiler, pybind11.__version__, suffix, headers))
     keys = {name: hashlib.sha256((common + texts[name]).encode()).hexdigest()[:16] for name in SOURCES}
-    key = hashlib.sha256("".join(keys.values()).encode()).hexdigest()[:16]
-    target = cache / key / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # pybind11 keeps modules by name: another build under the same name would only add overloads to the first.
+    module_name = f"_cuda_host_{hashlib.sha256(''.join(keys.values()).encode()).hexdigest()[:16]}"
+    cache = ROOT / "build" / "host"
+    target = cache / f"{module_name}{suffix}"
     if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             for name, text in texts.items():
-                (Path(folder) / name).write_text(text)
+                Path(folder, name).write_text(text)
+
+            def run(command: list[str]) -> None:
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
             def compile_one(name: str) -> str:
-                object_file = cache / f"{keys[name]}.o"
-                if not object_file.exists():
-                    fresh = Path(folder) / f"{name}.o"
-                    paths = (pybind11.get_include(), sysconfig.get_paths()["include"])
-                    binding = name.startswith("bind")
-                    language = ["-O1", "-DODER_MODULE=_cuda_host"] if binding else ["-x", "c++"]
-                    include = [f"-isystem{path}" for path in paths]
-                    command = [compiler, *FLAGS, *include, *language, "-c", name, "-o", fresh.name]
-                    subprocess.run(command, cwd=folder, check=True)
-                    os.replace(fresh, object_file)
-                return str(object_file)
+                binding = name.startswith("bind")
+                kept = cache / f"{module_name if binding else keys[name]}.o"
+                if not kept.exists():
+                    language = [f"-DODER_MODULE={module_name}"] if binding else ["-x", "c++"]
+                    include = [f"-isystem{path}" for path in includes]
+                    run([compiler, *FLAGS, *include, *language, "-c", name, "-o", f"{name}.o"])
+                    os.replace(Path(folder, f"{name}.o"), kept)
+                return str(kept)
 
             with ThreadPoolExecutor(2) as pool:
                 objects = list(pool.map(compile_one, SOURCES))
-            fresh = Path(folder) / target.name
-            subprocess.run([compiler, "-shared", *objects, "-o", str(fresh)], check=True)
-            target.parent.mkdir(exist_ok=True)
-            shutil.move(fresh, target)
-    spec = importlib.util.spec_from_file_location("_cuda_host", target)
-    assert spec is not None
-    assert spec.loader is not None
+            run([compiler, "-shared", *objects, "-o", target.name])
+            os.replace(Path(folder, target.name), target)
+    spec = importlib.util.spec_from_file_location(module_name, target)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{target} is no module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

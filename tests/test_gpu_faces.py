@@ -1,0 +1,399 @@
+"""The GPU faces without a GPU: CUDA kernels run on the host, Triton kernels interpreted, both compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import oder_fast
+from oder_fast.ops import faces
+from oder_fast.testing import CASES, RADON_SHAPES, TOLERANCE, angles_over, relative_error
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_host, operators = load("cuda_host"), load("test_operators")
+radon, red_update = load("test_radon"), load("test_red_update")
+
+# What every face must pass, here for the CUDA kernels on the host.
+test_cuda_gradients = operators.test_gradients_equal_those_of_the_reference
+test_cuda_adjoint = operators.test_adjoint_is_the_exact_transpose
+test_cuda_strides = operators.test_any_strides_are_taken
+test_cuda_empty_batch = operators.test_empty_batch_gives_an_empty_result
+test_cuda_dense_matrix = radon.test_equals_a_dense_matrix
+test_cuda_ellipses = radon.test_ellipses_have_their_analytic_radon_transform
+test_cuda_pixel_size = radon.test_pixel_size_is_a_unit_of_length
+test_cuda_minibatches = radon.test_minibatches_average_to_the_full_gradient
+test_cuda_formula = red_update.test_equals_the_formula
+test_cuda_projection = red_update.test_projection_clips_and_keeps_nan
+test_cuda_large_images = red_update.test_large_images_go_past_the_caches
+
+
+class HostFace:
+    """A GPU face on CPU tensors, as the fixture `face` describes faces."""
+
+    def __init__(self, backend):
+        self.name = f"{backend}-host"
+        self.backend, self.device, self.dtypes = backend, "cpu", faces.DTYPES[backend]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return cuda_host.build()
+
+
+@pytest.fixture
+def face(module):
+    with faces.use_module("cuda", module):
+        yield HostFace("cuda")
+
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the Triton kernels run there, compiled"
+)
+BOTH = pytest.mark.parametrize("backend", ["cuda", pytest.param("triton", marks=interpreted)])
+
+
+@pytest.fixture
+def use(module):
+    """Choose a GPU face by name."""
+    return lambda backend: faces.use_module("cuda", module) if backend == "cuda" else nullcontext()
+
+
+def compare(case, shape, dtype, backend, generator):
+    args, options = case.make_inputs(shape, dtype, "cpu", generator)
+    got = operators.results(case.function(*args, **options, backend=backend))
+    wide = {k: operators.widen(v) for k, v in options.items()}
+    expected = operators.results(case.function(*map(operators.widen, args), **wide, backend="reference"))
+    for one, other in zip(got, expected, strict=True):
+        assert relative_error(one, other) < TOLERANCE[dtype]
+
+
+# ------------------------------------------------------------------ CUDA
+
+# A block each: many views (two chunks of the gather), many lines (strips of one group), wide images (tiles of
+# a line), tiles of rows that are copied by fours, detectors that sit beside the image.
+COPIED_BY_FOURS = {"image": (3, 41, 100), "angles": angles_over(7), "bins": 113, "offset": 0.25}
+TILED = (
+    {"image": (1, 6, 5), "angles": angles_over(150), "bins": 9},
+    {"image": (2, 4, 700), "angles": angles_over(5, start=0.2), "bins": 90, "spacing": 8.3},
+    {"image": (1, 700, 8), "angles": angles_over(3, start=1.2), "bins": 710},
+    COPIED_BY_FOURS,
+    {"image": (4, 3, 130), "angles": angles_over(300), "bins": 9, "spacing": 16.0},
+    {"image": (1, 33, 32), "angles": angles_over(6), "bins": 10, "offset": 14.0},
+)
+
+
+SHAPES = pytest.mark.parametrize(
+    ("case", "shape"),
+    [pytest.param(c, s, id=f"{c.name}-{k}") for c in CASES for k, s in enumerate(c.shapes)],
+)
+
+
+@SHAPES
+def test_cuda_values(case, shape, face, generator):
+    for dtype in operators.dtypes_of(case, face):
+        compare(case, shape, dtype, face.backend, generator)
+
+
+@pytest.mark.parametrize("shape", TILED, ids=lambda s: "x".join(map(str, s["image"])))
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("radon")], ids=lambda c: c.name)
+def test_cuda_tiles(case, shape, face, generator):
+    compare(case, shape, torch.float32, face.backend, generator)
+    if shape is COPIED_BY_FOURS:
+        for dtype in (torch.bfloat16, torch.float16):
+            compare(case, shape, dtype, face.backend, generator)
+
+
+def test_cuda_white_noise_at_full_size(face, generator):
+    """Positions in plain float32 would miss this by a factor of ten."""
+    angles, size = angles_over(9, start=0.1), (512, 512)
+    image = torch.randn(1, *size, generator=generator)
+    sinogram = torch.randn(1, 9, 729, generator=generator)
+    forward = oder_fast.radon_forward(image, angles, 729, backend="cuda")
+    expected = oder_fast.radon_forward(image.double(), angles, 729, backend="reference")
+    assert relative_error(forward, expected) < 1e-6
+    adjoint = oder_fast.radon_adjoint(sinogram, angles, size, backend="cuda")
+    expected = oder_fast.radon_adjoint(sinogram.double(), angles, size, backend="reference")
+    assert relative_error(adjoint, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_storage_rounds_as_torch_does(dtype, face, generator):
+    x = torch.arange(65536).to(torch.uint16).view(dtype)
+    x = x[x.isfinite()][None]
+    other = x[:, torch.randperm(x.shape[1], generator=generator)]
+    zero = torch.zeros_like(x)
+    same = oder_fast.red_update(x, zero, zero, 0.0, 0.0, backend="cuda").image
+    assert torch.equal(same, x)
+    moved = oder_fast.red_update(x, other, zero, 1.0, 0.0, backend="cuda").image
+    assert torch.equal(moved, (x.float() - other.float()).to(dtype))
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_cuda_takes_misaligned_memory(shift, face, generator):
+    """Slices that start inside a 16-byte run, alike for all operands and not."""
+    for shifts in ([shift] * 4, [shift, 0, 2 * shift, 1]):
+        x, g, d, p = (torch.randn(400, generator=generator)[s : s + 315].view(3, 105) for s in shifts)
+        got = oder_fast.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="cuda")
+        x, g, d, p = (v.double() for v in (x, g, d, p))
+        expected = oder_fast.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="reference")
+        for one, other in zip(got, expected, strict=True):
+            assert relative_error(one, other) < 1e-6
+
+
+ORDERS = ("forward", "reverse", "1", "2")
+
+
+def outcomes(module, monkeypatch, order):
+    """Results of every operator at shapes that need all barriers, or what stopped it."""
+    monkeypatch.setenv("ODER_HOST_ORDER", order)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    with faces.use_module("cuda", module):
+        for case in CASES:
+            # Two strips a group and two tiles a line; two chunks of views; two images a block.
+            tiny = [
+                TILED[0],
+                {"image": (2, 40, 330), "angles": angles_over(260), "bins": 33, "spacing": 10.4},
+            ]
+            shapes = tiny if case.name.startswith("radon") else [{"image": (2, 5, 29)}]
+            for shape in shapes:
+                args, options = case.make_inputs(shape, torch.float32, "cpu", generator)
+                try:
+                    found += operators.results(case.function(*args, **options, backend="cuda"))
+                except RuntimeError as error:
+                    found.append(error)
+    return found
+
+
+def differ(some, others):
+    return any(
+        isinstance(a, Exception) or isinstance(b, Exception) or not torch.equal(a, b)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def test_cuda_bits_do_not_depend_on_the_order_of_threads(module, monkeypatch):
+    first = outcomes(module, monkeypatch, ORDERS[0])
+    for order in ORDERS[1:]:
+        assert not differ(outcomes(module, monkeypatch, order), first)
+
+
+# Statements to leave out, and conditions to spoil, one at a time.
+OMITTED = ("__syncthreads();", "wait_for_copies();")
+SPOILED = (
+    ("i < height && lane < lines", "i < height && lane < lines - 1"),
+    ("r < lines", "r < lines - 1"),
+    ("lane >= lanes || e >= rays.end", "lane >= lanes || e >= rays.end - 1"),
+    ("d >= scan.n_bins", "d >= scan.n_bins - 1"),
+    ("thread < n_views", "thread < n_views - 1"),
+    ("i >= scan.height || j >= scan.width", "i >= scan.height || j >= scan.width - 1"),
+    ("k < head", "k < head - 1"),
+    ("k < runs", "k < runs - 1"),
+    ("k < length", "k < length - 1"),
+    ("p < red.n_partials", "p < red.n_partials - 1"),
+)
+PLANTED = """
+inline void wait_in_vain() { __syncthreads(); }
+inline bool planted(int site) {
+  const char* at = std::getenv("ODER_PLANTED");
+  return at && std::atoi(at) == site;
+}
+"""
+
+
+def test_cuda_planted_bugs_are_caught(monkeypatch):
+    """Every barrier and every wait is needed, and seen to be, and so is the end of every loop."""
+    sites = []
+
+    def plant(site, template):
+        sites.append(site)
+        return template.format(len(sites) - 1)
+
+    def change(name, text):
+        if name == "cuda_host.h":
+            return text + PLANTED
+        if name == "red_update_cuda.cuh":
+            old = "if (lane == 0) {"
+            assert text.count(old) == 1
+            text = text.replace(old, old + " if (planted(1000)) wait_in_vain();")
+        if name.endswith((".cu", ".cuh")):
+            for statement in OMITTED:
+                first, *rest = text.split(statement)
+                text = first
+                for k, piece in enumerate(rest):
+                    text += plant(f"{name}: {statement} {k}", "if (!planted({})) ") + statement + piece
+            for old, new in SPOILED:
+                if old in text:
+                    assert text.count(old) == 1, old
+                    text = text.replace(old, plant(f"{name}: {new}", f"(planted({{}}) ? ({new}) : ({old}))"))
+        return text
+
+    module = cuda_host.build(change)
+    assert len(sites) == len(SPOILED) + 10
+    right = outcomes(module, monkeypatch, ORDERS[0])
+    assert not any(isinstance(r, Exception) for r in right)
+    missed = []
+    for k, site in enumerate(sites):
+        monkeypatch.setenv("ODER_PLANTED", str(k))
+        if not any(differ(outcomes(module, monkeypatch, order), right) for order in ORDERS):
+            missed.append(site)
+    assert not missed
+    monkeypatch.setenv("ODER_PLANTED", "1000")
+    with (
+        faces.use_module("cuda", module),
+        pytest.raises(RuntimeError, match="some of its threads do not reach"),
+    ):
+        oder_fast.red_update(*torch.zeros(3, 1, 8), 0.1, 1.0, backend="cuda")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: nothing to compile with")
+@pytest.mark.parametrize("stem", ["radon", "red_update"])
+def test_cuda_compiles_without_spills(stem, tmp_path):
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", *architectures, "-c", CSRC / f"{stem}_cuda.cu"]
+    report = subprocess.run(
+        [*command, "-o", tmp_path / "out.o"], check=True, capture_output=True, text=True
+    ).stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) >= 3 * (4 if stem == "red_update" else 27)
+    assert set(spills) == {("0", "0")}
+    assert "warning" not in report
+    if stem == "radon":
+        # Three blocks of 256 threads share the 65536 registers of a multiprocessor.
+        assert max(registers) <= 80
+
+
+# ------------------------------------------------------------------ Triton
+
+
+@interpreted
+@SHAPES
+def test_triton_values(case, shape, generator):
+    compare(case, shape, torch.float32, "triton", generator)
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+def test_triton_storage(case, dtype, generator):
+    if dtype.is_complex and case.name != "red_update":
+        return
+    compare(case, case.shapes[2], dtype, "triton", generator)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [c for c in CASES if c.adjoint is not None], ids=lambda c: c.name)
+def test_triton_adjoint(case, generator):
+    for shape in RADON_SHAPES[2:8]:
+        operators.test_adjoint_is_the_exact_transpose(case, shape, HostTriton(), generator)
+
+
+class HostTriton(HostFace):
+    def __init__(self):
+        super().__init__("triton")
+        self.dtypes = (torch.float32,)
+
+
+def test_triton_compiles_ahead_of_time(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, TESTS / "triton_aot.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {row["kernel"] for row in rows} == {
+        "_radon_views_kernel",
+        "_radon_project_kernel",
+        "_radon_gather_kernel",
+        "_red_update_kernel",
+        "_red_finish_kernel",
+    }
+    assert not [row for row in rows if row["local"]]
+
+
+# ------------------------------------------------------------------ both
+
+
+@BOTH
+def test_views_out_of_range_count_as_zero(backend, use, generator):
+    image = torch.randn(2, 9, 12, generator=generator)
+    sinogram = torch.randn(2, 4, 15, generator=generator)
+    angles, views = angles_over(4, start=0.3), torch.tensor([7, 2, -1])
+    prior = (torch.zeros_like(image), torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.0).double())
+    with use(backend):
+        got = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, 15, 1.0, 0.0, 1.0, backend)
+        step = torch.ops.oder_fast.radon_red_update(
+            image, sinogram, angles, views, *prior, None, None, False, 15, 1.0, 0.0, 1.0, backend
+        )[0]
+    alone = oder_fast.radon_gradient(image.double(), sinogram.double(), angles, views[1:2]) / 3
+    assert relative_error(got, alone) < 2e-6
+    assert relative_error(step, image - 0.1 * alone) < 2e-6
+
+
+@BOTH
+def test_angle_that_is_no_number_counts_as_zero(backend, use, generator):
+    image = torch.randn(1, 6, 7, generator=generator)
+    angles = torch.tensor([math.nan, 0.5, math.inf], dtype=torch.float64)
+    with use(backend):
+        got = torch.ops.oder_fast.radon_forward(image, angles, 9, 1.0, 0.0, 1.0, backend)
+        back = torch.ops.oder_fast.radon_adjoint(got, angles, 6, 7, 1.0, 0.0, 1.0, backend)
+    assert torch.equal(got[:, ::2], torch.zeros(1, 2, 9))
+    expected = oder_fast.radon_forward(image.double(), angles[1:2], 9)
+    assert relative_error(got[:, 1:2], expected) < 2e-6
+    assert relative_error(back, oder_fast.radon_adjoint(expected, angles[1:2], (6, 7))) < 2e-6
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("bins", "spacing", "offset", "start"),
+    [
+        (40, 0.02, 0.0, 0.0),
+        (9, 1e-6, 0.5, 0.1),
+        (5, 9.0, 0.0, 0.2),
+        (3, 300.0, 1.0, 0.3),
+        (4, 1e9, 5e8, 0.1),
+        (5, 1.0, 1e12, 0.0),
+        (23, 1.0, 0.0, 12345.678),
+    ],
+)
+def test_detectors_beyond_the_usual(bins, spacing, offset, start, backend, use, generator):
+    image = torch.randn(1, 14, 17, generator=generator)
+    angles = angles_over(4, start=start)
+    sinogram = torch.randn(1, 4, bins, generator=generator)
+    options = {"bin_spacing": spacing, "bin_offset": offset}
+    with use(backend):
+        forward = oder_fast.radon_forward(image, angles, bins, **options, backend=backend)
+        adjoint = oder_fast.radon_adjoint(sinogram, angles, (14, 17), **options, backend=backend)
+        back = oder_fast.radon_backproject(sinogram, angles, (14, 17), **options, backend=backend)
+    options["backend"] = "reference"
+    wide, size = sinogram.double(), (14, 17)
+    assert relative_error(forward, oder_fast.radon_forward(image.double(), angles, bins, **options)) < 1e-5
+    assert relative_error(adjoint, oder_fast.radon_adjoint(wide, angles, size, **options)) < 1e-5
+    assert relative_error(back, oder_fast.radon_backproject(wide, angles, size, **options)) < 1e-5
