@@ -103,10 +103,10 @@ def _write(
     )
 
 
-def _impl(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    updated, extrapolated, reductions = outputs(args[0], args[5])
-    _write(*args, updated=updated, extrapolated=extrapolated, reductions=reductions)
-    return updated, extrapolated, reductions
+def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results = outputs(image, args[4])
+    _write(*(image, *args, *results))
+    return results
 
 
 def _fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
