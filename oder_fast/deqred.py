@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +25,30 @@ from .fixed_point import (
     Solver,
     Step,
 )
-from .fixed_point._compile import bookkeeping, untraced
 from .fixed_point.differentiation import AdjointMemory
 from .fixed_point.maps import vjp
 from .fixed_point.solution import POLICIES, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(method: F) -> F:
+    """Keep torch.compile away from a method and all that it calls."""
+    # `torch.compiler.disable` at once would import the compiler, about a second, whether it is used or not.
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class DEQRED(nn.Module):
@@ -205,7 +224,17 @@ class DEQRED(nn.Module):
         solution.require(self.on_failure, stacklevel=5)
         return solution if return_solution else solution.value
 
-    @untraced
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the denoiser, in place, by `torch.compile`; the loop around it looks at values and stays as it is.
+
+        ``torch.compile(model)`` of the whole works, and compiles what surrounds the model, not the solve.
+        """
+        if isinstance(self.denoiser, nn.Module):
+            self.denoiser.compile(*args, **options)
+        else:
+            self.denoiser = torch.compile(self.denoiser, *args, **options)
+
+    @_uncompiled
     def _solve(self, y: Tensor, x0: Tensor | None) -> Solution:
         with self._problem(y, x0) as (red, start):
             return self.differentiation.solve(red, start, self.solver, self._memory)
@@ -221,44 +250,43 @@ class DEQRED(nn.Module):
         autocast = _Autocast(y.device)
         module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
         with _full_precision(y.device), frozen(module):
-            start = _initial(self.operator, y) if x0 is None else x0
-            self._check("x0", start, getattr(self.operator, "image_shape", None))
-            if start.shape[0] != y.shape[0]:
-                raise ValueError(
-                    f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}"
-                )
-            if start.device != y.device or start.real.dtype != y.real.dtype:
-                raise ValueError(
-                    f"DEQRED: x0 must have the device and precision of y ({y.device}, {y.dtype}), "
-                    f"got {start.device}, {start.dtype}"
-                )
-            if self.nonnegative:
-                if start.is_complex():
-                    raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
-                start = start.clamp(min=0)
+            start = self._start(y, x0)
             fidelity = Fidelity(
                 self.operator, y, self.minibatch_size, self.variance_reduction, self.generator
             )
             step_size, tau = (self._scalar(v, y.device) for v in (self.step_size, self.tau))
-            yield (
-                RED(
-                    fidelity,
-                    self.denoiser,
-                    step_size,
-                    tau,
-                    self.nonnegative,
-                    autocast,
-                    training_flags(module),
-                ),
-                start,
+            flags = [(submodule, submodule.training) for submodule in module.modules()]
+            yield RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags), start
+
+    def _start(self, y: Tensor, x0: Tensor | None) -> Tensor:
+        """Return the start, checked."""
+        if x0 is not None:
+            start = x0
+        elif hasattr(self.operator, "initial"):
+            start = self.operator.initial(y)
+        elif hasattr(self.operator, "A_adjoint"):
+            start = self.operator.A_adjoint(y)
+        else:
+            raise ValueError(f"DEQRED: {type(self.operator).__name__} has no initial(y): give x0")
+        self._check("x0", start, getattr(self.operator, "image_shape", None))
+        if start.shape[0] != y.shape[0]:
+            raise ValueError(f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}")
+        if start.device != y.device or start.real.dtype != y.real.dtype:
+            raise ValueError(
+                f"DEQRED: x0 must have the device and precision of y ({y.device}, {y.dtype}), "
+                f"got {start.device}, {start.dtype}"
             )
+        if self.nonnegative:
+            if start.is_complex():
+                raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
+            start = start.clamp(min=0)
+        return start
 
     def _scalar(self, value: float | Tensor, device: torch.device) -> Tensor:
         if isinstance(value, Tensor):
             return value
         return torch.tensor(value, dtype=torch.float64, device=device)
 
-    @bookkeeping
     def _check(self, name: str, value: Tensor, shape: tuple[int, ...] | None) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"DEQRED: {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -352,12 +380,10 @@ class RED(FixedPointMap):
             )
         return from_channels(denoised.to(channels.dtype), image)
 
-    @bookkeeping
     def draw(self) -> RED:
         """Return the map of a fresh minibatch."""
         return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
 
-    @bookkeeping
     def select(self, images: Tensor) -> RED:
         """Return the map of some images."""
         return replace(self, fidelity=self.fidelity.select(images))
@@ -374,21 +400,21 @@ class RED(FixedPointMap):
         """Put the denoiser into the mode it was solved in, while a step is computed again."""
         return _Modes(self.flags)
 
-    @untraced
     def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
         """Linearize the denoiser once; the data fidelity is linear, and the projection a mask."""
         size = self.fidelity.minibatch_size if minibatch_size == "same" else minibatch_size
         assert not isinstance(size, str)
         point = point.detach()
         mask = (point > 0).to(point.dtype) if self.nonnegative else None
-        with torch.enable_grad(), folded():
+        with torch.enable_grad(), folded(), _eager():
             leaf = point.detach().requires_grad_()
             denoised = self.denoise(leaf)
-            if self.step_size.requires_grad or self.fidelity.y.requires_grad:
-                gradient = self.fidelity.gradient(point)
-            else:
-                gradient = point.new_zeros(()).expand_as(point)
-            output = ops.red_update(point, gradient, denoised, self.step_size, self.tau).image
+            # Only the derivatives of the output count: it need not be right in what has none.
+            step_size, tau = (v.to(point.real.dtype) for v in (self.step_size, self.tau))
+            prior = tau * (point - denoised)
+            if step_size.requires_grad or self.fidelity.y.requires_grad:
+                prior = prior + self.fidelity.gradient(point)
+            output = point - step_size * prior
             if mask is not None:
                 output = output * mask
         transposed = TransposedRED(
@@ -524,12 +550,6 @@ class Fidelity:
         return replace(self, y=self.y.index_select(0, images), anchor=anchor)
 
 
-@bookkeeping
-def training_flags(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return the modules in a module with their modes."""
-    return [(submodule, submodule.training) for submodule in module.modules()]
-
-
 def as_channels(image: Tensor) -> Tensor:
     """View images ``(B, H, W)`` or ``(B, C, H, W)`` as real ``(B, C', H, W)``."""
     if image.is_complex():
@@ -587,6 +607,14 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled denoisers as they were written: their backward passes run once only, the adjoint's many times."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -631,17 +659,6 @@ def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:
         raise ValueError(
             f"DEQRED: {name} must be finite and {'at least' if zero else 'above'} 0, got {number}"
         )
-
-
-@bookkeeping
-def _initial(operator: Any, y: Tensor) -> Tensor:
-    if hasattr(operator, "initial"):
-        start: Tensor = operator.initial(y)
-    elif hasattr(operator, "A_adjoint"):
-        start = operator.A_adjoint(y)
-    else:
-        raise ValueError(f"DEQRED: {type(operator).__name__} has no initial(y): give x0")
-    return start
 
 
 def _safe_step(operator: Any, tau: float | Tensor) -> float:

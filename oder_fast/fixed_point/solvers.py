@@ -11,7 +11,6 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ._compile import bookkeeping, untraced
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
 
@@ -81,7 +80,6 @@ class State:
 
     point: Tensor
 
-    @bookkeeping
     def select(self, images: Tensor) -> None:
         """Keep some images of the batch."""
         for f in fields(self):
@@ -104,13 +102,16 @@ class _Record:
         self.iterations = torch.zeros(batch, dtype=torch.int64)
         self.converged = torch.zeros(batch, dtype=torch.bool)
 
-    @bookkeeping
+    def relative(self, reductions: Tensor) -> Tensor:
+        """Return ``|T(s) - s| / |T(s)|`` from reductions ``(B, 3)``; 0 where both vanish."""
+        change, norm = reductions[:, 0], reductions[:, 1]
+        return torch.where(change == 0, change, change / norm).sqrt()
+
     def finish(self, images: Tensor, values: Tensor, iteration: int, converged: bool) -> None:
         self.pieces.append((images, values))
         self.iterations[images] = iteration
         self.converged[images] = converged
 
-    @bookkeeping
     def solution(self, describe: Callable[[Tensor, Tensor, Tensor], str]) -> Solution:
         value = self.pieces[0][1]
         if len(self.pieces) > 1:
@@ -118,7 +119,7 @@ class _Record:
             value = torch.cat([v for _, v in self.pieces]).index_select(0, order.to(value.device))
         residuals = torch.full((len(self.rows), len(self.iterations)), math.nan, dtype=torch.float64)
         if self.rows:
-            found = relative_residual(torch.cat([reductions for _, _, reductions in self.rows]).cpu())
+            found = self.relative(torch.cat([reductions for _, _, reductions in self.rows]).cpu())
             sizes = [len(images) for _, images, _ in self.rows]
             for row, (iteration, images, _), values in zip(
                 residuals, self.rows, found.split(sizes), strict=True
@@ -134,13 +135,6 @@ class _Record:
 def looking_is_cheap(device: torch.device) -> bool:
     """Whether the values of a tensor can be looked at without waiting for a device."""
     return device.type == "cpu"
-
-
-@bookkeeping
-def relative_residual(reductions: Tensor) -> Tensor:
-    """Return ``|T(s) - s| / |T(s)|`` from reductions ``(B, 3)``; 0 where both vanish."""
-    change, norm = reductions[:, 0], reductions[:, 1]
-    return torch.where(change == 0, change, change / norm).sqrt()
 
 
 @dataclass(frozen=True)
@@ -182,7 +176,6 @@ class Solver(ABC, Generic[StateT]):
     def _tail(self) -> Tail | None:
         return None
 
-    @untraced
     def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
         r"""Iterate from `start` until :math:`\|T(x) - x\| \le \mathrm{tolerance} \, \|T(x)\|` for each image.
 
@@ -250,7 +243,7 @@ class Solver(ABC, Generic[StateT]):
                 raise DivergenceError(
                     *self._diverged(record, exact, iteration, images[wrong], reductions[wrong])
                 )
-            done = alive & tested & (relative_residual(reductions) <= self.tolerance)
+            done = alive & tested & (record.relative(reductions) <= self.tolerance)
             finished = alive if last else done
             for group, success in ((done, True), (finished & ~done, False)):
                 if bool(group.any()):
