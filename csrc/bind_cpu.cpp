@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "radon_cpu.h"
+#include "cpu_faces.h"
 
 namespace {
 
@@ -42,8 +42,9 @@ PYBIND11_MODULE(ODER_MODULE, m) {
 
   m.def(
       "radon_forward",
-      [](int dtype, Address image, Address sinogram, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles,
-         int64_t n_views, int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size, int threads) {
+      [](int dtype, Address image, Address sinogram, Address, int64_t, int64_t batch, int64_t height, int64_t width,
+         Address angles, int64_t n_views, int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size,
+         int threads) {
         const oder::RadonGeometry g{height,  width,  at<double>(angles), n_views,    nullptr,
                                     n_views, n_bins, bin_spacing,        bin_offset, pixel_size};
         oder::radon_forward(dtype, at(image), at(sinogram), batch, g, threads);
@@ -65,8 +66,8 @@ PYBIND11_MODULE(ODER_MODULE, m) {
 
   m.def(
       "radon_gradient",
-      [](int dtype, Address image, Address measured, Address, int64_t, Address gradient, int64_t batch,
-         int64_t height, int64_t width, Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins,
+      [](int dtype, Address image, Address measured, Address, int64_t, Address gradient, int64_t batch, int64_t height,
+         int64_t width, Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins,
          double bin_spacing, double bin_offset, double pixel_size, int threads) {
         const oder::RadonGeometry g{height, width,  at<double>(angles), n_views,    at<int64_t>(views),
                                     n_used, n_bins, bin_spacing,        bin_offset, pixel_size};
@@ -76,28 +77,28 @@ PYBIND11_MODULE(ODER_MODULE, m) {
 
   m.def(
       "radon_red_update",
-      [](int dtype, Address image, Address measured, Address, int64_t, Address denoised, Address step_size,
-         Address tau, Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
-         Address reductions, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles, int64_t n_views,
-         Address views, int64_t n_used, int64_t n_bins, double bin_spacing, double bin_offset, double pixel_size,
-         int threads) {
+      [](int dtype, Address image, Address measured, Address, int64_t, Address denoised, Address step_size, Address tau,
+         Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
+         Address reductions, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles,
+         int64_t n_views, Address views, int64_t n_used, int64_t n_bins, double bin_spacing, double bin_offset,
+         double pixel_size, int threads) {
         const oder::RadonGeometry g{height, width,  at<double>(angles), n_views,    at<int64_t>(views),
                                     n_used, n_bins, bin_spacing,        bin_offset, pixel_size};
-        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau), at(previous),
-                                    at<double>(momentum), nonnegative, at(updated), at(extrapolated),
-                                    at<double>(reductions)};
+        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
+                                    at(previous), at<double>(momentum),  nonnegative,
+                                    at(updated),  at(extrapolated),      at<double>(reductions)};
         oder::radon_red_update(dtype, at(image), at(measured), red, batch, g, threads);
       },
       release());
 
   m.def(
       "red_update",
-      [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau,
-         Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
-         Address reductions, Address, int64_t, int64_t batch, int64_t n, int threads) {
-        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau), at(previous),
-                                    at<double>(momentum), nonnegative, at(updated), at(extrapolated),
-                                    at<double>(reductions)};
+      [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau, Address previous,
+         Address momentum, bool nonnegative, Address updated, Address extrapolated, Address reductions, Address,
+         int64_t, int64_t batch, int64_t n, int threads) {
+        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
+                                    at(previous), at<double>(momentum),  nonnegative,
+                                    at(updated),  at(extrapolated),      at<double>(reductions)};
         oder::red_update(dtype, at(image), at(gradient), red, batch, n, threads);
       },
       release());

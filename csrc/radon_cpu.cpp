@@ -10,8 +10,6 @@
 // Accumulation    float32 or float64, views in one fixed order per pixel, steps in order per bin: equal bits for any
 //                 number of threads. Positions in fixed point with 40 fraction bits, of which lanes keep 23.
 // Preconditions   contiguous; image and sinogram of one dtype (checked by the caller). View indices are checked.
-#include "radon_cpu.h"
-
 #include <omp.h>
 
 #include <algorithm>
@@ -23,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_faces.h"
 #include "radon.h"
 #include "red_update_cpu.h"
 #include "vec.h"
@@ -30,11 +29,11 @@
 namespace oder {
 namespace {
 
-constexpr int kSteps = 16;           // marching steps of a forward tile
+constexpr int kSteps = 16;                        // marching steps of a forward tile
 constexpr int kBorderLow = 48, kBorderHigh = 64;  // zeros around a forward tile: slope, lanes and alignment
-constexpr int kTile = 64;            // edge of a back-projection tile
-constexpr int kViewRun = 64;         // views whose part of the sinogram a tile keeps in L1
-constexpr int kMaxImages = 4;        // images that share positions and weights
+constexpr int kTile = 64;                         // edge of a back-projection tile
+constexpr int kViewRun = 64;                      // views whose part of the sinogram a tile keeps in L1
+constexpr int kMaxImages = 4;                     // images that share positions and weights
 
 template <class T>
 class Buffer {
@@ -52,14 +51,14 @@ class Buffer {
   std::unique_ptr<T, Free> p_;
 };
 
-int64_t fixed(double a) { return llrint(a * 1099511627776.0); }  // 2^40
+int64_t fixed(double a) { return llrint(a * 1099511627776.0); }                       // 2^40
 int32_t fixed_lane(double a) { return static_cast<int32_t>(llrint(a * 8388608.0)); }  // 2^23
 
 // How the lanes of one vector find their two or four neighbours in a Window.
 struct Walk {
-  bool fits;           // false: the generic loop
-  int64_t align;       // mask that starts the window at a multiple of a few floats
-  int64_t rest;        // mask of what is left of a position in 23 fraction bits
+  bool fits;      // false: the generic loop
+  int64_t align;  // mask that starts the window at a multiple of a few floats
+  int64_t rest;   // mask of what is left of a position in 23 fraction bits
   int32_t lane[kLanes];
 
   void plan(double step, int taps) {
@@ -77,12 +76,12 @@ struct Walk {
 };
 
 struct View {
-  bool by_rows;      // marches over rows; else over columns
-  bool reversed;     // bins in reverse order
-  int64_t source;    // row of the sinogram
-  int64_t slot;      // place among the used views
+  bool by_rows;    // marches over rows; else over columns
+  bool reversed;   // bins in reverse order
+  int64_t source;  // row of the sinogram
+  int64_t slot;    // place among the used views
   double origin, inv, slope;
-  double weight;     // length of a step
+  double weight;  // length of a step
   int64_t f_origin, f_inv, f_slope;
   Walk forward;
   // Back-projection: bin position = b_origin + u * b_inv + r * b_slope for pixel u of step r; a bin at distance t
@@ -94,7 +93,7 @@ struct View {
 };
 
 struct Plan {
-  std::vector<View> views;   // those by rows first
+  std::vector<View> views;  // those by rows first
   int64_t n_by_rows = 0;
   int64_t pad_low = 0, stride = 0;  // of the padded rows, in elements
 };
@@ -136,7 +135,8 @@ Plan make_plan(const RadonGeometry& g, bool matched) {
     const int64_t length = v.by_rows ? g.width : g.height, steps = v.by_rows ? g.height : g.width;
     // Corners of the image rounded up to whole tiles.
     const double l = length + kTile, r = steps + kTile;
-    const double b0 = v.b_origin + std::min(0.0, r * v.b_slope), b1 = v.b_origin + l * v.b_inv + std::max(0.0, r * v.b_slope);
+    const double b0 = v.b_origin + std::min(0.0, r * v.b_slope),
+                 b1 = v.b_origin + l * v.b_inv + std::max(0.0, r * v.b_slope);
     const bool near = std::fabs(v.origin) + g.n_bins * v.inv + r < kFar && b0 > -kFar && b1 < g.n_bins + kFar;
     if (near) {
       v.f_origin = fixed(v.origin);
@@ -309,8 +309,8 @@ void project_images(const T* image, const RadonGeometry& g, const Plan& plan, in
 
 // Add views n0 .. n1 - 1 to R steps of one column block of a tile, for M images. sums: [step][image][lane].
 template <int M, int R, int Taps>
-inline void gather_fast(const View* views, const int64_t* origins, int64_t n0, int64_t n1, int64_t r,
-                        const float* rows, int64_t stride, int64_t row_size, float* sums) {
+inline void gather_fast(const View* views, const int64_t* origins, int64_t n0, int64_t n1, int64_t r, const float* rows,
+                        int64_t stride, int64_t row_size, float* sums) {
   const vi mantissa = splat(0x7fffff), one_bits = splat(0x3f800000);
   vf sum[R][M];
   for (int j = 0; j < R; ++j)
@@ -360,10 +360,10 @@ void gather_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_
 // What becomes of a finished run of pixels: plain result, or the RED step.
 template <class T>
 struct Epilogue {
-  T* image = nullptr;             // plain result
-  const T* point = nullptr;       // RED step at this point
+  T* image = nullptr;        // plain result
+  const T* point = nullptr;  // RED step at this point
   const RedOperands* red = nullptr;
-  double* partial = nullptr;      // [batch][tiles][3]
+  double* partial = nullptr;  // [batch][tiles][3]
   int64_t tiles = 0;
 
   void operator()(int64_t b, int64_t tile, int64_t pixel, int64_t image_size, const T* g, int64_t n) const {
@@ -449,8 +449,8 @@ void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T
         for (int block = 0; block * kLanes < n_u; ++block) {
           for (int64_t n = n0; n < n1; ++n) {
             const View& v = plan.views[static_cast<size_t>(n)];
-            origins[n] = fixed(v.b_origin + plan.pad_low - (v.taps / 2 - 1) + (u0 + block * kLanes) * v.b_inv +
-                               r0 * v.b_slope);
+            origins[n] =
+                fixed(v.b_origin + plan.pad_low - (v.taps / 2 - 1) + (u0 + block * kLanes) * v.b_inv + r0 * v.b_slope);
           }
           for (int r = 0; r < n_steps; r += R) {
             if (head.taps == 2) {
@@ -538,8 +538,7 @@ void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& 
     });
     for (int64_t n = me; n < n_views; n += all) {
       const View& v = plan.views[static_cast<size_t>(n)];
-      for (int64_t b = 0; b < batch; ++b)
-        finish(v, b, rows + (b * g.n_used + v.slot) * plan.stride + plan.pad_low);
+      for (int64_t b = 0; b < batch; ++b) finish(v, b, rows + (b * g.n_used + v.slot) * plan.stride + plan.pad_low);
     }
   });
 }
@@ -569,12 +568,14 @@ void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Pl
       const Task task = tasks[static_cast<size_t>(k)];
       const T* mine = rows + task.b * g.n_used * plan.stride;
       const auto gather = [&](auto images) {
-        gather_tile<T, decltype(images)::value>(g, plan, task.tile, mine, task.b, epilogue, sums.get(),
-                                                origins.data());
+        gather_tile<T, decltype(images)::value>(g, plan, task.tile, mine, task.b, epilogue, sums.get(), origins.data());
       };
-      if (task.images == 4) gather(std::integral_constant<int, 4>{});
-      else if (task.images == 2) gather(std::integral_constant<int, 2>{});
-      else gather(std::integral_constant<int, 1>{});
+      if (task.images == 4)
+        gather(std::integral_constant<int, 4>{});
+      else if (task.images == 2)
+        gather(std::integral_constant<int, 2>{});
+      else
+        gather(std::integral_constant<int, 1>{});
     }
   });
   if (!epilogue.red) return;
@@ -634,8 +635,7 @@ void gradient(const T* image, const T* measured, int64_t batch, const RadonGeome
       for (int64_t k = 0; k < g.n_bins; ++k) row[k] *= square;
     } else {
       const T* y = measured + (b * g.n_views + v.source) * g.n_bins;
-      for (int64_t k = 0; k < g.n_bins; ++k)
-        row[k] = square * row[k] - weight * y[v.reversed ? g.n_bins - 1 - k : k];
+      for (int64_t k = 0; k < g.n_bins; ++k) row[k] = square * row[k] - weight * y[v.reversed ? g.n_bins - 1 - k : k];
     }
     std::fill(row + g.n_bins, row - plan.pad_low + plan.stride, T(0));  // whole vectors wrote beyond the last bin
   });

@@ -1,7 +1,7 @@
 // The RED step on one run of memory, shared by red_update and by the epilogue of the CT back-projection.
 #pragma once
 
-#include "radon_cpu.h"
+#include "cpu_faces.h"
 #include "vec.h"
 
 namespace oder {
@@ -70,8 +70,8 @@ inline void red_span(const T* x, const T* g, const T* denoised, const T* previou
 template <class T>
 inline RedStep<T> red_step(const RedOperands& red, int64_t b) {
   const double step = *red.step_size;
-  return {static_cast<T>(step), static_cast<T>(step * *red.tau),
-          static_cast<T>(red.momentum ? red.momentum[b] : 0.0), red.nonnegative};
+  return {static_cast<T>(step), static_cast<T>(step * *red.tau), static_cast<T>(red.momentum ? red.momentum[b] : 0.0),
+          red.nonnegative};
 }
 
 }  // namespace oder

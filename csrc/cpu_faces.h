@@ -10,9 +10,9 @@ enum Dtype { kFloat32 = 0, kFloat64 = 1 };
 // Angles of all views (radians), and which of them are used: views[n_used], or all where it is null.
 struct RadonGeometry {
   int64_t height, width;
-  const double* angles;   // [n_views]
+  const double* angles;  // [n_views]
   int64_t n_views;
-  const int64_t* views;   // [n_used] or null
+  const int64_t* views;  // [n_used] or null
   int64_t n_used;
   int64_t n_bins;
   double bin_spacing, bin_offset, pixel_size;
@@ -24,11 +24,11 @@ struct RedOperands {
   const double* step_size;  // []
   const double* tau;        // []
   const void* previous;
-  const double* momentum;   // [batch]
+  const double* momentum;  // [batch]
   bool nonnegative;
   void* updated;
   void* extrapolated;
-  double* reductions;       // [batch, 3]
+  double* reductions;  // [batch, 3]
 };
 
 void radon_forward(int dtype, const void* image, void* sinogram, int64_t batch, const RadonGeometry& geometry,
@@ -39,7 +39,7 @@ void radon_gradient(int dtype, const void* image, const void* measured, void* gr
                     const RadonGeometry& geometry, int threads);
 void radon_red_update(int dtype, const void* image, const void* measured, const RedOperands& red, int64_t batch,
                       const RadonGeometry& geometry, int threads);
-void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch,
-                int64_t n, int threads);
+void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
+                int threads);
 
 }  // namespace oder
