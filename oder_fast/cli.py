@@ -45,7 +45,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     except _demo.BadInputError as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 2
-    except (FixedPointError, OSError) as error:
+    except FixedPointError as error:
+        print(f"oder-fast: {error}; here: raise --minibatch or --steps", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 1
     return 0

@@ -54,6 +54,7 @@ def test_demo_prints_the_table(demo):
         assert float(seconds) >= 0
         assert iterations == "-" if method.startswith("FBP") else int(iterations) > 0
     assert "dB from the best FBP" in lines[7]
+    assert "Within the largest circle" in lines[8]
 
 
 def test_demo_shows_its_progress(demo):
@@ -128,8 +129,8 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
 
 
 def test_an_interrupt_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch, capsys):
-    row = _demo.Row("FBP, ramp", torch.rand(16, 16), 20.0, 0.5, 0.0)
-    solved = _demo.Row("RED", torch.rand(16, 16), 20.0, 0.5, 0.0, 1, [20.0], ([1], [0.1]))
+    row = _demo.Row("FBP, ramp", torch.rand(16, 16), 20.0, 20.0, 0.5, 0.0)
+    solved = _demo.Row("RED", torch.rand(16, 16), 20.0, 20.0, 0.5, 0.0, 1, [20.0], ([1], [0.1]))
     results = "", [row] * 4 + [solved] * 2, torch.rand(16, 16), torch.rand(3, 23), DnCNN(2, 2)
     monkeypatch.setattr(_demo, "_compute", lambda *_: results)
 
