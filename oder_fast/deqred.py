@@ -499,7 +499,11 @@ class Fidelity:
     def gradient(self, x: Tensor, *, zero_data: bool = False) -> Tensor:
         """Return the gradient of all blocks or of the minibatch, of zero data where asked."""
         zero_data = zero_data or self.zero_data
-        y = self.y.detach().new_zeros(()).expand_as(self.y) if zero_data else self.y
+        y: Tensor | None = self.y
+        if zero_data:
+            # Our own operators take None for zeros; others get zeros that take no memory.
+            own = hasattr(self.operator, "red_update")
+            y = None if own else self.y.detach().new_zeros(()).expand_as(self.y)
         if not hasattr(self.operator, "gradient"):
             gradient: Tensor = self.operator.A_adjoint(self.operator.A(x) - y)
         elif self.blocks is None:

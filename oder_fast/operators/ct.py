@@ -268,11 +268,12 @@ class ParallelBeamCT(nn.Module):
         if filter not in FILTERS:
             raise ValueError(f"ParallelBeamCT: filter must be one of {FILTERS}, got {filter!r}")
         key = (filter, y.dtype, y.device)
-        if key not in self._filters:
-            response = _ramp_response(self.n_bins, filter) / self.bin_spacing
-            weights = _angular_weights(self._exact_angles)
-            self._filters[key] = (weights[:, None] * response).to(y)
-        response = self._filters[key]
+        response = self._filters.get(key)
+        if response is None:
+            ramp = _ramp_response(self.n_bins, filter) / self.bin_spacing
+            response = (_angular_weights(self._exact_angles)[:, None] * ramp).to(y)
+            if not torch.compiler.is_compiling():
+                self._filters[key] = response
         length = 2 * (response.shape[-1] - 1)
         filtered = torch.fft.irfft(torch.fft.rfft(y, length) * response, length)[..., : self.n_bins]
         return ops.radon_backproject(filtered.contiguous(), self.angles, self.image_shape, **self._geometry)
