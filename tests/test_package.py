@@ -49,7 +49,7 @@ def test_the_environment_chooses_the_face(monkeypatch):
     assert faces.resolve("auto", x.device, x.dtype) == "reference"
     monkeypatch.setenv("ODER_FAST_BACKEND", "cuda")
     if not torch.cuda.is_available():
-        with pytest.raises(oder_fast.BackendUnavailableError, match="takes CUDA tensors|not built"):
+        with pytest.raises(oder_fast.BackendUnavailableError, match=r"takes CUDA tensors|not built"):
             oder_fast.radon_forward(x, angles, 4)
     monkeypatch.setenv("ODER_FAST_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend must be one of"):
