@@ -64,14 +64,14 @@ class DEQRED(nn.Module):
 
     Args:
         operator: `ParallelBeamCT` or another operator of this package; or any object with
-            ``gradient(x, y, blocks)``, or with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv.
+            ``gradient(x, y, blocks=None)``, or with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv.
         denoiser: Module or function from ``(B, C, H, W)`` to the same; images ``(B, H, W)`` have one channel,
             complex ones two (real and imaginary part) for each of theirs.
         step_size: :math:`\gamma`; a float, a 0-d tensor or a parameter to be trained. By default
-            :math:`1 / (\|A\|^2 + 2 \tau)`, computed here once: the map is then averaged if `D` is
-            nonexpansive.
+            :math:`1 / (\|A\|^2 + 2 \tau)`, of the present tau (`current_step_size`), the norm computed here
+            once: the map is then averaged if `D` is nonexpansive.
         tau: :math:`\tau`, the weight of the prior, in the unit of :math:`A^H A`; float, 0-d tensor or
-            parameter.
+            parameter. A float is a setting and not in the `state_dict`; a tensor or parameter is.
         minibatch_size: Blocks per iteration (views, coils, illuminations); None for all of them.
         variance_reduction: Let each minibatch correct the last full gradient (taken every
             ``solver.check_every`` iterations, see `Fidelity`), so that its noise vanishes at the fixed point
@@ -103,7 +103,7 @@ class DEQRED(nn.Module):
         (RED)", SIAM J. Imaging Sciences 10 (2017).
     """
 
-    step_size: float | Tensor
+    step_size: float | Tensor | None
     tau: float | Tensor
 
     def __init__(
@@ -148,10 +148,14 @@ class DEQRED(nn.Module):
             _check_adjoint(differentiation, solver, minibatch_size, operator)
         _check_scalar("tau", tau, zero=True)
         if step_size is None:
-            step_size = _safe_step(operator, tau)
-        _check_scalar("step_size", step_size, zero=False)
+            if not hasattr(operator, "norm_squared"):
+                raise ValueError(f"DEQRED: {type(operator).__name__} has no norm_squared(): give step_size")
+            self._norm_squared = float(operator.norm_squared())
+            self.step_size = None
+        else:
+            _check_scalar("step_size", step_size, zero=False)
+            self._set_scalar("step_size", step_size)
         self._set_scalar("tau", tau)
-        self._set_scalar("step_size", step_size)
         self.minibatch_size = minibatch_size
         self.variance_reduction = variance_reduction
         self.solver = solver
@@ -166,6 +170,17 @@ class DEQRED(nn.Module):
             self.register_buffer(name, value)
         else:
             setattr(self, name, value)
+
+    def current_step_size(self) -> float | Tensor:
+        r"""Return the step size given, or :math:`1 / (\|A\|^2 + 2 \tau)` for the present tau.
+
+        With a nonexpansive denoiser, `x - D(x)` changes at most twice as fast as `x`.
+        """
+        if self.step_size is not None:
+            return self.step_size
+        if isinstance(self.tau, Tensor):
+            return 1 / (self._norm_squared + 2 * self.tau.detach())
+        return 1 / (self._norm_squared + 2 * self.tau)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -183,7 +198,7 @@ class DEQRED(nn.Module):
     def extra_repr(self) -> str:
         """Tell the settings."""
         return (
-            f"step_size={_number(self.step_size):.4g}, tau={_number(self.tau):.4g}, "
+            f"step_size={_number(self.current_step_size()):.4g}, tau={_number(self.tau):.4g}, "
             f"minibatch_size={self.minibatch_size}, nonnegative={self.nonnegative},\n"
             f"solver={self.solver},\ndifferentiation={self.differentiation}"
         )
@@ -254,7 +269,7 @@ class DEQRED(nn.Module):
             fidelity = Fidelity(
                 self.operator, y, self.minibatch_size, self.variance_reduction, self.generator
             )
-            step_size, tau = (self._scalar(v, y.device) for v in (self.step_size, self.tau))
+            step_size, tau = (self._scalar(v, y.device) for v in (self.current_step_size(), self.tau))
             flags = [(submodule, submodule.training) for submodule in module.modules()]
             yield RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags), start
 
@@ -663,13 +678,6 @@ def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:
         raise ValueError(
             f"DEQRED: {name} must be finite and {'at least' if zero else 'above'} 0, got {number}"
         )
-
-
-def _safe_step(operator: Any, tau: float | Tensor) -> float:
-    """Return 1 / (L + 2 tau): with a nonexpansive denoiser, x - D(x) changes at most twice as fast as x."""
-    if not hasattr(operator, "norm_squared"):
-        raise ValueError(f"DEQRED: {type(operator).__name__} has no norm_squared(): give step_size")
-    return 1 / (float(operator.norm_squared()) + 2 * _number(tau))
 
 
 def _number(value: float | Tensor) -> float:

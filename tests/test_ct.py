@@ -47,6 +47,17 @@ def test_fbp_is_differentiable_in_the_data():
     assert torch.autograd.gradcheck(lambda y: ct.fbp(y, "hann"), y)
 
 
+def test_fbp_takes_half_precision():
+    ct = ParallelBeamCT(32, angles=20)
+    y = ct(disc(32, 0, 0, 10, 1.0)[0])
+    assert relative_error(ct.fbp(y.bfloat16()), ct.fbp(y)) < 0.05
+
+
+def test_degrees_are_noticed():
+    with pytest.warns(UserWarning, match="angles are in radians, got up to 174"):
+        ParallelBeamCT(8, torch.arange(0, 180, 6.0))
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 @pytest.mark.parametrize(("n", "size"), [(90, 30), (7, 3), (7, 6), (7, 7), (11, 5), (3, 1), (13, 2), (1, 1)])
 def test_every_view_is_drawn_as_often_and_once(sampling, n, size, generator):

@@ -122,7 +122,7 @@ def test_the_fixed_point_is_one_of_the_map_as_written(ct, y, nonnegative):
     if nonnegative:
         image = image.clamp(min=0)
         assert 0 < float((x == 0).double().mean()) < 1
-    assert model.step_size == pytest.approx(step_size)
+    assert model.current_step_size() == pytest.approx(step_size)
     torch.testing.assert_close(image, x, rtol=1e-9, atol=1e-9)
 
 
@@ -242,7 +242,15 @@ def test_the_step_size_is_computed_once(y, monkeypatch):
     model(y)
     model(y)
     assert len(calls) == 1
-    assert model.step_size == 1 / (500 + 2 * TAU)
+    assert model.current_step_size() == 1 / (500 + 2 * TAU)
+
+
+def test_the_step_size_follows_tau_through_a_checkpoint(ct, y):
+    saved = DEQRED(ct, Blur(), tau=nn.Parameter(torch.tensor(5000.0, dtype=torch.float64)))
+    loaded = DEQRED(ct, Blur(), tau=nn.Parameter(torch.tensor(1.0, dtype=torch.float64)))
+    loaded.load_state_dict(saved.state_dict())
+    assert float(loaded.current_step_size()) == float(saved.current_step_size())
+    assert torch.equal(loaded(y), saved(y))
 
 
 # ------------------------------------------------------------------ minibatches

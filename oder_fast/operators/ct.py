@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -271,12 +272,15 @@ class ParallelBeamCT(nn.Module):
         response = self._filters.get(key)
         if response is None:
             ramp = _ramp_response(self.n_bins, filter) / self.bin_spacing
-            response = (_angular_weights(self._exact_angles)[:, None] * ramp).to(y)
+            response = (_angular_weights(self._exact_angles)[:, None] * ramp).to(y.device)
+            # Transforms know no half precision.
+            response = response.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
             if not torch.compiler.is_compiling():
                 self._filters[key] = response
         length = 2 * (response.shape[-1] - 1)
-        filtered = torch.fft.irfft(torch.fft.rfft(y, length) * response, length)[..., : self.n_bins]
-        return ops.radon_backproject(filtered.contiguous(), self.angles, self.image_shape, **self._geometry)
+        filtered = torch.fft.irfft(torch.fft.rfft(y.to(response.dtype), length) * response, length)
+        filtered = filtered[..., : self.n_bins].to(y.dtype).contiguous()
+        return ops.radon_backproject(filtered, self.angles, self.image_shape, **self._geometry)
 
 
 def _read_angles(angles: int | Sequence[float] | Tensor) -> Tensor:
@@ -293,6 +297,12 @@ def _read_angles(angles: int | Sequence[float] | Tensor) -> Tensor:
         )
     if not bool(result.isfinite().all()):
         raise ValueError("ParallelBeamCT: angles must be finite")
+    if bool((result.abs() > 4 * math.pi).any()):
+        warnings.warn(
+            f"ParallelBeamCT: angles are in radians, got up to {float(result.abs().max()):g}; for degrees give "
+            "torch.deg2rad(angles)",
+            stacklevel=4,
+        )
     return result
 
 
