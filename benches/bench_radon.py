@@ -29,8 +29,11 @@ N, BINS, VIEWS = 512, 729, 180
 
 
 def astra_operator(n, n_bins, angles):
-    """ASTRA's Joseph projector on the CPU, its geometry ours: same angles, unit bins, rows downward."""
-    astra = pytest.importorskip("astra", reason="pip install 'oder-fast[bench]' brings ASTRA")
+    """ASTRA's Joseph projector on the CPU, its geometry ours: same angles, unit bins, rows downward; or None."""
+    try:
+        import astra
+    except ImportError:  # pip install 'oder-fast[bench]' brings it
+        return None
     volume = astra.create_vol_geom(n, n)
     projector = astra.create_projector(
         "linear", astra.create_proj_geom("parallel", 1.0, n_bins, angles.numpy()), volume
@@ -87,8 +90,8 @@ def test_radon_forward(report, face, one_thread, generator, batch):
     assert error < 1e-6
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
     candidates = {"ours": ours}
-    if batch == 1:
-        astra = astra_operator(N, BINS, angles)
+    astra = astra_operator(N, BINS, angles)
+    if batch == 1 and astra is not None:
         image = x[0].numpy()
         assert relative_error(ours()[0], torch.from_numpy(astra.FP(image))) < 2e-4
         candidates["ASTRA linear"] = lambda: astra.FP(image)
@@ -119,8 +122,8 @@ def test_radon_adjoint(report, face, one_thread, generator, batch):
     assert error < 1e-6
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
     candidates = {"ours": ours}
-    if batch == 1:
-        astra = astra_operator(N, BINS, angles)
+    astra = astra_operator(N, BINS, angles)
+    if batch == 1 and astra is not None:
         sinogram = y[0].numpy()
         assert relative_error(ours()[0], torch.from_numpy(astra.BP(sinogram))) < 2e-4
         candidates["ASTRA linear"] = lambda: astra.BP(sinogram)
@@ -220,6 +223,8 @@ def test_accuracy_on_ellipses(report):
     """The sinogram of ellipses against its analytic Radon transform, beside ASTRA's."""
     angles = angles_over(VIEWS)
     astra = astra_operator(N, BINS, angles)
+    if astra is None:
+        pytest.skip("the yardstick is ASTRA: pip install 'oder-fast[bench]'")
     large = tuple((v, 2 * x, 2 * y, 2 * a, 2 * b, tilt) for v, x, y, a, b, tilt in ELLIPSES)
     image = ellipse_image(large, N).float()
     exact = ellipse_sinogram(large, angles, torch.arange(BINS) - (BINS - 1) / 2)
