@@ -155,3 +155,11 @@ IMAGE, SINOGRAM, ANGLES = torch.zeros(1, 8, 8), torch.zeros(1, 3, 11), angles_ov
 def test_messages_name_operator_argument_rule_and_what_arrived(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # of torch.func itself
+def test_forward_mode_is_refused_rather_than_zero():
+    with pytest.raises(RuntimeError, match="radon_forward: no forward-mode derivative"):
+        torch.func.jvp(lambda x: oder_fast.radon_forward(x, ANGLES, 11), (IMAGE,), (IMAGE,))

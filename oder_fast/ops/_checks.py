@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> None:
@@ -14,6 +15,9 @@ def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> Non
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    # torch would take an operator without a forward-mode formula for a constant, and its tangent for zero.
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value, level=0).tangent is not None:
+        raise RuntimeError(f"{op}: no forward-mode derivative; use reverse mode (backward, torch.func.vjp)")
 
 
 def floating(op: str, name: str, value: Tensor, *, allow_complex: bool = False) -> None:
