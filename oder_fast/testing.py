@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class OpCase:
         differentiable: Positions of the arguments that gradients flow to.
         adjoint: From the same arguments to the function that is the operator's exact transpose in its first
             argument, for linear operators.
+        real: Whether it takes real images.
+        complex: Whether it takes complex ones.
+        large: Shapes too slow for interpreted kernels: vector and tile boundaries of the C++ face, at least one with
+            work for several threads.
+        tiny: A shape for finite differences.
     """
 
     name: str
@@ -47,6 +52,19 @@ class OpCase:
     shapes: Sequence[dict[str, Any]]
     differentiable: tuple[int, ...]
     adjoint: Callable[..., Callable[[Tensor], Tensor]] | None = None
+    real: bool = True
+    complex: bool = False
+    large: Sequence[dict[str, Any]] = ({"image": (2, 130, 70)},)
+    tiny: dict[str, Any] = field(default_factory=lambda: {"image": (1, 3, 4)})
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Tell whether it takes images of a dtype."""
+        return self.complex if dtype.is_complex else self.real
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it is used most."""
+        return torch.float32 if self.real else torch.complex64
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -219,6 +237,87 @@ def _red_inputs(
     return (*images, *prior), options | {"nonnegative": not dtype.is_complex}
 
 
+RADON: dict[str, Any] = {
+    "large": RADON_LARGE_SHAPES,
+    "tiny": {"image": (1, 3, 4), "angles": torch.tensor([0.3, 2.0]), "bins": 5},
+}
+
+# Every radix and sizes around vectors and tiles; lines along both axes, points; maps and sampling shared or not.
+FOURIER_SHAPES = (
+    {"image": (1, 5, 7), "coils": 1},
+    {"image": (2, 12, 9), "coils": 2, "axis": -1, "own": True},
+    {"image": (2, 15, 14), "coils": 3, "points": True},
+    {"image": (3, 16, 17), "coils": 2, "points": True, "own": True},
+    {"image": (1, 1, 19), "coils": 2},
+    {"image": (1, 1, 19), "coils": 1, "axis": -1},
+    {"image": (2, 21, 1), "coils": 2, "own": True},
+    {"image": (1, 22, 23), "coils": 1, "points": True},
+    {"image": (1, 26, 8), "coils": 2, "axis": -2},
+    {"image": (2, 33, 40), "coils": 4, "axis": -1},
+)
+FOURIER_LARGE_SHAPES = (
+    {"image": (2, 64, 70), "coils": 3},
+    {"image": (5, 70, 96), "coils": 2, "axis": -1, "own": True},
+    {"image": (2, 61, 128), "coils": 2, "points": True},
+    {"image": (1, 320, 37), "coils": 2},
+    {"image": (1, 20, 368), "coils": 2, "axis": -1},
+)
+FOURIER: dict[str, Any] = {
+    "real": False,
+    "complex": True,
+    "large": FOURIER_LARGE_SHAPES,
+    "tiny": {"image": (1, 3, 4), "coils": 2, "axis": -1},
+}
+
+
+def _fourier_scan(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return coil maps, sampling and options; with "own", those of each image are its own."""
+    (batch, *size), axis = shape["image"], shape.get("axis", -2)
+    own = batch if shape.get("own") else 1
+    maps = _draw((own, shape["coils"], *size), dtype, device, generator)
+    if shape.get("points"):
+        return maps, (torch.rand(own, *size, generator=generator) < 0.4).to(device), {}
+    n = size[axis]
+    lines = torch.stack([torch.randperm(n, generator=generator)[: max(1, n // 3)] for _ in range(own)])
+    if own > 1 and lines.shape[1] > 1:
+        lines[0, -1] = -1
+    return maps, lines.to(device), {"axis": axis}
+
+
+def _fourier_forward_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    maps, sampling, options = _fourier_scan(shape, dtype, device, generator)
+    return (_draw(shape["image"], dtype, device, generator), maps, sampling), options
+
+
+def _fourier_adjoint_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (image, *scan), options = _fourier_forward_inputs(shape, dtype, device, generator)
+    like = ops.fourier_forward(image, *scan, **options, backend="reference")
+    return (_draw(like.shape, dtype, device, generator), *scan), options
+
+
+def _fourier_gradient_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (samples, *scan), options = _fourier_adjoint_inputs(shape, dtype, device, generator)
+    n = shape["coils"]
+    coils = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
+    return (_draw(shape["image"], dtype, device, generator), samples, *scan, coils), options
+
+
+def _fourier_red_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, options = _fourier_gradient_inputs(shape, dtype, device, generator)
+    prior, more = _prior_inputs(shape["image"], dtype, device, generator)
+    return (*args, *prior), options | more
+
+
 CASES = (
     OpCase(
         "radon_forward",
@@ -226,6 +325,7 @@ CASES = (
         RADON_SHAPES,
         (0,),
         lambda image, angles, n_bins, **o: lambda y: ops.radon_adjoint(y, angles, image.shape[1:], **o),
+        **RADON,
     ),
     OpCase(
         "radon_adjoint",
@@ -233,14 +333,34 @@ CASES = (
         RADON_SHAPES,
         (0,),
         lambda y, angles, _, **o: lambda x: ops.radon_forward(x, angles, y.shape[2], **o),
+        **RADON,
     ),
-    OpCase("radon_backproject", _adjoint_inputs, RADON_SHAPES, (0,)),
-    OpCase("radon_gradient", _gradient_inputs, RADON_SHAPES, (0, 1)),
-    OpCase("radon_red_update", _radon_red_inputs, RADON_SHAPES, (0, 1, 4, 5, 6)),
+    OpCase("radon_backproject", _adjoint_inputs, RADON_SHAPES, (0,), **RADON),
+    OpCase("radon_gradient", _gradient_inputs, RADON_SHAPES, (0, 1), **RADON),
+    OpCase("radon_red_update", _radon_red_inputs, RADON_SHAPES, (0, 1, 4, 5, 6), **RADON),
     OpCase(
         "red_update",
         _red_inputs,
         tuple({"image": s} for s in ((1, 1), (3, 5, 7), (2, 1, 33, 65), (1, 127, 129), (4, 4096))),
         (0, 1, 2, 3, 4),
+        complex=True,
     ),
+    OpCase(
+        "fourier_forward",
+        _fourier_forward_inputs,
+        FOURIER_SHAPES,
+        (0,),
+        lambda _, *scan, **o: lambda y: ops.fourier_adjoint(y, *scan, **o),
+        **FOURIER,
+    ),
+    OpCase(
+        "fourier_adjoint",
+        _fourier_adjoint_inputs,
+        FOURIER_SHAPES,
+        (0,),
+        lambda _, *scan, **o: lambda x: ops.fourier_forward(x, *scan, **o),
+        **FOURIER,
+    ),
+    OpCase("fourier_gradient", _fourier_gradient_inputs, FOURIER_SHAPES, (0, 1), **FOURIER),
+    OpCase("fourier_red_update", _fourier_red_inputs, FOURIER_SHAPES, (0, 1, 5, 6, 7), **FOURIER),
 )

@@ -1,0 +1,613 @@
+"""Coil-weighted Cartesian Fourier sampling and its data-fidelity gradient: parallel MRI, exact transposes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import fourier as reference
+from . import _checks, faces
+from . import red_update as red
+from ._library import LIBRARY, register
+
+_SCAN = "Tensor coil_maps, Tensor sampling"
+LIBRARY.define(f"fourier_forward(Tensor image, {_SCAN}, int axis, str backend) -> Tensor")
+LIBRARY.define(f"fourier_adjoint(Tensor samples, {_SCAN}, int axis, str backend) -> Tensor")
+LIBRARY.define(
+    f"fourier_gradient(Tensor image, Tensor? samples, {_SCAN}, Tensor? coils, int axis, str backend) -> Tensor"
+)
+LIBRARY.define(
+    f"fourier_red_update(Tensor image, Tensor? samples, {_SCAN}, Tensor? coils, Tensor denoised, "
+    "Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum, int axis, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+# Columns of an image that a block of the GPU faces transforms together, each with one partial sum of the norms.
+COLUMNS = 8
+# In half precision the coil maps of the GPU faces take half the memory.
+HALF = torch.complex32
+
+# ------------------------------------------------------------------ what the compiled faces take
+
+
+def _pairs(value: Tensor) -> Tensor:
+    """Return a complex tensor as contiguous pairs of reals."""
+    return torch.view_as_real(value.resolve_conj().contiguous())
+
+
+def _sizes(coil_maps: Tensor, sampling: Tensor, axis: int) -> tuple[int, int]:
+    """Return the length of the (first) transform and the length of the other axis."""
+    height, width = coil_maps.shape[2:]
+    return (width, height) if axis == -1 and sampling.ndim == 2 else (height, width)
+
+
+def _sample_shape(batch: int, coil_maps: Tensor, sampling: Tensor, axis: int) -> tuple[int, ...]:
+    if sampling.ndim == 3:
+        return batch, *coil_maps.shape[1:]
+    return batch, coil_maps.shape[1], sampling.shape[1], _sizes(coil_maps, sampling, axis)[1]
+
+
+def _new_samples(like: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int) -> Tensor:
+    """Allocate samples; those of a mask column by column, as the compiled faces read and write them."""
+    shape = _sample_shape(like.shape[0], coil_maps, sampling, axis)
+    if sampling.ndim == 2:
+        return like.new_empty(shape)
+    return like.new_empty(*shape[:2], shape[3], shape[2]).transpose(-1, -2)
+
+
+def _in_order(samples: Tensor | None, sampling: Tensor) -> Tensor | None:
+    """Return samples as pairs of reals in the order of memory of `_new_samples`."""
+    if samples is None:
+        return None
+    return _pairs(samples if sampling.ndim == 2 else samples.transpose(-1, -2))
+
+
+def _scan(
+    batch: int, coil_maps: Tensor, sampling: Tensor, coils: Tensor | None, axis: int, backend: str
+) -> list[Any]:
+    """Return the arguments that describe a scan, the same for every compiled kernel."""
+    n, width = _sizes(coil_maps, sampling, axis)
+    transposed = axis == -1 and sampling.ndim == 2
+    n_used = coil_maps.shape[1] if coils is None else coils.shape[0]
+    scratch: tuple[Any, ...] = (None, None, None)
+    if backend != "cpu":
+        device = coil_maps.device
+        # The CUDA face keeps residuals in shared memory where lines are sampled.
+        kept = sampling.shape[1] if sampling.ndim == 2 else n
+        keeps = backend == "triton" or sampling.ndim == 3
+        scratch = (
+            roots_of_unity(n, device),
+            roots_of_unity(width, device) if sampling.ndim == 3 else None,
+            torch.empty(batch, n_used, width, kept, 2, device=device) if keeps else None,
+        )
+    return [
+        faces.DTYPE_CODES[torch.float16 if coil_maps.dtype == HALF else coil_maps.real.dtype],
+        _pairs(coil_maps.transpose(-1, -2) if transposed else coil_maps),
+        coil_maps.shape[0] == 1,
+        (sampling if sampling.ndim == 2 else sampling.transpose(-1, -2)).contiguous(),
+        sampling.shape[1] if sampling.ndim == 2 else 0,
+        sampling.shape[0] == 1,
+        coils,
+        n_used,
+        transposed,
+        *scratch,
+        batch,
+        coil_maps.shape[1],
+        n,
+        width,
+    ]
+
+
+def roots_of_unity(n: int, device: torch.device) -> Tensor:
+    """Return exp(-2 pi i k / n), k = 0 .. n - 1, as pairs of float32 (n, 2), rounded from float64."""
+    key = (n, device)
+    if key not in _ROOTS:
+        angle = torch.arange(n, dtype=torch.float64) * (-2 * torch.pi / n)
+        _ROOTS[key] = torch.stack((angle.cos(), angle.sin()), -1).float().to(device)
+    return _ROOTS[key]
+
+
+_ROOTS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
+    code = faces.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
+    faces.face(backend).launch(name, like, code, *args)
+
+
+# ------------------------------------------------------------------ forward
+
+
+def _forward_impl(image: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str) -> Tensor:
+    samples = _new_samples(image, coil_maps, sampling, axis)
+    if samples.numel() > 0:
+        scan = _scan(image.shape[0], coil_maps, sampling, None, axis, backend)
+        _launch("fourier_forward", image, backend, _pairs(image), _in_order(samples, sampling), *scan)
+    return samples
+
+
+def _forward_fake(image: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str) -> Tensor:
+    return _new_samples(image, coil_maps, sampling, axis)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, coil_maps, sampling, ctx.axis, ctx.backend = inputs
+    ctx.save_for_backward(coil_maps, sampling)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    back = torch.ops.oder_fast.fourier_adjoint
+    return back(grad, *ctx.saved_tensors, ctx.axis, ctx.backend), *[None] * 4
+
+
+register("fourier_forward", _forward_impl, _forward_fake, _forward_backward, _linear_setup)
+
+
+# ------------------------------------------------------------------ adjoint
+
+
+def _new_image(batch: int, like: Tensor, coil_maps: Tensor) -> Tensor:
+    return like.new_empty(batch, *coil_maps.shape[2:])
+
+
+def _adjoint_impl(samples: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str) -> Tensor:
+    image = _new_image(samples.shape[0], samples, coil_maps)
+    if image.numel() > 0:
+        scan = _scan(samples.shape[0], coil_maps, sampling, None, axis, backend)
+        _launch("fourier_adjoint", samples, backend, _in_order(samples, sampling), _pairs(image), *scan)
+    return image
+
+
+def _adjoint_fake(samples: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str) -> Tensor:
+    return _new_image(samples.shape[0], samples, coil_maps)
+
+
+def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    forward = torch.ops.oder_fast.fourier_forward
+    return forward(grad, *ctx.saved_tensors, ctx.axis, ctx.backend), *[None] * 4
+
+
+register("fourier_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _linear_setup)
+
+
+# ------------------------------------------------------------------ gradient
+
+
+def _gradient_impl(
+    image: Tensor,
+    samples: Tensor | None,
+    coil_maps: Tensor,
+    sampling: Tensor,
+    coils: Tensor | None,
+    axis: int,
+    backend: str,
+) -> Tensor:
+    gradient = _new_image(image.shape[0], image, coil_maps)
+    if gradient.numel() > 0:
+        scan = _scan(image.shape[0], coil_maps, sampling, coils, axis, backend)
+        data = _in_order(samples, sampling)
+        _launch("fourier_gradient", image, backend, _pairs(image), data, _pairs(gradient), *scan)
+    return gradient
+
+
+def _gradient_fake(image: Tensor, samples: Tensor | None, coil_maps: Tensor, *_: Any) -> Tensor:
+    return _new_image(image.shape[0], image, coil_maps)
+
+
+def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, samples, coil_maps, sampling, coils, ctx.axis, ctx.backend = inputs
+    ctx.with_data = samples is not None
+    ctx.save_for_backward(coil_maps, sampling, coils)
+
+
+def _fidelity_vjp(
+    grad: Tensor, saved: tuple[Tensor, Tensor, Tensor | None], with_data: bool, axis: int, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Apply the Hermitian normal operator to `grad`, and -A_B with the coils back in their places."""
+    coil_maps, sampling, coils = saved
+    normal = torch.ops.oder_fast.fourier_gradient(grad, None, coil_maps, sampling, coils, axis, backend)
+    if not with_data:
+        return normal, None
+    maps = coil_maps if coils is None else coil_maps.index_select(1, coils)
+    scale = -coil_maps.shape[1] / maps.shape[1]
+    projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, axis, backend) * scale
+    if coils is not None:
+        empty = projected.new_zeros(projected.shape[0], coil_maps.shape[1], *projected.shape[2:])
+        projected = empty.index_add(1, coils, projected)
+    return normal, projected
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    with_data = ctx.with_data and ctx.needs_input_grad[1]
+    return *_fidelity_vjp(grad, ctx.saved_tensors, with_data, ctx.axis, ctx.backend), *[None] * 5
+
+
+register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
+
+
+# ------------------------------------------------------------------ RED update
+
+
+def _red_impl(
+    image: Tensor,
+    samples: Tensor | None,
+    coil_maps: Tensor,
+    sampling: Tensor,
+    coils: Tensor | None,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    axis: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    updated, extrapolated, reductions = red.outputs(image, previous)
+    if image.numel() == 0:
+        return updated, extrapolated, reductions.zero_()
+    parts = -(-_sizes(coil_maps, sampling, axis)[1] // COLUMNS)
+    _launch(
+        "fourier_red_update",
+        image,
+        backend,
+        _pairs(image),
+        _in_order(samples, sampling),
+        *red.contiguous(denoised),
+        *red.scalars(step_size, tau),
+        *red.contiguous(previous),
+        *red.scalars(momentum),
+        *red.contiguous(updated, None if previous is None else extrapolated),
+        reductions,
+        *red.partial_sums(image.shape[0], parts, reductions, backend),
+        *_scan(image.shape[0], coil_maps, sampling, coils, axis, backend),
+    )
+    return updated, extrapolated, reductions
+
+
+def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return red.outputs(image, args[7])
+
+
+def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, samples, coil_maps, sampling, coils, denoised, step_size, tau, previous, momentum, *rest = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_previous = previous is not None
+    ctx.axis, ctx.backend = rest
+    ctx.save_for_backward(image, samples, coil_maps, sampling, coils, denoised, step_size, tau, momentum)
+
+
+def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
+    image, samples, coil_maps, sampling, coils, denoised, step_size, tau, momentum = ctx.saved_tensors
+    saved, rest = (coil_maps, sampling, coils), (ctx.axis, ctx.backend)
+    # Only the derivative in the step size needs the gradient of the data fidelity itself.
+    if ctx.needs_input_grad[6]:
+        fidelity = torch.ops.oder_fast.fourier_gradient(image, samples, *saved, *rest)
+    else:
+        fidelity = torch.zeros_like(image)
+    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = red.vjp(
+        grad_updated,
+        grad_extrapolated if ctx.has_previous else None,
+        image,
+        fidelity,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        None,
+    )
+    with_data = samples is not None and ctx.needs_input_grad[1]
+    normal, grad_samples = _fidelity_vjp(grad_fidelity, saved, with_data, *rest)
+    return (
+        grad_image + normal,
+        grad_samples,
+        None,
+        None,
+        None,
+        grad_denoised,
+        grad_step if ctx.needs_input_grad[6] else None,
+        grad_tau,
+        grad_previous,
+        *[None] * 3,
+    )
+
+
+register("fourier_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
+
+
+# ------------------------------------------------------------------ what users call
+
+
+def _check_scan(
+    op: str, like_name: str, like: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str
+) -> tuple[Tensor, int, str]:
+    """Check everything but image and samples; return the maps, the axis from the end, and the face."""
+    _checks.tensor(op, like_name, like)
+    if not like.is_complex() or like.dtype == HALF:
+        raise TypeError(f"{op}: {like_name} must be complex64 or complex128, got {like.dtype}")
+    _checks.tensor(op, "coil_maps", coil_maps, ndim=4)
+    if coil_maps.requires_grad:
+        raise ValueError(f"{op}: coil_maps is not differentiable; detach it")
+    if coil_maps.dtype != HALF:
+        _checks.same(op, "coil_maps", coil_maps, like_name, like)
+    elif coil_maps.device != like.device:
+        raise ValueError(
+            f"{op}: coil_maps must be on the device of {like_name} ({like.device}), got {coil_maps.device}"
+        )
+    batch, (_, n_coils, height, width) = like.shape[0], coil_maps.shape
+    if coil_maps.shape[0] not in (1, batch) or min(n_coils, height, width) < 1:
+        raise ValueError(
+            f"{op}: coil_maps must have shape (1 or {batch}, C, H, W), none of them 0, got {tuple(coil_maps.shape)}"
+        )
+    if axis not in (-2, -1):
+        raise ValueError(f"{op}: axis must be -2 or -1, got {axis}")
+    _checks.tensor(op, "sampling", sampling)
+    if sampling.device != like.device:
+        raise ValueError(f"{op}: sampling must be on {like.device}, got {sampling.device}")
+    if sampling.ndim == 3 and sampling.dtype == torch.bool:
+        if sampling.shape[0] not in (1, batch) or tuple(sampling.shape[1:]) != (height, width):
+            raise ValueError(
+                f"{op}: a mask must have shape (1 or {batch}, {height}, {width}), got {tuple(sampling.shape)}"
+            )
+        axis = -2
+    elif sampling.ndim == 2 and sampling.dtype == torch.int64:
+        _check_lines(op, sampling, batch, coil_maps.shape[axis])
+    else:
+        raise TypeError(
+            f"{op}: sampling must be int64 lines (K, L) or a bool mask (K, H, W), got {sampling.dtype} "
+            f"of shape {tuple(sampling.shape)}"
+        )
+    chosen = faces.resolve(backend, like.device, like.dtype)
+    if coil_maps.dtype == HALF and chosen == "cpu":
+        raise TypeError(f"{op}: coil_maps in {HALF} are for the GPU faces, not for 'cpu'")
+    return coil_maps, axis, chosen
+
+
+def _check_lines(op: str, lines: Tensor, batch: int, n: int) -> None:
+    if lines.shape[0] not in (1, batch) or lines.shape[1] == 0:
+        raise ValueError(f"{op}: lines must have shape (1 or {batch}, at least 1), got {tuple(lines.shape)}")
+    if lines.device.type != "cpu" or torch.compiler.is_compiling() or lines.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(lines))
+    if low < -1 or high >= n:
+        raise ValueError(f"{op}: lines must lie in 0..{n - 1} (-1 pads), got {low if low < -1 else high}")
+    if high < 0:
+        raise ValueError(f"{op}: lines must name at least one line, got only -1")
+
+
+def _check_image(op: str, image: Tensor, coil_maps: Tensor) -> None:
+    _checks.tensor(op, "image", image, ndim=3)
+    _checks.shape(op, "image", image, (image.shape[0], *coil_maps.shape[2:]), "batch, and H, W of coil_maps")
+
+
+def _check_samples(
+    op: str, samples: Tensor, batch: int, coil_maps: Tensor, sampling: Tensor, axis: int
+) -> None:
+    expected = _sample_shape(batch, coil_maps, sampling, axis)
+    why = "batch, coils, " + ("lines, points of a line" if sampling.ndim == 2 else "H, W")
+    _checks.shape(op, "samples", samples, expected, why)
+
+
+def fourier_forward(
+    image: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
+) -> Tensor:
+    r"""Weight images by coil sensitivity maps, transform them, and keep the samples of lines or of points.
+
+    .. math:: y_{b,c} = M F (S_c \odot x_b)
+
+    `F` is the orthonormal discrete Fourier transform with zero frequency at index 0. Where whole lines are sampled,
+    the transform along them is unitary and drops out of :math:`A^H A`; so `F` then runs along `axis` alone, and
+    the samples are those of a k-space that was transformed back along its lines once (see `CartesianMRI`).
+
+    Args:
+        image: Shape ``(B, H, W)``, complex64 or complex128.
+        coil_maps: :math:`S_c`, shape ``(1 or B, C, H, W)``, dtype of `image`; on the GPU faces also complex32,
+            which halves their memory at a relative error of 2e-4. Not differentiable.
+        sampling: int64 lines ``(1 or B, L)``, the frequencies sampled along `axis`, each once, -1 as padding; or a bool mask
+            ``(1 or B, H, W)`` of points.
+        axis: The axis that the lines are counted along, -2 or -1; of no meaning for a mask.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Samples ``(B, C, L, P)`` with `P` the length of a line, zero where -1 pads; or ``(B, C, H, W)``, zero
+        where the mask is. Differentiable any number of times in `image`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or value that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, maps = torch.ones(1, 4, 3, dtype=torch.complex64), torch.ones(1, 2, 4, 3, dtype=torch.complex64)
+        >>> fourier_forward(x, maps, torch.tensor([[0, 2]])).real[0, 0]
+        tensor([[2., 2., 2.],
+                [0., 0., 0.]])
+
+    References:
+        Pruessmann, Weiger, Scheidegger, Boesiger, "SENSE: sensitivity encoding for fast MRI", Magnetic Resonance
+        in Medicine 42 (1999).
+    """
+    op = "fourier_forward"
+    coil_maps, axis, chosen = _check_scan(op, "image", image, coil_maps, sampling, axis, backend)
+    _check_image(op, image, coil_maps)
+    if chosen == "reference":
+        return reference.fourier_forward(image, coil_maps, sampling, axis)
+    result: Tensor = torch.ops.oder_fast.fourier_forward(image, coil_maps, sampling, axis, chosen)
+    return result
+
+
+def fourier_adjoint(
+    samples: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
+) -> Tensor:
+    r"""Combine the inverse transforms of samples over the coils: the exact conjugate transpose of `fourier_forward`.
+
+    .. math:: x_b = \sum_c \overline{S_c} \odot F^H M y_{b,c}
+
+    Coils are summed in order, without atomics: equal bits from run to run.
+
+    Args:
+        samples: As `fourier_forward` returns them, complex64 or complex128.
+        coil_maps: As in `fourier_forward`.
+        sampling: As in `fourier_forward`.
+        axis: As in `fourier_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Images ``(B, H, W)``, dtype of `samples`; differentiable any number of times in `samples`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or value that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> y, maps = torch.ones(1, 2, 1, 3, dtype=torch.complex64), torch.ones(1, 2, 4, 3, dtype=torch.complex64)
+        >>> fourier_adjoint(y, maps, torch.tensor([[0]])).real[0, 0]
+        tensor([1., 1., 1.])
+    """
+    op = "fourier_adjoint"
+    _checks.tensor(op, "samples", samples, ndim=4)
+    coil_maps, axis, chosen = _check_scan(op, "samples", samples, coil_maps, sampling, axis, backend)
+    _check_samples(op, samples, samples.shape[0], coil_maps, sampling, axis)
+    if chosen == "reference":
+        return reference.fourier_adjoint(samples, coil_maps, sampling, axis)
+    result: Tensor = torch.ops.oder_fast.fourier_adjoint(samples, coil_maps, sampling, axis, chosen)
+    return result
+
+
+def _check_fidelity(
+    op: str,
+    image: Tensor,
+    samples: Tensor | None,
+    coil_maps: Tensor,
+    sampling: Tensor,
+    coils: Tensor | None,
+    axis: int,
+    backend: str,
+) -> tuple[Tensor, int, str]:
+    coil_maps, axis, chosen = _check_scan(op, "image", image, coil_maps, sampling, axis, backend)
+    _check_image(op, image, coil_maps)
+    if samples is not None:
+        _checks.tensor(op, "samples", samples, ndim=4)
+        _checks.same(op, "samples", samples, "image", image)
+        _check_samples(op, samples, image.shape[0], coil_maps, sampling, axis)
+    if coils is not None:
+        _checks.index(op, "coils", coils, coil_maps.shape[1], image.device)
+    return coil_maps, axis, chosen
+
+
+def fourier_gradient(
+    image: Tensor,
+    samples: Tensor | None,
+    coil_maps: Tensor,
+    sampling: Tensor,
+    coils: Tensor | None = None,
+    *,
+    axis: int = -2,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the gradient of the least-squares data fidelity over all coils or a minibatch of them.
+
+    .. math:: \frac{C}{|B|} \sum_{c \in B} \overline{S_c} \odot F^H M (F (S_c \odot x) - y_c)
+
+    An unbiased estimate of the full gradient when each coil is as likely to be in the minibatch as any other. On
+    the compiled faces nothing but maps, samples and images passes through memory where lines are sampled; a mask
+    takes one plane of intermediate results more.
+
+    Args:
+        image: Shape ``(B, H, W)``, complex64 or complex128.
+        samples: The measured data of all coils, as `fourier_forward` returns them; None for zeros, which gives the
+            normal operator :math:`A_B^H A_B x`.
+        coil_maps: As in `fourier_forward`.
+        sampling: As in `fourier_forward`.
+        coils: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of range
+            are not seen (that would cost a synchronisation) and those coils count as zero.
+        axis: As in `fourier_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Like `image`; differentiable any number of times in `image` and `samples`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device, value or index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, maps = torch.ones(1, 4, 3, dtype=torch.complex64), torch.ones(1, 2, 4, 3, dtype=torch.complex64)
+        >>> fourier_gradient(x, None, maps, torch.tensor([[0, 2]])).real[0, 0]
+        tensor([2., 2., 2.])
+    """
+    op = "fourier_gradient"
+    coil_maps, axis, chosen = _check_fidelity(op, image, samples, coil_maps, sampling, coils, axis, backend)
+    args = (image, samples, coil_maps, sampling, coils, axis)
+    if chosen == "reference":
+        return reference.fourier_gradient(*args)
+    result: Tensor = torch.ops.oder_fast.fourier_gradient(*args, chosen)
+    return result
+
+
+def fourier_red_update(
+    image: Tensor,
+    samples: Tensor | None,
+    coil_maps: Tensor,
+    sampling: Tensor,
+    coils: Tensor | None,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    *,
+    previous: Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    axis: int = -2,
+    backend: str = "auto",
+) -> red.RedUpdate:
+    r"""Take one RED step with the MRI data fidelity: `fourier_gradient` with `red_update` as its epilogue.
+
+    .. math:: x^+ = s - \gamma (\nabla g_B(s) + \tau (s - D(s))), \quad s^+ = x^+ + \beta (x^+ - x)
+
+    The gradient never reaches memory: a strip of columns is updated as soon as its coils are summed.
+
+    Args:
+        image: The point `s`, shape ``(B, H, W)``, complex64 or complex128.
+        samples: As in `fourier_gradient`.
+        coil_maps: As in `fourier_forward`.
+        sampling: As in `fourier_forward`.
+        coils: As in `fourier_gradient`.
+        denoised: ``D(s)``, like `image`.
+        step_size: As in `red_update`.
+        tau: As in `red_update`.
+        previous: As in `red_update`.
+        momentum: As in `red_update`.
+        axis: As in `fourier_forward`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        A `RedUpdate`, differentiable as that of `red_update`, and in `samples`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device, value or index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, maps = torch.ones(1, 2, 2, dtype=torch.complex64), torch.ones(1, 1, 2, 2, dtype=torch.complex64)
+        >>> fourier_red_update(x, None, maps, torch.tensor([[0]]), None, x, step_size=0.5, tau=1.0).image.real
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
+    """
+    op = "fourier_red_update"
+    coil_maps, axis, chosen = _check_fidelity(op, image, samples, coil_maps, sampling, coils, axis, backend)
+    momentum = red.check_prior(op, image, denoised, previous, momentum, False)
+    step_size = red.parameter(op, "step_size", step_size, image.device)
+    tau = red.parameter(op, "tau", tau, image.device)
+    args = (image, samples, coil_maps, sampling, coils, denoised, step_size, tau, previous, momentum, axis)
+    if chosen == "reference":
+        return red.RedUpdate(*reference.fourier_red_update(*args))
+    updated, extrapolated, reductions = torch.ops.oder_fast.fourier_red_update(*args, chosen)
+    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
