@@ -28,6 +28,30 @@ std::vector<const char*> supported_isas() {
   return isas;
 }
 
+// Defines an operator of a Cartesian scan: all of them end with the same arguments.
+template <class... Head, class Call>
+void define_fourier(pybind11::module_& m, const char* name, Call call) {
+  m.def(
+      name,
+      [call](int dtype, Head... head, int, Address maps, bool shared_maps, Address sampling, int64_t n_lines,
+             bool shared_sampling, Address coils, int64_t n_used, bool transposed, Address, Address, Address,
+             int64_t batch, int64_t n_coils, int64_t n, int64_t width, int threads) {
+        const oder::FourierScan scan{at(maps),
+                                     at(sampling),
+                                     at<int64_t>(coils),
+                                     shared_maps,
+                                     shared_sampling,
+                                     transposed,
+                                     n_lines,
+                                     n_used,
+                                     n_coils,
+                                     n,
+                                     width};
+        call(dtype, head..., batch, scan, threads);
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(ODER_MODULE, m) {
@@ -102,4 +126,30 @@ PYBIND11_MODULE(ODER_MODULE, m) {
         oder::red_update(dtype, at(image), at(gradient), red, batch, n, threads);
       },
       release());
+
+  define_fourier<Address, Address>(
+      m, "fourier_forward",
+      [](int dtype, Address image, Address samples, int64_t batch, const auto& scan, int threads) {
+        oder::fourier_forward(dtype, at(image), at(samples), batch, scan, threads);
+      });
+  define_fourier<Address, Address>(
+      m, "fourier_adjoint",
+      [](int dtype, Address samples, Address image, int64_t batch, const auto& scan, int threads) {
+        oder::fourier_adjoint(dtype, at(samples), at(image), batch, scan, threads);
+      });
+  define_fourier<Address, Address, Address>(
+      m, "fourier_gradient",
+      [](int dtype, Address image, Address samples, Address gradient, int64_t batch, const auto& scan, int threads) {
+        oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), batch, scan, threads);
+      });
+  define_fourier<Address, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address,
+                 int64_t>(m, "fourier_red_update",
+                          [](int dtype, Address image, Address samples, Address denoised, Address step_size,
+                             Address tau, Address previous, Address momentum, Address updated, Address extrapolated,
+                             Address reductions, Address, int64_t, int64_t batch, const auto& scan, int threads) {
+                            const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
+                                                        at(previous), at<double>(momentum),  false,
+                                                        at(updated),  at(extrapolated),      at<double>(reductions)};
+                            oder::fourier_red_update(dtype, at(image), at(samples), red, batch, scan, threads);
+                          });
 }

@@ -1,4 +1,4 @@
-// What the C++ faces of radon and red_update offer to the bindings.
+// What the C++ faces offer to the bindings.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,19 @@ struct RadonGeometry {
   int64_t n_used;
   int64_t n_bins;
   double bin_spacing, bin_offset, pixel_size;
+};
+
+// A Cartesian scan: the transform runs along an axis of length n, `width` is the length of the other. Complex numbers
+// are pairs of reals. Sampled are lines[n_lines] (-1 pads) of that axis, or the points of a mask of the full transform
+// along both; those of the image, or of all images where shared. Of the coils, coils[n_used] are used, or all where
+// null.
+struct FourierScan {
+  const void* maps;      // [batch or 1, n_coils, n, width]
+  const void* sampling;  // int64 [batch or 1, n_lines], or bool [batch or 1, width, n] where n_lines is 0
+  const int64_t* coils;  // [n_used] or null
+  bool shared_maps, shared_sampling;
+  bool transposed;  // images are [batch, width, n], not [batch, n, width]
+  int64_t n_lines, n_used, n_coils, n, width;
 };
 
 // The operands of a RED step beyond the point and the gradient; shapes [batch, n], null where absent.
@@ -41,5 +54,13 @@ void radon_red_update(int dtype, const void* image, const void* measured, const 
                       const RadonGeometry& geometry, int threads);
 void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
                 int threads);
+
+// Samples are [batch, n_coils, n_lines, width], or [batch, n_coils, width, n] of a mask; null for zeros.
+void fourier_forward(int dtype, const void* image, void* samples, int64_t batch, const FourierScan& scan, int threads);
+void fourier_adjoint(int dtype, const void* samples, void* image, int64_t batch, const FourierScan& scan, int threads);
+void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, int64_t batch,
+                      const FourierScan& scan, int threads);
+void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red, int64_t batch,
+                        const FourierScan& scan, int threads);
 
 }  // namespace oder

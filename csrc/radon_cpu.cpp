@@ -183,7 +183,7 @@ void load_tile(const T* image, const RadonGeometry& g, bool by_rows, int64_t r0,
       for (int r = 0; r < kSteps; r += kLanes) {
         vf block[kLanes];
         for (int k = 0; k < kLanes; ++k) block[k] = load(image + (u0 + u + k) * g.width + r0 + r);
-        transpose(block);
+        transpose<float>(block);
         for (int k = 0; k < kLanes; ++k) store(tile + (r + k) * stride + kBorderLow + u, block[k]);
       }
     }
@@ -397,7 +397,7 @@ void add_transposed(const T* from, T* to, int n_rows, int n_columns) {
         if constexpr (std::is_same_v<T, float>) {
           vf block[kLanes];
           for (int k = 0; k < kLanes; ++k) block[k] = load(in + k * M * kLanes);
-          transpose(block);
+          transpose<float>(block);
           for (int k = 0; k < kLanes; ++k) store(out + k * M * kLanes, load(out + k * M * kLanes) + block[k]);
         } else {
           for (int k = 0; k < kLanes; ++k)

@@ -115,30 +115,47 @@ struct Window {
 };
 #endif
 
-#if defined(__clang__)
-inline vf interleave(vf a, vf b, vi index) {
-  vf v;
-  for (int l = 0; l < kLanes; ++l) v[l] = index[l] < kLanes ? a[index[l]] : b[index[l] - kLanes];
-  return v;
-}
-#else
-inline vf interleave(vf a, vf b, vi index) { return __builtin_shuffle(a, b, index); }
-#endif
+// Integers as wide as T, to name the elements of two vectors: 0 .. 2 lanes - 1.
+template <class T>
+struct IndexOf;
+template <>
+struct IndexOf<float> {
+  using type = vec<int32_t>;
+};
+template <>
+struct IndexOf<double> {
+  using type = vec<int64_t>;
+};
+template <class T>
+using index_vec = typename IndexOf<T>::type;
 
-// Transpose kLanes x kLanes floats: log2(kLanes) rounds that interleave both halves.
-inline void transpose(vf* rows) {
-  vi low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = l / 2 + l % 2 * kLanes;
-    high[l] = low[l] + kLanes / 2;
+template <class T>
+inline vec<T> shuffle(vec<T> a, vec<T> b, index_vec<T> index) {
+#if defined(__clang__)
+  vec<T> v;
+  for (int l = 0; l < lanes<T>; ++l) v[l] = index[l] < lanes<T> ? a[index[l]] : b[index[l] - lanes<T>];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Transpose lanes x lanes numbers: log2(lanes) rounds that interleave both halves.
+template <class T>
+inline void transpose(vec<T>* rows) {
+  constexpr int L = lanes<T>;
+  index_vec<T> low, high;
+  for (int l = 0; l < L; ++l) {
+    low[l] = l / 2 + l % 2 * L;
+    high[l] = low[l] + L / 2;
   }
-  vf next[kLanes];
-  for (int round = 1; round < kLanes; round *= 2) {
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = interleave(rows[i], rows[i + kLanes / 2], high);
+  vec<T> next[L];
+  for (int round = 1; round < L; round *= 2) {
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = shuffle<T>(rows[i], rows[i + L / 2], low);
+      next[2 * i + 1] = shuffle<T>(rows[i], rows[i + L / 2], high);
     }
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
   }
 }
 

@@ -7,10 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+LEAST_SHIFTS = 5
+"""Positions of the ESPIRiT kernel along each axis without which the maps of smooth coils come out wrong."""
+
 
 def _centered_fft(values: Tensor, dim: int, *, inverse: bool) -> Tensor:
     transform = torch.fft.ifft if inverse else torch.fft.fft
-    return torch.fft.fftshift(transform(torch.fft.ifftshift(values, dim), dim=dim, norm="ortho"), dim)
+    shifted: Tensor = torch.fft.fftshift(
+        transform(torch.fft.ifftshift(values, dim), dim=dim, norm="ortho"), dim
+    )
+    return shifted
 
 
 def _check_complex(name: str, argument: str, values: Tensor) -> None:
@@ -65,7 +71,8 @@ def birdcage_maps(n_coils: int, shape: tuple[int, int], *, radius: float = 1.5) 
     z = torch.complex(x.expand(shape), -y[:, None].expand(shape))
     phase = 2 * math.pi * torch.arange(n_coils, dtype=torch.float64) / n_coils
     maps = 1 / (1 - z * torch.polar(torch.full_like(phase, 1 / radius), -phase)[:, None, None])
-    return (maps / torch.linalg.vector_norm(maps, dim=0)).to(torch.complex64)
+    normalized: Tensor = maps / torch.linalg.vector_norm(maps, dim=0)
+    return normalized.to(torch.complex64)
 
 
 def _calibration_region(sampled: Tensor, size: int, kernel_size: int) -> tuple[slice, slice]:
@@ -84,20 +91,22 @@ def _calibration_region(sampled: Tensor, size: int, kernel_size: int) -> tuple[s
                     found.add((start, start + length))
         return sorted(found)
 
-    # Least first: too few rows or columns count for nothing, then the area, then the shorter side.
-    best = ((False, 0, 0), (0, 0), (0, 0))
+    # Patches first; the area after them, so that a region too thin for any can be named.
+    best = (0, 0, (0, 0), (0, 0))
     for top, bottom in spans(height):
         for left, right in spans(width):
-            rows, columns = bottom - top, right - left
-            inside = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left]
-            if inside == rows * columns:
-                short = min(rows, columns)
-                best = max(best, ((short >= kernel_size, rows * columns, short), (top, bottom), (left, right)))
-    (_, (top, bottom), (left, right)) = best
-    if min(bottom - top, right - left) < kernel_size:
+            inside = int(count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left])
+            if inside == (bottom - top) * (right - left):
+                shifts = bottom - top - kernel_size + 1, right - left - kernel_size + 1
+                patches = math.prod(shifts) if min(shifts) >= LEAST_SHIFTS else 0
+                best = max(best, (patches, inside, (top, bottom), (left, right)))
+    patches, _, (top, bottom), (left, right) = best
+    if patches < 2 * kernel_size**2:
+        least = kernel_size + LEAST_SHIFTS - 1
         raise ValueError(
-            f"espirit_maps: kspace must be fully sampled over at least {kernel_size} by {kernel_size} calibration "
-            f"lines around the zero frequency (kernel_size), found {bottom - top} rows by {right - left} columns"
+            f"espirit_maps: kspace has too few calibration lines for kernel_size {kernel_size}: it needs a fully "
+            f"sampled centre of at least {least} rows and columns with {2 * kernel_size**2} positions of the kernel, "
+            f"found {bottom - top} rows by {right - left} columns"
         )
     return slice(top, bottom), slice(left, right)
 
@@ -121,8 +130,9 @@ def espirit_maps(
 
     and the map is the eigenvector of the largest eigenvalue (at most 1) in each pixel. It has unit norm over
     the coils. Its phase is chosen so that a virtual coil, the strongest combination of the coils over the
-    calibration lines, sees each pixel with phase 0. Only the first set of maps is returned: an image that is
-    folded within the field of view needs two.
+    calibration lines (with the phase of the first coil that has a large part in it), sees each pixel with
+    phase 0. Only the first set of maps is returned: an image that is folded within the field of view needs
+    two.
 
     Args:
         kspace: Multi-coil Cartesian k-space with the zero frequency at ``(H // 2, W // 2)``, shape
@@ -140,8 +150,9 @@ def espirit_maps(
 
     Raises:
         TypeError: Where `kspace` is not complex or `mask` not bool.
-        ValueError: For a wrong shape, an argument out of range, NaN or Inf, a k-space that is zero, or fewer
-            calibration lines than the kernel needs; the message says how many were found.
+        ValueError: For a wrong shape, an argument out of range, NaN or Inf, a k-space that is zero, or too
+            few calibration lines: the kernel needs ``kernel_size + 4`` rows and columns and ``2 kernel_size**2``
+            positions among them; the message says what was found.
 
     Example:
         >>> import torch
@@ -168,7 +179,7 @@ def espirit_maps(
     for argument, value in (("threshold", threshold), ("crop", crop)):
         if not 0 <= value < 1:
             raise ValueError(f"{name}: {argument} must be at least 0 and below 1, got {value}")
-    coils, height, width = kspace.shape
+    height, width = kspace.shape[1:]
     if mask is None:
         sampled = (kspace != 0).any(0)
     elif mask.dtype != torch.bool:
@@ -209,6 +220,8 @@ def _espirit(kspace: Tensor, calibration: Tensor, kernel_size: int, threshold: f
 
     gram = calibration.flatten(1) @ calibration.flatten(1).mH
     virtual = torch.linalg.eigh(gram / gram.abs().amax())[1][:, -1]
+    strong = virtual.abs() >= virtual.abs().amax() / 2
+    virtual = virtual * virtual[strong][0].conj().sgn()
     along_rows, along_columns = phases(height), phases(width)
     maps = torch.empty_like(kspace, memory_format=torch.contiguous_format)
     # About 64 MiB of matrices at once.

@@ -233,9 +233,10 @@ def poisson_disc(
 ) -> Tensor:
     r"""Draw a variable density Poisson disc: random samples that keep a distance to each other.
 
-    .. math:: \| k - k' \| \ge \min(r(k), r(k')), \qquad r(k) = s (1 + f \rho(k))
+    .. math:: \| k - k' \|^2 \ge \min(r(k)^2, r(k')^2) - 1, \qquad r(k) = s (1 + f \rho(k))
 
-    in samples, with :math:`\rho` the distance to the zero frequency (1 where an axis of the ellipse ends).
+    in samples, with :math:`\rho` the distance to the zero frequency (1 at the middle of an edge); squared
+    distances are rounded at random, up or down.
     The scale :math:`s` is found by bisection so that the acceleration is met from below within `tolerance`;
     samples in excess are then dropped evenly, which keeps the distances.
 
@@ -286,20 +287,24 @@ def poisson_disc(
             f"that acceleration {acceleration} leaves of {height} by {width}"
         )
     wanted = target - rows * columns
+    if wanted == 0:
+        return torch.from_numpy(full)
     order = _uniform(height * width, generator).argsort().numpy()
     keep = _uniform(height * width, generator).argsort().numpy()
+    # Squared distances are whole numbers: rounding them at random lets the density follow the scale smoothly.
+    dither = _uniform(height * width, generator).reshape(height, width).numpy()
     y = (np.arange(height) - height // 2)[:, None] / (height / 2)
     x = (np.arange(width) - width // 2)[None, :] / (width / 2)
     growth = 1 + falloff * np.hypot(y, x)
-    # At scale 0 every sample is accepted: `best` always holds enough of them.
+    # Where no distance exceeds 1 every sample is accepted: `best` always holds enough of them.
     best = order[~full.reshape(-1)[order]].tolist()
-    low, high = 0.0, math.inf
+    low, high = 1 / float(growth.max()), float(math.hypot(height, width))
     # A disc of radius r accepts about one sample in 0.7 r^2.
     scale = math.sqrt(acceleration * float(np.mean(growth**-2.0)) / 0.7)
     for _ in range(24):
         if len(best) <= (1 + tolerance) * wanted:
             break
-        accepted = _throw_darts(order, np.ceil((scale * growth) ** 2).astype(np.int64), full)
+        accepted = _throw_darts(order, np.floor((scale * growth) ** 2 + dither).astype(np.int64), full)
         if len(accepted) >= wanted:
             low, best = scale, accepted
         else:
@@ -308,7 +313,7 @@ def poisson_disc(
         if low < guess < high:
             scale = guess
         else:
-            scale = (low + high) / 2 if math.isfinite(high) else 2 * scale
+            scale = (low + high) / 2
     mask = full.reshape(-1).copy()
     chosen = np.zeros(height * width, dtype=np.bool_)
     chosen[best] = True

@@ -10,6 +10,8 @@ from .red_update import red_update
 
 def _transform(image: Tensor, sampling: Tensor, axis: int, inverse: bool = False) -> Tensor:
     """Transform along `axis` where lines are sampled, along both axes where points are."""
+    if image.numel() == 0:  # which MKL refuses
+        return image
     axes = (axis,) if sampling.ndim == 2 else (-2, -1)
     fft = torch.fft.ifftn if inverse else torch.fft.fftn
     result: Tensor = fft(image, dim=axes, norm="ortho")

@@ -1,0 +1,909 @@
+// C++ face of fourier: coil-weighted Cartesian Fourier sampling, its adjoint, gradient and RED step.
+//
+// Computes        samples = M F (S_c x), its conjugate transpose, (C / |B|) sum over the coils of B of
+//                 conj(S_c) F^H M (F S_c x - y_c), and the RED step with that gradient.
+// Thread mapping  lines: strips of one vector of columns, of one image, each with all its coils; the strips in turn
+//                 to the next free thread. Points: one plane of one coil at a time, all threads in each of its three
+//                 passes (columns forward; rows forward, residual, rows inverse; columns inverse and sum).
+// Shared memory   per thread a strip of the image, of the transform and of the sum (3 n vectors); for points one plane.
+// Accumulation    in the image's precision, coils in the order given; sums of norms in double by strips: equal bits
+//                 for any number of threads.
+// Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller).
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_faces.h"
+#include "fourier.h"
+#include "red_update_cpu.h"
+#include "vec.h"
+
+#define ODER_INLINE inline __attribute__((always_inline))
+
+namespace oder {
+namespace {
+
+// ---------------------------------------------------------------- vectors of complex numbers
+
+template <class T>
+using Cx = Complex<vec<T>>;
+
+// Pairs are split within 128 bits, the cheapest way: lane l of a vector then holds column column_of<T>(l) of those
+// loaded. Everything that is loaded and stored so agrees.
+template <class T>
+constexpr int kPart = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+constexpr int column_of(int l) {
+  const int part = l / kPart<T>, i = l % kPart<T>, half = kPart<T> / 2;
+  return part * half + (i < half ? i : lanes<T> / 2 + i - half);
+}
+
+template <class T>
+ODER_INLINE Cx<T> split(vec<T> a, vec<T> b) {
+  index_vec<T> re, im;
+  for (int l = 0; l < lanes<T>; ++l) {
+    const int part = l / kPart<T>, i = l % kPart<T>, half = kPart<T> / 2;
+    re[l] = (i < half ? 0 : lanes<T>)+part * kPart<T> + 2 * (i % half);
+    im[l] = re[l] + 1;
+  }
+  return {shuffle<T>(a, b, re), shuffle<T>(a, b, im)};
+}
+
+template <class T>
+ODER_INLINE void merge(const Cx<T>& v, vec<T>& a, vec<T>& b) {
+  index_vec<T> low, high;
+  for (int l = 0; l < lanes<T>; ++l) {
+    const int part = l / kPart<T>, i = l % kPart<T>;
+    low[l] = (i % 2 ? lanes<T> : 0) + part * kPart<T> + i / 2;
+    high[l] = low[l] + kPart<T> / 2;
+  }
+  a = shuffle<T>(v.re, v.im, low);
+  b = shuffle<T>(v.re, v.im, high);
+}
+
+// `valid` complex numbers from p, and zeros.
+template <class T>
+ODER_INLINE Cx<T> load_complex(const T* p, int valid) {
+  if (__builtin_expect(valid >= lanes<T>, 1)) return split<T>(load(p), load(p + lanes<T>));
+  T row[2 * lanes<T>] = {};
+  for (int k = 0; k < 2 * valid; ++k) row[k] = p[k];
+  return split<T>(load(row), load(row + lanes<T>));
+}
+
+template <class T>
+ODER_INLINE void store_complex(T* p, const Cx<T>& v, int valid) {
+  vec<T> a, b;
+  merge<T>(v, a, b);
+  if (__builtin_expect(valid >= lanes<T>, 1)) {
+    store(p, a);
+    store(p + lanes<T>, b);
+    return;
+  }
+  T row[2 * lanes<T>];
+  store(row, a);
+  store(row + lanes<T>, b);
+  for (int k = 0; k < 2 * valid; ++k) p[k] = row[k];
+}
+
+// 1 where one of `valid` flags is set, else 0, in the order of split().
+template <class T>
+ODER_INLINE vec<T> load_flags(const uint8_t* p, int valid) {
+  T row[lanes<T>] = {};
+  for (int l = 0; l < lanes<T>; ++l) {
+    if (column_of<T>(l) < valid) row[l] = p[column_of<T>(l)] != 0;
+  }
+  return load(row);
+}
+
+template <class T>
+ODER_INLINE Cx<T> times(const Cx<T>& a, const Cx<T>& b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <class T>
+ODER_INLINE Cx<T> times_conjugate(const Cx<T>& a, const Cx<T>& b) {
+  return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
+}
+template <class T>
+ODER_INLINE Cx<T> scaled(const Cx<T>& a, T factor) {
+  return {a.re * factor, a.im * factor};
+}
+
+// Transposes a square of complex numbers, given as rows.
+template <class T>
+ODER_INLINE void transpose_square(Cx<T>* rows) {
+  vec<T> part[lanes<T>];
+  for (int l = 0; l < lanes<T>; ++l) part[l] = rows[l].re;
+  oder::transpose<T>(part);
+  for (int l = 0; l < lanes<T>; ++l) rows[l].re = part[l];
+  for (int l = 0; l < lanes<T>; ++l) part[l] = rows[l].im;
+  oder::transpose<T>(part);
+  for (int l = 0; l < lanes<T>; ++l) rows[l].im = part[l];
+}
+
+template <class T>
+struct Free {
+  void operator()(T* p) const { ::operator delete[](p, std::align_val_t{kVecBytes}); }
+};
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : p_(new (std::align_val_t{kVecBytes}) T[static_cast<size_t>(n)]) {}
+  T* get() const { return p_.get(); }
+
+ private:
+  std::unique_ptr<T[], Free<T>> p_;
+};
+
+// ---------------------------------------------------------------- transform
+
+// Odd primes up to here have a butterfly of their own in registers; larger ones share one that works in memory.
+constexpr int kLargestUnrolled = 13;
+
+template <class T>
+struct Transform {
+  FourierPlan plan;
+  T scale;                            // 1 / sqrt(n)
+  std::vector<std::vector<T>> tw;     // per stage [m, radix - 1] pairs: exp(-2 pi i q k / block)
+  std::vector<std::vector<T>> roots;  // per stage of a large radix [radix] pairs: exp(2 pi i j / radix)
+  std::vector<int> position;          // of each frequency
+  int largest;                        // radix in memory, or 1
+
+  explicit Transform(int n) : plan(fourier_plan(n)), scale(static_cast<T>(1 / std::sqrt(double(n)))), largest(1) {
+    constexpr double turn = 6.283185307179586476925;
+    int block = n;
+    for (int s = 0; s < plan.n_stages; ++s) {
+      const int radix = plan.radix[s], m = block / radix;
+      std::vector<T> w, r;
+      for (int64_t q = 0; q < m; ++q) {
+        for (int64_t k = 1; k < radix; ++k) {
+          const double angle = -turn * static_cast<double>(q * k % block) / block;
+          w.push_back(static_cast<T>(std::cos(angle)));
+          w.push_back(static_cast<T>(std::sin(angle)));
+        }
+      }
+      if (radix > kLargestUnrolled) {
+        largest = std::max(largest, radix);
+        for (int j = 0; j < radix; ++j) {
+          r.push_back(static_cast<T>(std::cos(turn * j / radix)));
+          r.push_back(static_cast<T>(std::sin(turn * j / radix)));
+        }
+      }
+      tw.push_back(std::move(w));
+      roots.push_back(std::move(r));
+      block = m;
+    }
+    for (int k = 0; k < n; ++k) position.push_back(fourier_position(plan, k));
+  }
+
+  static const Transform& of(int64_t n) {
+    static std::mutex mutex;
+    static std::map<int64_t, std::unique_ptr<Transform>> known;
+    const std::lock_guard<std::mutex> guard(mutex);
+    auto& one = known[n];
+    if (!one) one = std::make_unique<Transform>(static_cast<int>(n));
+    return *one;
+  }
+};
+
+// Calls f with a radix known at compile time; 0 stands for the large ones.
+template <class F>
+ODER_INLINE void with_radix(int radix, F&& f) {
+  using std::integral_constant;
+  switch (radix) {
+    case 1:
+      return f(integral_constant<int, 1>{});
+    case 2:
+      return f(integral_constant<int, 2>{});
+    case 3:
+      return f(integral_constant<int, 3>{});
+    case 4:
+      return f(integral_constant<int, 4>{});
+    case 5:
+      return f(integral_constant<int, 5>{});
+    case 7:
+      return f(integral_constant<int, 7>{});
+    case 8:
+      return f(integral_constant<int, 8>{});
+    case 11:
+      return f(integral_constant<int, 11>{});
+    case 13:
+      return f(integral_constant<int, 13>{});
+    default:
+      return f(integral_constant<int, 0>{});
+  }
+}
+
+// The butterfly of an odd radix in memory: a[0 .. radix) by pairs of outputs, with 2 radix vectors of workspace.
+template <bool Inverse, class T>
+void large_butterfly(Cx<T>* a, int radix, const T* roots, Cx<T>* work) {
+  const int half = (radix - 1) / 2;
+  Cx<T>*sum = work, *difference = work + half + 1;
+  const Cx<T> first = a[0];
+  Cx<T> total = first;
+  for (int j = 1; j <= half; ++j) {
+    sum[j] = a[j] + a[radix - j];
+    difference[j] = turn<Inverse>(a[j] - a[radix - j]);
+    total = total + sum[j];
+  }
+  const auto outputs = [&](int k, auto count) {
+    constexpr int N = decltype(count)::value;
+    Cx<T> c[N], s[N];
+    int index[N];
+    for (int o = 0; o < N; ++o) {
+      c[o] = first;
+      s[o] = Cx<T>{};
+      index[o] = 0;
+    }
+    for (int j = 1; j <= half; ++j) {
+      for (int o = 0; o < N; ++o) {
+        index[o] += k + o;
+        if (index[o] >= radix) index[o] -= radix;
+        const T cosine = roots[2 * index[o]], sine = roots[2 * index[o] + 1];
+        c[o].re += cosine * sum[j].re;
+        c[o].im += cosine * sum[j].im;
+        s[o].re += sine * difference[j].re;
+        s[o].im += sine * difference[j].im;
+      }
+    }
+    for (int o = 0; o < N; ++o) {
+      a[k + o] = c[o] + s[o];
+      a[radix - k - o] = c[o] - s[o];
+    }
+  };
+  int k = 1;
+  for (; k + 1 <= half; k += 2) outputs(k, std::integral_constant<int, 2>{});
+  for (; k <= half; ++k) outputs(k, std::integral_constant<int, 1>{});
+  a[0] = total;
+}
+
+// Where a transform takes its numbers from and where it leaves them: in place, or on the way from and to an image, the
+// coil map between them.
+template <class T>
+struct InPlace {
+  Cx<T>* a;
+  Cx<T> operator()(int i) const { return a[i]; }
+  void operator()(int i, const Cx<T>& v) const { a[i] = v; }
+};
+
+template <class T>
+struct FromImage {
+  const Cx<T>* image;
+  const T* map;  // rows `stride` numbers apart
+  int64_t stride;
+  int valid;
+  Cx<T> operator()(int i) const { return times<T>(load_complex(map + i * stride, valid), image[i]); }
+};
+
+template <class T>
+struct ToImage {
+  Cx<T>* sum;
+  const T* map;
+  int64_t stride;
+  int valid;
+  void operator()(int i, const Cx<T>& v) const {
+    sum[i] = sum[i] + times_conjugate<T>(v, load_complex(map + i * stride, valid));
+  }
+};
+
+// One stage on `blocks` blocks of radix * m vectors.
+template <int R, bool Inverse, class T, class In, class Out>
+void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const In in, const Out out) {
+  const int radix = R ? R : t.plan.radix[s];
+  Cx<T> few[R ? R : 1];
+  Cx<T>* const a = R ? few : work;
+  for (int q = 0; q < m; ++q) {
+    const T* const w = t.tw[s].data() + static_cast<int64_t>(2) * (radix - 1) * q;
+    for (int b = 0; b < blocks; ++b) {
+      const int base = b * radix * m + q;
+      ODER_UNROLL
+      for (int j = 0; j < radix; ++j) {
+        a[j] = in(base + j * m);
+        if (Inverse && j > 0 && m > 1) a[j] = multiply(a[j], w[2 * j - 2], -w[2 * j - 1]);
+      }
+      if constexpr (R > 0) {
+        butterfly<R, Inverse, T>(a);
+      } else {
+        large_butterfly<Inverse, T>(a, radix, t.roots[s].data(), work + radix);
+      }
+      ODER_UNROLL
+      for (int k = 0; k < radix; ++k) {
+        if (!Inverse && k > 0 && m > 1) a[k] = multiply(a[k], w[2 * k - 2], w[2 * k - 1]);
+        out(base + k * m, a[k]);
+      }
+    }
+  }
+}
+
+template <bool Inverse, class T, class In, class Out>
+void any_stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const In& in, const Out& out) {
+  with_radix(t.plan.radix[s],
+             [&](auto radix) { stage<decltype(radix)::value, Inverse, T, In, Out>(t, s, blocks, m, work, in, out); });
+}
+
+// Forward stages [0, n_stages) from `in` into a.
+template <class T, class In>
+void forward_stages(const Transform<T>& t, int n_stages, Cx<T>* a, Cx<T>* work, const In& in) {
+  const InPlace<T> here{a};
+  int blocks = 1, m = t.plan.n;
+  for (int s = 0; s < n_stages; ++s) {
+    m /= t.plan.radix[s];
+    s == 0 ? any_stage<false>(t, s, blocks, m, work, in, here) : any_stage<false>(t, s, blocks, m, work, here, here);
+    blocks *= t.plan.radix[s];
+  }
+  if (n_stages == 0) {
+    for (int i = 0; i < t.plan.n; ++i) a[i] = in(i);
+  }
+}
+
+// Inverse stages [0, n_stages), the last first, from a to `out`.
+template <class T, class Out>
+void inverse_stages(const Transform<T>& t, int n_stages, Cx<T>* a, Cx<T>* work, const Out& out) {
+  const InPlace<T> here{a};
+  int blocks = 1, m = t.plan.n;
+  for (int s = 0; s < n_stages; ++s) {
+    m /= t.plan.radix[s];
+    blocks *= t.plan.radix[s];
+  }
+  for (int s = n_stages - 1; s >= 0; --s) {
+    blocks /= t.plan.radix[s];
+    s == 0 ? any_stage<true>(t, s, blocks, m, work, here, out) : any_stage<true>(t, s, blocks, m, work, here, here);
+    m *= t.plan.radix[s];
+  }
+  if (n_stages == 0) {
+    for (int i = 0; i < t.plan.n; ++i) out(i, a[i]);
+  }
+}
+
+// The last stage forward, residual(position, v), and the first stage back: they pass through registers together.
+template <int R, class T, class Residual>
+void turning_stage(const Transform<T>& t, Cx<T>* a, Cx<T>* work, const Residual& residual) {
+  const int last = t.plan.n_stages - 1, radix = R ? R : t.plan.radix[last];
+  Cx<T> few[R ? R : 1];
+  for (int base = 0; base < t.plan.n; base += radix) {
+    if constexpr (R > 0) {
+      ODER_UNROLL
+      for (int j = 0; j < R; ++j) few[j] = a[base + j];
+      butterfly<R, false, T>(few);
+      ODER_UNROLL
+      for (int j = 0; j < R; ++j) few[j] = residual(base + j, few[j]);
+      butterfly<R, true, T>(few);
+      ODER_UNROLL
+      for (int j = 0; j < R; ++j) a[base + j] = few[j];
+    } else {
+      large_butterfly<false, T>(a + base, radix, t.roots[last].data(), work);
+      for (int j = 0; j < radix; ++j) a[base + j] = residual(base + j, a[base + j]);
+      large_butterfly<true, T>(a + base, radix, t.roots[last].data(), work);
+    }
+  }
+}
+
+// in -> transform -> residual(position, v) -> inverse transform -> out.
+template <class T, class In, class Residual, class Out>
+void there_and_back(const Transform<T>& t, Cx<T>* a, Cx<T>* work, const In& in, const Residual& residual,
+                    const Out& out) {
+  const int last = t.plan.n_stages - 1;
+  forward_stages(t, last, a, work, in);
+  with_radix(t.plan.radix[last], [&](auto radix) { turning_stage<decltype(radix)::value>(t, a, work, residual); });
+  inverse_stages(t, last, a, work, out);
+}
+
+// ---------------------------------------------------------------- scans
+
+template <class T>
+struct Scan : FourierScan {
+  int64_t batch;
+  const Transform<T>& transform;
+
+  Scan(const FourierScan& scan, int64_t images)
+      : FourierScan(scan), batch(images), transform(Transform<T>::of(scan.n)) {}
+
+  static constexpr int L = lanes<T>;
+  int64_t strips() const { return (width + L - 1) / L; }
+  int valid(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, width - first)); }
+  // The coil that is used as number u, or -1.
+  int64_t coil(int64_t u) const {
+    const int64_t c = coils ? coils[u] : u;
+    return c >= 0 && c < n_coils ? c : -1;
+  }
+  const T* map_at(int64_t b, int64_t c, int64_t column) const {
+    return static_cast<const T*>(maps) + 2 * (((shared_maps ? 0 : b) * n_coils + c) * n * width + column);
+  }
+  T weight() const { return static_cast<T>(n_coils) / static_cast<T>(n_used); }
+};
+
+// The sampled lines of an image by their places after the transform.
+template <class T>
+struct Lines {
+  std::vector<T> keep;        // [n] 1 where a line is sampled
+  std::vector<int64_t> row;   // [n] its row in the samples, or -1
+  std::vector<int> position;  // [n_lines] its place, or -1
+
+  Lines(const Scan<T>& scan, int64_t b) : keep(scan.n, T(0)), row(scan.n, -1) {
+    const int64_t* const lines =
+        static_cast<const int64_t*>(scan.sampling) + (scan.shared_sampling ? 0 : b * scan.n_lines);
+    for (int64_t l = 0; l < scan.n_lines; ++l) {
+      const bool meant = lines[l] >= 0 && lines[l] < scan.n;
+      const int at = meant ? scan.transform.position[static_cast<size_t>(lines[l])] : -1;
+      if (meant && row[at] >= 0) {
+        throw std::invalid_argument("fourier: line " + std::to_string(lines[l]) + " is given twice");
+      }
+      position.push_back(at);
+      if (meant) {
+        keep[at] = 1;
+        row[at] = l;
+      }
+    }
+  }
+};
+
+template <class T>
+std::vector<Lines<T>> lines_of(const Scan<T>& scan) {
+  std::vector<Lines<T>> result;
+  for (int64_t b = 0; b < (scan.shared_sampling ? 1 : scan.batch); ++b) result.emplace_back(scan, b);
+  return result;
+}
+
+// A strip of one vector of columns of an image, from where the strip begins; in memory [n, width], or [width, n] where
+// transposed.
+template <class T>
+void load_strip(const Scan<T>& scan, const T* image, int64_t column, T factor, Cx<T>* x) {
+  constexpr int L = lanes<T>;
+  const int valid = scan.valid(column);
+  if (!scan.transposed) {
+    for (int64_t i = 0; i < scan.n; ++i) {
+      x[i] = scaled(load_complex(image + 2 * i * scan.width, valid), factor);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < scan.n; i += L) {
+    const int count = static_cast<int>(std::min<int64_t>(L, scan.n - i));
+    Cx<T> rows[L];
+    for (int l = 0; l < L; ++l) {
+      const int r = column_of<T>(l);
+      rows[l] = r < valid ? scaled(load_complex(image + 2 * (r * scan.n + i), count), factor) : Cx<T>{};
+    }
+    transpose_square<T>(rows);
+    for (int l = 0; l < L; ++l) {
+      if (column_of<T>(l) < count) x[i + column_of<T>(l)] = rows[l];
+    }
+  }
+}
+
+// The reverse, into an image whose rows are `stride` numbers apart.
+template <class T>
+void store_strip(const Scan<T>& scan, const Cx<T>* x, int64_t column, T factor, T* image, int64_t stride) {
+  constexpr int L = lanes<T>;
+  const int valid = scan.valid(column);
+  if (!scan.transposed) {
+    for (int64_t i = 0; i < scan.n; ++i) store_complex(image + 2 * i * stride, scaled(x[i], factor), valid);
+    return;
+  }
+  for (int64_t i = 0; i < scan.n; i += L) {
+    const int count = static_cast<int>(std::min<int64_t>(L, scan.n - i));
+    Cx<T> rows[L];
+    for (int l = 0; l < L; ++l) {
+      rows[l] = column_of<T>(l) < count ? scaled(x[i + column_of<T>(l)], factor) : Cx<T>{};
+    }
+    transpose_square<T>(rows);
+    for (int l = 0; l < L; ++l) {
+      const int r = column_of<T>(l);
+      if (r < valid) store_complex(image + 2 * (r * stride + i), rows[l], count);
+    }
+  }
+}
+
+// Where strip `column` of image b begins, in numbers.
+template <class T>
+int64_t strip_offset(const Scan<T>& scan, int64_t b, int64_t column) {
+  return b * scan.n * scan.width + (scan.transposed ? column * scan.n : column);
+}
+
+// What a thread works in.
+template <class T>
+struct Work {
+  Buffer<Cx<T>> image, transform, sum, butterfly;
+  Work(int64_t n, int largest) : image(n), transform(n), sum(n), butterfly(3 * static_cast<int64_t>(largest) + 2) {}
+};
+
+// Coil c's map between a strip of an image and its transform.
+template <class T>
+FromImage<T> from_image(const Scan<T>& scan, int64_t b, int64_t c, int64_t column, const Cx<T>* image) {
+  return {image, scan.map_at(b, c, column), 2 * scan.width, scan.valid(column)};
+}
+template <class T>
+ToImage<T> to_image(const Scan<T>& scan, int64_t b, int64_t c, int64_t column, Cx<T>* sum) {
+  return {sum, scan.map_at(b, c, column), 2 * scan.width, scan.valid(column)};
+}
+
+// ---------------------------------------------------------------- lines
+
+// Calls f(b, strip, work) for each strip of each image; strips of one column of images, which may share maps, in turn.
+template <class T, class F>
+void for_strips(const Scan<T>& scan, int threads, const F& f) {
+#pragma omp parallel num_threads(threads)
+  {
+    Work<T> work(scan.n, scan.transform.largest);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < scan.strips() * scan.batch; ++task) {
+      f(task % scan.batch, task / scan.batch, work);
+    }
+  }
+}
+
+template <class T>
+void forward_lines(const Scan<T>& scan, const T* image, T* samples, int threads) {
+  const std::vector<Lines<T>> lines = lines_of(scan);
+  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
+    const int64_t column = strip * scan.L;
+    Cx<T>*const x = work.image.get(), *const a = work.transform.get();
+    const std::vector<int>& position = lines[scan.shared_sampling ? 0 : b].position;
+    load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale, x);
+    for (int64_t c = 0; c < scan.n_coils; ++c) {
+      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
+                     from_image(scan, b, c, column, x));
+      T* const out = samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column);
+      for (int64_t l = 0; l < scan.n_lines; ++l) {
+        store_complex(out + 2 * l * scan.width, position[l] >= 0 ? a[position[l]] : Cx<T>{}, scan.valid(column));
+      }
+    }
+  });
+}
+
+// finish(b, strip, sum, factor) takes the image, times 1 / factor.
+template <class T, class Finish>
+void adjoint_lines(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
+  const std::vector<Lines<T>> lines = lines_of(scan);
+  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
+    const int64_t column = strip * scan.L;
+    Cx<T>*const a = work.transform.get(), *const sum = work.sum.get();
+    const std::vector<int64_t>& row = lines[scan.shared_sampling ? 0 : b].row;
+    std::fill(sum, sum + scan.n, Cx<T>{});
+    for (int64_t c = 0; c < scan.n_coils; ++c) {
+      const T* const data = samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column);
+      for (int64_t p = 0; p < scan.n; ++p) {
+        a[p] = row[p] >= 0 ? load_complex(data + 2 * row[p] * scan.width, scan.valid(column)) : Cx<T>{};
+      }
+      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
+                     to_image(scan, b, c, column, sum));
+    }
+    finish(b, strip, sum, scan.transform.scale);
+  });
+}
+
+template <class T, class Finish>
+void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
+  const std::vector<Lines<T>> lines = lines_of(scan);
+  const T none[2 * lanes<T>] = {};
+  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
+    const int64_t column = strip * scan.L;
+    const int valid = scan.valid(column);
+    Cx<T>*const x = work.image.get(), *const sum = work.sum.get();
+    const Lines<T>& sampled = lines[scan.shared_sampling ? 0 : b];
+    const T* const keep = sampled.keep.data();
+    const int64_t* const row = sampled.row.data();
+    load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale, x);
+    std::fill(sum, sum + scan.n, Cx<T>{});
+    for (int64_t u = 0; u < scan.n_used; ++u) {
+      const int64_t c = scan.coil(u);
+      if (c < 0) continue;
+      const T* const data =
+          samples ? samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column) : nullptr;
+      there_and_back(
+          scan.transform, work.transform.get(), work.butterfly.get(), from_image(scan, b, c, column, x),
+          [&](int p, const Cx<T>& v) {
+            const Cx<T> kept = scaled(v, keep[p]);
+            return data ? kept - load_complex(row[p] >= 0 ? data + 2 * row[p] * scan.width : none, valid) : kept;
+          },
+          to_image(scan, b, c, column, sum));
+    }
+    finish(b, strip, sum, scan.weight() * scan.transform.scale);
+  });
+}
+
+// ---------------------------------------------------------------- points
+
+// Two planes of an image, and the passes over them; every pass is called by all threads of a parallel region.
+template <class T>
+struct Planes {
+  const Scan<T>& scan;
+  const Transform<T>& rows;
+  int64_t groups;                  // of frequencies along n
+  Buffer<Cx<T>> spectrum;          // [width, groups] frequencies in order
+  Buffer<Cx<T>> sum;               // [strips, n] of the coils so far
+  std::vector<int64_t> frequency;  // along the rows, of each position
+
+  explicit Planes(const Scan<T>& s)
+      : scan(s),
+        rows(Transform<T>::of(s.width)),
+        groups((s.n + s.L - 1) / s.L),
+        spectrum(s.width * groups),
+        sum(s.n * s.strips()),
+        frequency(static_cast<size_t>(s.width)) {
+    for (int64_t k = 0; k < s.width; ++k) frequency[static_cast<size_t>(rows.position[static_cast<size_t>(k)])] = k;
+  }
+
+  Work<T> work() const { return Work<T>(std::max(scan.n, scan.width), std::max(rows.largest, scan.transform.largest)); }
+  int valid(int64_t group) const { return static_cast<int>(std::min<int64_t>(scan.L, scan.n - group * scan.L)); }
+  // The offset of frequency k along the rows in a plane of samples or of the mask.
+  int64_t at(int64_t k, int64_t group) const { return k * scan.n + group * scan.L; }
+  int64_t samples_of(int64_t b, int64_t c) const { return 2 * (b * scan.n_coils + c) * scan.width * scan.n; }
+  vec<T> keep(int64_t b, int64_t k, int64_t group) const {
+    const int64_t image = scan.shared_sampling ? 0 : b * scan.n * scan.width;
+    return load_flags<T>(static_cast<const uint8_t*>(scan.sampling) + image + at(k, group), valid(group));
+  }
+
+  void clear_sum() const {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < scan.n * scan.strips(); ++i) sum.get()[i] = Cx<T>{};
+  }
+
+  // Coil c's image, transformed along n.
+  void columns_forward(const T* image, int64_t b, int64_t c, Work<T>& work) const {
+    constexpr int L = lanes<T>;
+    Cx<T>* const a = work.transform.get();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
+      const int64_t column = strip * L;
+      load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale * rows.scale,
+                 work.image.get());
+      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
+                     from_image(scan, b, c, column, work.image.get()));
+      for (int64_t g = 0; g < groups; ++g) {
+        Cx<T> block[L];
+        for (int l = 0; l < L; ++l) {
+          const int64_t k = g * L + column_of<T>(l);
+          block[l] = k < scan.n ? a[scan.transform.position[static_cast<size_t>(k)]] : Cx<T>{};
+        }
+        transpose_square<T>(block);
+        for (int l = 0; l < L; ++l) {
+          if (column_of<T>(l) < scan.valid(column)) spectrum.get()[(column + column_of<T>(l)) * groups + g] = block[l];
+        }
+      }
+    }
+  }
+
+  // The plane transformed back along n, and added to the sum.
+  void columns_inverse(int64_t b, int64_t c, Work<T>& work) const {
+    constexpr int L = lanes<T>;
+    Cx<T>* const a = work.transform.get();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
+      const int64_t column = strip * L;
+      for (int64_t g = 0; g < groups; ++g) {
+        Cx<T> block[L];
+        for (int l = 0; l < L; ++l) {
+          const bool inside = column_of<T>(l) < scan.valid(column);
+          block[l] = inside ? spectrum.get()[(column + column_of<T>(l)) * groups + g] : Cx<T>{};
+        }
+        transpose_square<T>(block);
+        for (int l = 0; l < L; ++l) {
+          const int64_t k = g * L + column_of<T>(l);
+          if (k < scan.n) a[scan.transform.position[static_cast<size_t>(k)]] = block[l];
+        }
+      }
+      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
+                     to_image(scan, b, c, column, sum.get() + strip * scan.n));
+    }
+  }
+
+  // Calls f(group, a) for each group of rows; a is for the transform along them.
+  template <class F>
+  void for_groups(Work<T>& work, const F& f) const {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < groups; ++g) f(g, work.transform.get());
+  }
+  void take(int64_t g, Cx<T>* a) const {
+    for (int64_t j = 0; j < scan.width; ++j) a[j] = spectrum.get()[j * groups + g];
+  }
+  void put(int64_t g, const Cx<T>* a) const {
+    for (int64_t j = 0; j < scan.width; ++j) spectrum.get()[j * groups + g] = a[j];
+  }
+
+  template <class Finish>
+  void hand_over(int64_t b, T factor, const Finish& finish) const {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
+      finish(b, strip, sum.get() + strip * scan.n, factor * scan.transform.scale * rows.scale);
+    }
+  }
+};
+
+template <class T>
+void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads) {
+  const Planes<T> planes(scan);
+#pragma omp parallel num_threads(threads)
+  {
+    Work<T> work = planes.work();
+    for (int64_t task = 0; task < scan.batch * scan.n_coils; ++task) {
+      const int64_t b = task / scan.n_coils, c = task % scan.n_coils;
+      planes.columns_forward(image, b, c, work);
+      planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
+        planes.take(g, a);
+        forward_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly.get(), InPlace<T>{a});
+        for (int64_t k = 0; k < scan.width; ++k) {
+          const vec<T> keep = planes.keep(b, k, g);
+          const Cx<T> v = a[planes.rows.position[static_cast<size_t>(k)]];
+          store_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), Cx<T>{v.re * keep, v.im * keep},
+                        planes.valid(g));
+        }
+      });
+    }
+  }
+}
+
+template <class T, class Finish>
+void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
+  const Planes<T> planes(scan);
+#pragma omp parallel num_threads(threads)
+  {
+    Work<T> work = planes.work();
+    for (int64_t b = 0; b < scan.batch; ++b) {
+      planes.clear_sum();
+      for (int64_t c = 0; c < scan.n_coils; ++c) {
+        planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
+          for (int64_t k = 0; k < scan.width; ++k) {
+            const vec<T> keep = planes.keep(b, k, g);
+            const Cx<T> v = load_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), planes.valid(g));
+            a[planes.rows.position[static_cast<size_t>(k)]] = {v.re * keep, v.im * keep};
+          }
+          inverse_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly.get(), InPlace<T>{a});
+          planes.put(g, a);
+        });
+        planes.columns_inverse(b, c, work);
+      }
+      planes.hand_over(b, T(1), finish);
+    }
+  }
+}
+
+template <class T, class Finish>
+void gradient_points(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
+  const Planes<T> planes(scan);
+#pragma omp parallel num_threads(threads)
+  {
+    Work<T> work = planes.work();
+    for (int64_t b = 0; b < scan.batch; ++b) {
+      planes.clear_sum();
+      for (int64_t u = 0; u < scan.n_used; ++u) {
+        const int64_t c = scan.coil(u);
+        if (c < 0) continue;
+        planes.columns_forward(image, b, c, work);
+        const T* const data = samples ? samples + planes.samples_of(b, c) : nullptr;
+        planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
+          planes.take(g, a);
+          there_and_back(
+              planes.rows, a, work.butterfly.get(), InPlace<T>{a},
+              [&](int p, const Cx<T>& v) {
+                const int64_t k = planes.frequency[static_cast<size_t>(p)];
+                const vec<T> keep = planes.keep(b, k, g);
+                const Cx<T> r = data ? v - load_complex(data + 2 * planes.at(k, g), planes.valid(g)) : v;
+                return Cx<T>{r.re * keep, r.im * keep};
+              },
+              InPlace<T>{a});
+          planes.put(g, a);
+        });
+        planes.columns_inverse(b, c, work);
+      }
+      planes.hand_over(b, scan.weight(), finish);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- what becomes of an image
+
+// Takes the strips of a gradient or an adjoint: writes them down.
+template <class T>
+struct Write {
+  const Scan<T>& scan;
+  T* image;
+  void operator()(int64_t b, int64_t strip, const Cx<T>* sum, T factor) const {
+    const int64_t column = strip * scan.L;
+    store_strip(scan, sum, column, factor, image + 2 * strip_offset(scan, b, column),
+                scan.transposed ? scan.n : scan.width);
+  }
+};
+
+// Takes the strips of a gradient: makes the RED step.
+template <class T>
+struct Update {
+  const Scan<T>& scan;
+  const T* image;
+  const RedOperands& red;
+  std::vector<double>& partial;  // [batch, strips, 3]
+
+  void operator()(int64_t b, int64_t strip, const Cx<T>* sum, T factor) const {
+    // The strip's rows, each a run of the image.
+    const int64_t column = strip * scan.L, rows = scan.transposed ? scan.valid(column) : scan.n;
+    const int64_t length = scan.transposed ? scan.n : scan.valid(column);
+    thread_local std::vector<T> gradient;
+    gradient.resize(static_cast<size_t>(2 * rows * length));
+    store_strip(scan, sum, column, factor, gradient.data(), length);
+    const RedStep<T> step = red_step<T>(red, b);
+    double* const sums = partial.data() + 3 * (b * scan.strips() + strip);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = 2 * (strip_offset(scan, b, column) + r * (scan.transposed ? scan.n : scan.width));
+      const auto operand = [at](const void* p) { return static_cast<const T*>(p) + at; };
+      const T* const g = gradient.data() + 2 * r * length;
+      T* const updated = static_cast<T*>(red.updated) + at;
+      if (red.previous) {
+        red_span<T, true, false>(image + at, g, operand(red.denoised), operand(red.previous), step, updated,
+                                 static_cast<T*>(red.extrapolated) + at, 2 * length, sums);
+      } else {
+        red_span<T, false, false>(image + at, g, operand(red.denoised), nullptr, step, updated, nullptr, 2 * length,
+                                  sums);
+      }
+    }
+  }
+};
+
+template <class T, class Finish>
+void gradient(const Scan<T>& scan, const void* image, const void* samples, int threads, const Finish& finish) {
+  const T *const x = static_cast<const T*>(image), *const y = static_cast<const T*>(samples);
+  scan.n_lines > 0 ? gradient_lines(scan, x, y, threads, finish) : gradient_points(scan, x, y, threads, finish);
+}
+
+template <class F>
+void with_dtype(int dtype, F&& f) {
+  dtype == kFloat64 ? f(double{}) : f(float{});
+}
+
+}  // namespace
+
+void fourier_forward(int dtype, const void* image, void* samples, int64_t batch, const FourierScan& fourier,
+                     int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    const Scan<T> scan(fourier, batch);
+    const T* const x = static_cast<const T*>(image);
+    T* const y = static_cast<T*>(samples);
+    scan.n_lines > 0 ? forward_lines(scan, x, y, threads) : forward_points(scan, x, y, threads);
+  });
+}
+
+void fourier_adjoint(int dtype, const void* samples, void* image, int64_t batch, const FourierScan& fourier,
+                     int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    const Scan<T> scan(fourier, batch);
+    const T* const y = static_cast<const T*>(samples);
+    const Write<T> write{scan, static_cast<T*>(image)};
+    scan.n_lines > 0 ? adjoint_lines(scan, y, threads, write) : adjoint_points(scan, y, threads, write);
+  });
+}
+
+void fourier_gradient(int dtype, const void* image, const void* samples, void* result, int64_t batch,
+                      const FourierScan& fourier, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    const Scan<T> scan(fourier, batch);
+    gradient(scan, image, samples, threads, Write<T>{scan, static_cast<T*>(result)});
+  });
+}
+
+void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red, int64_t batch,
+                        const FourierScan& fourier, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    const Scan<T> scan(fourier, batch);
+    std::vector<double> partial(static_cast<size_t>(3 * batch * scan.strips()), 0.0);
+    gradient(scan, image, samples, threads, Update<T>{scan, static_cast<const T*>(image), red, partial});
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int r = 0; r < 3; ++r) {
+        double total = 0;
+        for (int64_t strip = 0; strip < scan.strips(); ++strip) total += partial[3 * (b * scan.strips() + strip) + r];
+        red.reductions[3 * b + r] = total;
+      }
+    }
+  });
+}
+
+}  // namespace oder
