@@ -70,28 +70,37 @@ ODER_INLINE void merge(const Cx<T>& v, vec<T>& a, vec<T>& b) {
   b = shuffle<T>(v.re, v.im, high);
 }
 
-// `valid` complex numbers from p, and zeros.
+// The edge of an image: `valid` complex numbers from p, and zeros.
 template <class T>
-ODER_INLINE Cx<T> load_complex(const T* p, int valid) {
-  if (__builtin_expect(valid >= lanes<T>, 1)) return split<T>(load(p), load(p + lanes<T>));
+__attribute__((noinline, cold)) Cx<T> load_part(const T* p, int valid) {
   T row[2 * lanes<T>] = {};
   for (int k = 0; k < 2 * valid; ++k) row[k] = p[k];
   return split<T>(load(row), load(row + lanes<T>));
 }
 
 template <class T>
-ODER_INLINE void store_complex(T* p, const Cx<T>& v, int valid) {
-  vec<T> a, b;
-  merge<T>(v, a, b);
-  if (__builtin_expect(valid >= lanes<T>, 1)) {
-    store(p, a);
-    store(p + lanes<T>, b);
-    return;
-  }
+__attribute__((noinline, cold)) void store_part(T* p, vec<T> a, vec<T> b, int valid) {
   T row[2 * lanes<T>];
   store(row, a);
   store(row + lanes<T>, b);
   for (int k = 0; k < 2 * valid; ++k) p[k] = row[k];
+}
+
+template <class T>
+ODER_INLINE Cx<T> load_complex(const T* p, int valid = lanes<T>) {
+  return __builtin_expect(valid < lanes<T>, 0) ? load_part(p, valid) : split<T>(load(p), load(p + lanes<T>));
+}
+
+template <class T>
+ODER_INLINE void store_complex(T* p, const Cx<T>& v, int valid = lanes<T>) {
+  vec<T> a, b;
+  merge<T>(v, a, b);
+  if (__builtin_expect(valid < lanes<T>, 0)) {
+    store_part<T>(p, a, b, valid);
+  } else {
+    store(p, a);
+    store(p + lanes<T>, b);
+  }
 }
 
 // 1 where one of `valid` flags is set, else 0, in the order of split().
@@ -146,18 +155,43 @@ class Buffer {
 // ---------------------------------------------------------------- transform
 
 // Odd primes up to here have a butterfly of their own in registers; larger ones share one that works in memory.
-constexpr int kLargestUnrolled = 13;
+constexpr int kLargestUnrolled = 7;
+
+// Outputs k of a large butterfly that are summed at a time, with their counterparts radix - k: as many as the registers
+// hold.
+constexpr int kOutputs = 3;
+
+// Cosines and sines of 2 pi j k / radix in the order in which large_butterfly takes them.
+template <class T>
+std::vector<T> large_roots(int radix) {
+  const int half = (radix - 1) / 2;
+  std::vector<T> roots;
+  for (int k = 1; k <= half;) {
+    const int count = half - k + 1 >= kOutputs ? kOutputs : 1;
+    for (int64_t j = 1; j <= half; ++j) {
+      for (const bool sine : {false, true}) {
+        for (int o = 0; o < count; ++o) {
+          const double angle = 6.283185307179586476925 * static_cast<double>(j * (k + o) % radix) / radix;
+          roots.push_back(static_cast<T>(sine ? std::sin(angle) : std::cos(angle)));
+        }
+      }
+    }
+    k += count;
+  }
+  return roots;
+}
 
 template <class T>
 struct Transform {
   FourierPlan plan;
   T scale;                            // 1 / sqrt(n)
   std::vector<std::vector<T>> tw;     // per stage [m, radix - 1] pairs: exp(-2 pi i q k / block)
-  std::vector<std::vector<T>> roots;  // per stage of a large radix [radix] pairs: exp(2 pi i j / radix)
+  std::vector<std::vector<T>> roots;  // per stage of a large radix
   std::vector<int> position;          // of each frequency
   int largest;                        // radix in memory, or 1
 
-  explicit Transform(int n) : plan(fourier_plan(n)), scale(static_cast<T>(1 / std::sqrt(double(n)))), largest(1) {
+  explicit Transform(int n)
+      : plan(fourier_plan(n, kVecBytes == 64 ? 8 : 4)), scale(static_cast<T>(1 / std::sqrt(double(n)))), largest(1) {
     constexpr double turn = 6.283185307179586476925;
     int block = n;
     for (int s = 0; s < plan.n_stages; ++s) {
@@ -172,10 +206,7 @@ struct Transform {
       }
       if (radix > kLargestUnrolled) {
         largest = std::max(largest, radix);
-        for (int j = 0; j < radix; ++j) {
-          r.push_back(static_cast<T>(std::cos(turn * j / radix)));
-          r.push_back(static_cast<T>(std::sin(turn * j / radix)));
-        }
+        r = large_roots<T>(radix);
       }
       tw.push_back(std::move(w));
       roots.push_back(std::move(r));
@@ -213,55 +244,47 @@ ODER_INLINE void with_radix(int radix, F&& f) {
       return f(integral_constant<int, 7>{});
     case 8:
       return f(integral_constant<int, 8>{});
-    case 11:
-      return f(integral_constant<int, 11>{});
-    case 13:
-      return f(integral_constant<int, 13>{});
     default:
       return f(integral_constant<int, 0>{});
   }
 }
 
-// The butterfly of an odd radix in memory: a[0 .. radix) by pairs of outputs, with 2 radix vectors of workspace.
+// The butterfly of an odd radix in memory: a[0 .. radix), with 2 radix vectors of workspace.
 template <bool Inverse, class T>
 void large_butterfly(Cx<T>* a, int radix, const T* roots, Cx<T>* work) {
   const int half = (radix - 1) / 2;
-  Cx<T>*sum = work, *difference = work + half + 1;
+  // Sum and difference of a pair side by side.
   const Cx<T> first = a[0];
   Cx<T> total = first;
   for (int j = 1; j <= half; ++j) {
-    sum[j] = a[j] + a[radix - j];
-    difference[j] = turn<Inverse>(a[j] - a[radix - j]);
-    total = total + sum[j];
+    work[2 * j] = a[j] + a[radix - j];
+    work[2 * j + 1] = turn<Inverse>(a[j] - a[radix - j]);
+    total = total + work[2 * j];
   }
   const auto outputs = [&](int k, auto count) {
     constexpr int N = decltype(count)::value;
     Cx<T> c[N], s[N];
-    int index[N];
     for (int o = 0; o < N; ++o) {
       c[o] = first;
       s[o] = Cx<T>{};
-      index[o] = 0;
     }
-    for (int j = 1; j <= half; ++j) {
+    for (int j = 1; j <= half; ++j, roots += 2 * N) {
+      const Cx<T> sum = work[2 * j], difference = work[2 * j + 1];
+      for (int o = 0; o < N; ++o) c[o] = {c[o].re + roots[o] * sum.re, c[o].im + roots[o] * sum.im};
       for (int o = 0; o < N; ++o) {
-        index[o] += k + o;
-        if (index[o] >= radix) index[o] -= radix;
-        const T cosine = roots[2 * index[o]], sine = roots[2 * index[o] + 1];
-        c[o].re += cosine * sum[j].re;
-        c[o].im += cosine * sum[j].im;
-        s[o].re += sine * difference[j].re;
-        s[o].im += sine * difference[j].im;
+        s[o] = {s[o].re + roots[N + o] * difference.re, s[o].im + roots[N + o] * difference.im};
       }
     }
     for (int o = 0; o < N; ++o) {
       a[k + o] = c[o] + s[o];
       a[radix - k - o] = c[o] - s[o];
     }
+    return N;
   };
-  int k = 1;
-  for (; k + 1 <= half; k += 2) outputs(k, std::integral_constant<int, 2>{});
-  for (; k <= half; ++k) outputs(k, std::integral_constant<int, 1>{});
+  for (int k = 1; k <= half;) {
+    k += half - k + 1 >= kOutputs ? outputs(k, std::integral_constant<int, kOutputs>{})
+                                  : outputs(k, std::integral_constant<int, 1>{});
+  }
   a[0] = total;
 }
 
@@ -276,22 +299,15 @@ struct InPlace {
 
 template <class T>
 struct FromImage {
-  const Cx<T>* image;
-  const T* map;  // rows `stride` numbers apart
-  int64_t stride;
-  int valid;
-  Cx<T> operator()(int i) const { return times<T>(load_complex(map + i * stride, valid), image[i]); }
+  const Cx<T>*image, *map;
+  Cx<T> operator()(int i) const { return times<T>(map[i], image[i]); }
 };
 
 template <class T>
 struct ToImage {
   Cx<T>* sum;
-  const T* map;
-  int64_t stride;
-  int valid;
-  void operator()(int i, const Cx<T>& v) const {
-    sum[i] = sum[i] + times_conjugate<T>(v, load_complex(map + i * stride, valid));
-  }
+  const Cx<T>* map;
+  void operator()(int i, const Cx<T>& v) const { sum[i] = sum[i] + times_conjugate<T>(v, map[i]); }
 };
 
 // One stage on `blocks` blocks of radix * m vectors.
@@ -305,9 +321,11 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
     for (int b = 0; b < blocks; ++b) {
       const int base = b * radix * m + q;
       ODER_UNROLL
-      for (int j = 0; j < radix; ++j) {
+      for (int o = 0; o < radix; ++o) {
+        // Even before odd, as a butterfly of 8 takes them: all would not fit the registers.
+        const int j = R == 8 ? o % 4 * 2 + o / 4 : o;
         a[j] = in(base + j * m);
-        if (Inverse && j > 0 && m > 1) a[j] = multiply(a[j], w[2 * j - 2], -w[2 * j - 1]);
+        if (Inverse && j > 0) a[j] = multiply(a[j], w[2 * j - 2], -w[2 * j - 1]);
       }
       if constexpr (R > 0) {
         butterfly<R, Inverse, T>(a);
@@ -316,7 +334,7 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
       }
       ODER_UNROLL
       for (int k = 0; k < radix; ++k) {
-        if (!Inverse && k > 0 && m > 1) a[k] = multiply(a[k], w[2 * k - 2], w[2 * k - 1]);
+        if (!Inverse && k > 0) a[k] = multiply(a[k], w[2 * k - 2], w[2 * k - 1]);
         out(base + k * m, a[k]);
       }
     }
@@ -398,6 +416,9 @@ void there_and_back(const Transform<T>& t, Cx<T>* a, Cx<T>* work, const In& in, 
 
 // ---------------------------------------------------------------- scans
 
+// Of the strips that a thread works on together, with their maps and sums; and of a row of them.
+constexpr int64_t kTileBytes = 384 * 1024, kTileRowBytes = 256;
+
 template <class T>
 struct Scan : FourierScan {
   int64_t batch;
@@ -408,14 +429,17 @@ struct Scan : FourierScan {
 
   static constexpr int L = lanes<T>;
   int64_t strips() const { return (width + L - 1) / L; }
+  // Strips that a tile takes: image, map and sum within the cache, and some tiles for each thread.
+  int64_t strips_of_tile(int threads) const {
+    const int64_t cached = kTileBytes / (3 * n * static_cast<int64_t>(sizeof(Cx<T>)));
+    const int64_t shared = strips() * batch / (4 * int64_t{threads});
+    return std::max<int64_t>(1, std::min({cached, shared, kTileRowBytes / static_cast<int64_t>(sizeof(Cx<T>))}));
+  }
   int valid(int64_t first) const { return static_cast<int>(std::min<int64_t>(L, width - first)); }
   // The coil that is used as number u, or -1.
   int64_t coil(int64_t u) const {
     const int64_t c = coils ? coils[u] : u;
     return c >= 0 && c < n_coils ? c : -1;
-  }
-  const T* map_at(int64_t b, int64_t c, int64_t column) const {
-    return static_cast<const T*>(maps) + 2 * (((shared_maps ? 0 : b) * n_coils + c) * n * width + column);
   }
   T weight() const { return static_cast<T>(n_coils) / static_cast<T>(n_used); }
 };
@@ -423,11 +447,10 @@ struct Scan : FourierScan {
 // The sampled lines of an image by their places after the transform.
 template <class T>
 struct Lines {
-  std::vector<T> keep;        // [n] 1 where a line is sampled
   std::vector<int64_t> row;   // [n] its row in the samples, or -1
   std::vector<int> position;  // [n_lines] its place, or -1
 
-  Lines(const Scan<T>& scan, int64_t b) : keep(scan.n, T(0)), row(scan.n, -1) {
+  Lines(const Scan<T>& scan, int64_t b) : row(scan.n, -1) {
     const int64_t* const lines =
         static_cast<const int64_t*>(scan.sampling) + (scan.shared_sampling ? 0 : b * scan.n_lines);
     for (int64_t l = 0; l < scan.n_lines; ++l) {
@@ -437,11 +460,19 @@ struct Lines {
         throw std::invalid_argument("fourier: line " + std::to_string(lines[l]) + " is given twice");
       }
       position.push_back(at);
-      if (meant) {
-        keep[at] = 1;
-        row[at] = l;
-      }
+      if (meant) row[at] = l;
     }
+  }
+};
+
+// v - data where a line was measured, else zero.
+template <class T>
+struct LineResidual {
+  const int64_t* row;
+  const Cx<T>* data;  // [n_lines] or null
+  Cx<T> operator()(int p, const Cx<T>& v) const {
+    if (row[p] < 0) return Cx<T>{};
+    return data ? v - data[row[p]] : v;
   }
 };
 
@@ -507,52 +538,111 @@ int64_t strip_offset(const Scan<T>& scan, int64_t b, int64_t column) {
   return b * scan.n * scan.width + (scan.transposed ? column * scan.n : column);
 }
 
-// What a thread works in.
-template <class T>
-struct Work {
-  Buffer<Cx<T>> image, transform, sum, butterfly;
-  Work(int64_t n, int largest) : image(n), transform(n), sum(n), butterfly(3 * static_cast<int64_t>(largest) + 2) {}
+// Strips side by side, which a thread works on together: a visit to a page of memory then serves them all.
+struct Tile {
+  int64_t image, first, strips;
 };
 
-// Coil c's map between a strip of an image and its transform.
+// What a thread works in. The arrays begin at different places of a page: equal ones would make the processor take a
+// load from one for dependent on a store to another.
 template <class T>
-FromImage<T> from_image(const Scan<T>& scan, int64_t b, int64_t c, int64_t column, const Cx<T>* image) {
-  return {image, scan.map_at(b, c, column), 2 * scan.width, scan.valid(column)};
-}
+struct Work {
+  Cx<T>*image, *map, *sum, *lines, *transform, *butterfly;
+
+  Work(int64_t n, int64_t strips, int64_t n_lines, int largest)
+      : all_((3 * n + n_lines) * strips + n + 3 * int64_t{largest} + 2 + 6 * (kPage + kApart)), next_(all_.get()) {
+    image = take(n * strips);
+    map = take(n * strips);
+    sum = take(n * strips);
+    lines = take(n_lines * strips);
+    transform = take(n);
+    butterfly = take(3 * int64_t{largest} + 2);
+  }
+
+ private:
+  static constexpr int64_t kPage = 4096 / sizeof(Cx<T>), kApart = kPage / 5 + 1;
+  Buffer<Cx<T>> all_;
+  Cx<T>* next_;
+  Cx<T>* take(int64_t n) {
+    Cx<T>* const taken = next_;
+    next_ += (n + kPage - 1) / kPage * kPage + kApart;
+    return taken;
+  }
+};
+
+// Copies `count` rows, `width` complex numbers apart, at a tile, strip after strip, filled up with zeros at the edge.
 template <class T>
-ToImage<T> to_image(const Scan<T>& scan, int64_t b, int64_t c, int64_t column, Cx<T>* sum) {
-  return {sum, scan.map_at(b, c, column), 2 * scan.width, scan.valid(column)};
-}
-
-// ---------------------------------------------------------------- lines
-
-// Calls f(b, strip, work) for each strip of each image; strips of one column of images, which may share maps, in turn.
-template <class T, class F>
-void for_strips(const Scan<T>& scan, int threads, const F& f) {
-#pragma omp parallel num_threads(threads)
-  {
-    Work<T> work(scan.n, scan.transform.largest);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < scan.strips() * scan.batch; ++task) {
-      f(task % scan.batch, task / scan.batch, work);
+void load_rows(const Scan<T>& scan, const Tile& tile, const T* rows, int64_t count, Cx<T>* to) {
+  constexpr int kAhead = 16;
+  const int64_t stride = 2 * scan.width, column = tile.first * scan.L;
+  const T* row = rows + 2 * column;
+  for (int64_t i = 0; i < count; ++i, row += stride) {
+    for (int64_t v = 0; v < tile.strips; ++v) {
+      __builtin_prefetch(row + kAhead * stride + 2 * scan.L * v);
+      to[v * count + i] = load_complex(row + 2 * scan.L * v, scan.valid(column + v * scan.L));
     }
   }
 }
 
 template <class T>
+void load_map(const Scan<T>& scan, const Tile& tile, int64_t c, Cx<T>* map) {
+  const int64_t first = ((scan.shared_maps ? 0 : tile.image) * scan.n_coils + c) * scan.n;
+  load_rows(scan, tile, static_cast<const T*>(scan.maps) + 2 * first * scan.width, scan.n, map);
+}
+
+template <class T>
+void load_lines(const Scan<T>& scan, const Tile& tile, int64_t c, const T* samples, Cx<T>* lines) {
+  const int64_t first = (tile.image * scan.n_coils + c) * scan.n_lines;
+  load_rows(scan, tile, samples + 2 * first * scan.width, scan.n_lines, lines);
+}
+
+// ---------------------------------------------------------------- lines
+
+// Calls f(tile, work) for the tiles of all images; those of the same columns, which may share their maps, in turn.
+template <class T, class F>
+void for_tiles(const Scan<T>& scan, int threads, const F& f) {
+  const int64_t size = scan.strips_of_tile(threads), tiles = (scan.strips() + size - 1) / size;
+#pragma omp parallel num_threads(threads)
+  {
+    Work<T> work(scan.n, size, scan.n_lines, scan.transform.largest);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tiles * scan.batch; ++task) {
+      const int64_t first = task / scan.batch * size;
+      f(Tile{task % scan.batch, first, std::min(size, scan.strips() - first)}, work);
+    }
+  }
+}
+
+// Fills the images of a tile's strips and clears their sums.
+template <class T>
+void begin_tile(const Scan<T>& scan, const Tile& tile, const T* image, T factor, Work<T>& work) {
+  for (int64_t v = 0; v < tile.strips; ++v) {
+    const int64_t column = (tile.first + v) * scan.L;
+    if (image) {
+      load_strip(scan, image + 2 * strip_offset(scan, tile.image, column), column, factor, work.image + v * scan.n);
+    }
+  }
+  std::fill(work.sum, work.sum + tile.strips * scan.n, Cx<T>{});
+}
+
+template <class T>
 void forward_lines(const Scan<T>& scan, const T* image, T* samples, int threads) {
   const std::vector<Lines<T>> lines = lines_of(scan);
-  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
-    const int64_t column = strip * scan.L;
-    Cx<T>*const x = work.image.get(), *const a = work.transform.get();
+  for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
+    const int64_t b = tile.image;
+    Cx<T>* const a = work.transform;
     const std::vector<int>& position = lines[scan.shared_sampling ? 0 : b].position;
-    load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale, x);
+    begin_tile(scan, tile, image, scan.transform.scale, work);
     for (int64_t c = 0; c < scan.n_coils; ++c) {
-      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
-                     from_image(scan, b, c, column, x));
-      T* const out = samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column);
-      for (int64_t l = 0; l < scan.n_lines; ++l) {
-        store_complex(out + 2 * l * scan.width, position[l] >= 0 ? a[position[l]] : Cx<T>{}, scan.valid(column));
+      load_map(scan, tile, c, work.map);
+      for (int64_t v = 0; v < tile.strips; ++v) {
+        const int64_t column = (tile.first + v) * scan.L;
+        forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
+                       FromImage<T>{work.image + v * scan.n, work.map + v * scan.n});
+        T* const out = samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column);
+        for (int64_t l = 0; l < scan.n_lines; ++l) {
+          store_complex(out + 2 * l * scan.width, position[l] >= 0 ? a[position[l]] : Cx<T>{}, scan.valid(column));
+        }
       }
     }
   });
@@ -562,50 +652,49 @@ void forward_lines(const Scan<T>& scan, const T* image, T* samples, int threads)
 template <class T, class Finish>
 void adjoint_lines(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
   const std::vector<Lines<T>> lines = lines_of(scan);
-  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
-    const int64_t column = strip * scan.L;
-    Cx<T>*const a = work.transform.get(), *const sum = work.sum.get();
-    const std::vector<int64_t>& row = lines[scan.shared_sampling ? 0 : b].row;
-    std::fill(sum, sum + scan.n, Cx<T>{});
+  for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
+    const int64_t b = tile.image;
+    Cx<T>* const a = work.transform;
+    const Lines<T>& sampled = lines[scan.shared_sampling ? 0 : b];
+    begin_tile<T>(scan, tile, nullptr, 1, work);
     for (int64_t c = 0; c < scan.n_coils; ++c) {
-      const T* const data = samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column);
-      for (int64_t p = 0; p < scan.n; ++p) {
-        a[p] = row[p] >= 0 ? load_complex(data + 2 * row[p] * scan.width, scan.valid(column)) : Cx<T>{};
+      load_map(scan, tile, c, work.map);
+      load_lines(scan, tile, c, samples, work.lines);
+      for (int64_t v = 0; v < tile.strips; ++v) {
+        const Cx<T>* const data = work.lines + v * scan.n_lines;
+        for (int64_t p = 0; p < scan.n; ++p) a[p] = sampled.row[p] >= 0 ? data[sampled.row[p]] : Cx<T>{};
+        inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
+                       ToImage<T>{work.sum + v * scan.n, work.map + v * scan.n});
       }
-      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
-                     to_image(scan, b, c, column, sum));
     }
-    finish(b, strip, sum, scan.transform.scale);
+    for (int64_t v = 0; v < tile.strips; ++v) {
+      finish(b, tile.first + v, work.sum + v * scan.n, scan.transform.scale);
+    }
   });
 }
 
 template <class T, class Finish>
 void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
   const std::vector<Lines<T>> lines = lines_of(scan);
-  const T none[2 * lanes<T>] = {};
-  for_strips(scan, threads, [&](int64_t b, int64_t strip, Work<T>& work) {
-    const int64_t column = strip * scan.L;
-    const int valid = scan.valid(column);
-    Cx<T>*const x = work.image.get(), *const sum = work.sum.get();
+  for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
+    const int64_t b = tile.image;
     const Lines<T>& sampled = lines[scan.shared_sampling ? 0 : b];
-    const T* const keep = sampled.keep.data();
-    const int64_t* const row = sampled.row.data();
-    load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale, x);
-    std::fill(sum, sum + scan.n, Cx<T>{});
+    begin_tile(scan, tile, image, scan.transform.scale, work);
     for (int64_t u = 0; u < scan.n_used; ++u) {
       const int64_t c = scan.coil(u);
       if (c < 0) continue;
-      const T* const data =
-          samples ? samples + 2 * ((b * scan.n_coils + c) * scan.n_lines * scan.width + column) : nullptr;
-      there_and_back(
-          scan.transform, work.transform.get(), work.butterfly.get(), from_image(scan, b, c, column, x),
-          [&](int p, const Cx<T>& v) {
-            const Cx<T> kept = scaled(v, keep[p]);
-            return data ? kept - load_complex(row[p] >= 0 ? data + 2 * row[p] * scan.width : none, valid) : kept;
-          },
-          to_image(scan, b, c, column, sum));
+      load_map(scan, tile, c, work.map);
+      if (samples) load_lines(scan, tile, c, samples, work.lines);
+      for (int64_t v = 0; v < tile.strips; ++v) {
+        const int64_t at = v * scan.n;
+        const LineResidual<T> residual{sampled.row.data(), samples ? work.lines + v * scan.n_lines : nullptr};
+        there_and_back(scan.transform, work.transform, work.butterfly, FromImage<T>{work.image + at, work.map + at},
+                       residual, ToImage<T>{work.sum + at, work.map + at});
+      }
     }
-    finish(b, strip, sum, scan.weight() * scan.transform.scale);
+    for (int64_t v = 0; v < tile.strips; ++v) {
+      finish(b, tile.first + v, work.sum + v * scan.n, scan.weight() * scan.transform.scale);
+    }
   });
 }
 
@@ -631,7 +720,9 @@ struct Planes {
     for (int64_t k = 0; k < s.width; ++k) frequency[static_cast<size_t>(rows.position[static_cast<size_t>(k)])] = k;
   }
 
-  Work<T> work() const { return Work<T>(std::max(scan.n, scan.width), std::max(rows.largest, scan.transform.largest)); }
+  Work<T> work() const {
+    return Work<T>(std::max(scan.n, scan.width), 1, 0, std::max(rows.largest, scan.transform.largest));
+  }
   int valid(int64_t group) const { return static_cast<int>(std::min<int64_t>(scan.L, scan.n - group * scan.L)); }
   // The offset of frequency k along the rows in a plane of samples or of the mask.
   int64_t at(int64_t k, int64_t group) const { return k * scan.n + group * scan.L; }
@@ -649,14 +740,15 @@ struct Planes {
   // Coil c's image, transformed along n.
   void columns_forward(const T* image, int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
-    Cx<T>* const a = work.transform.get();
+    Cx<T>* const a = work.transform;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < scan.strips(); ++strip) {
       const int64_t column = strip * L;
       load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale * rows.scale,
-                 work.image.get());
-      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
-                     from_image(scan, b, c, column, work.image.get()));
+                 work.image);
+      load_map(scan, Tile{b, strip, 1}, c, work.map);
+      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
+                     FromImage<T>{work.image, work.map});
       for (int64_t g = 0; g < groups; ++g) {
         Cx<T> block[L];
         for (int l = 0; l < L; ++l) {
@@ -674,7 +766,7 @@ struct Planes {
   // The plane transformed back along n, and added to the sum.
   void columns_inverse(int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
-    Cx<T>* const a = work.transform.get();
+    Cx<T>* const a = work.transform;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < scan.strips(); ++strip) {
       const int64_t column = strip * L;
@@ -690,8 +782,9 @@ struct Planes {
           if (k < scan.n) a[scan.transform.position[static_cast<size_t>(k)]] = block[l];
         }
       }
-      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly.get(),
-                     to_image(scan, b, c, column, sum.get() + strip * scan.n));
+      load_map(scan, Tile{b, strip, 1}, c, work.map);
+      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
+                     ToImage<T>{sum.get() + strip * scan.n, work.map});
     }
   }
 
@@ -699,7 +792,7 @@ struct Planes {
   template <class F>
   void for_groups(Work<T>& work, const F& f) const {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < groups; ++g) f(g, work.transform.get());
+    for (int64_t g = 0; g < groups; ++g) f(g, work.transform);
   }
   void take(int64_t g, Cx<T>* a) const {
     for (int64_t j = 0; j < scan.width; ++j) a[j] = spectrum.get()[j * groups + g];
@@ -717,6 +810,20 @@ struct Planes {
   }
 };
 
+// What is left of a row's transform where the mask is.
+template <class T>
+struct PointResidual {
+  const Planes<T>& planes;
+  const T* data;
+  int64_t b, group;
+  Cx<T> operator()(int p, const Cx<T>& v) const {
+    const int64_t k = planes.frequency[static_cast<size_t>(p)];
+    const vec<T> keep = planes.keep(b, k, group);
+    const Cx<T> r = data ? v - load_complex(data + 2 * planes.at(k, group), planes.valid(group)) : v;
+    return {r.re * keep, r.im * keep};
+  }
+};
+
 template <class T>
 void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads) {
   const Planes<T> planes(scan);
@@ -728,7 +835,7 @@ void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads
       planes.columns_forward(image, b, c, work);
       planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
         planes.take(g, a);
-        forward_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly.get(), InPlace<T>{a});
+        forward_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly, InPlace<T>{a});
         for (int64_t k = 0; k < scan.width; ++k) {
           const vec<T> keep = planes.keep(b, k, g);
           const Cx<T> v = a[planes.rows.position[static_cast<size_t>(k)]];
@@ -755,7 +862,7 @@ void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Fi
             const Cx<T> v = load_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), planes.valid(g));
             a[planes.rows.position[static_cast<size_t>(k)]] = {v.re * keep, v.im * keep};
           }
-          inverse_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly.get(), InPlace<T>{a});
+          inverse_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly, InPlace<T>{a});
           planes.put(g, a);
         });
         planes.columns_inverse(b, c, work);
@@ -780,15 +887,8 @@ void gradient_points(const Scan<T>& scan, const T* image, const T* samples, int 
         const T* const data = samples ? samples + planes.samples_of(b, c) : nullptr;
         planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
           planes.take(g, a);
-          there_and_back(
-              planes.rows, a, work.butterfly.get(), InPlace<T>{a},
-              [&](int p, const Cx<T>& v) {
-                const int64_t k = planes.frequency[static_cast<size_t>(p)];
-                const vec<T> keep = planes.keep(b, k, g);
-                const Cx<T> r = data ? v - load_complex(data + 2 * planes.at(k, g), planes.valid(g)) : v;
-                return Cx<T>{r.re * keep, r.im * keep};
-              },
-              InPlace<T>{a});
+          there_and_back(planes.rows, a, work.butterfly, InPlace<T>{a}, PointResidual<T>{planes, data, b, g},
+                         InPlace<T>{a});
           planes.put(g, a);
         });
         planes.columns_inverse(b, c, work);

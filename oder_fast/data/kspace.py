@@ -288,7 +288,7 @@ def _select(index: NDArray[Any], imaging: NDArray[np.bool_], select: Mapping[str
 def _read_ismrmrd(
     group: Any, slices: int | slice | None, select: Mapping[str, int]
 ) -> tuple[NDArray[Any], Tensor, dict[str, Any]]:
-    root, header = _parse_header(group["xml"][()].reshape(-1)[0])
+    root, header = _parse_header(np.asarray(group["xml"][()]).reshape(-1)[0])
     trajectory = root.findtext("{*}encoding/{*}trajectory")
     if trajectory not in (None, "cartesian"):
         raise ValueError(f"its trajectory is {trajectory!r}, not Cartesian")
@@ -585,6 +585,7 @@ def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
             or Inf; the message names the file and the reason.
     """
     import nibabel
+    from nibabel.affines import voxel_sizes
 
     path = Path(path)
     content = path.read_bytes()
@@ -607,7 +608,7 @@ def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
         with np.errstate(over="ignore"):
             values = torch.from_numpy(np.ascontiguousarray(stored.T, dtype=dtype))
         unit = {"meter": 1000.0, "micron": 1e-3}.get(volume.header.get_xyzt_units()[0], 1.0)
-        column, row, between = (unit * float(size) for size in nibabel.affines.voxel_sizes(volume.affine))
+        column, row, between = (unit * float(size) for size in voxel_sizes(volume.affine))
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
     _check_values(f"{path}:", values)
