@@ -103,14 +103,14 @@ ODER_INLINE void store_complex(T* p, const Cx<T>& v, int valid = lanes<T>) {
   }
 }
 
-// 1 where one of `valid` flags is set, else 0, in the order of split().
+// v where the bit of its lane is set, else zero.
 template <class T>
-ODER_INLINE vec<T> load_flags(const uint8_t* p, int valid) {
-  T row[lanes<T>] = {};
-  for (int l = 0; l < lanes<T>; ++l) {
-    if (column_of<T>(l) < valid) row[l] = p[column_of<T>(l)] != 0;
-  }
-  return load(row);
+ODER_INLINE Cx<T> where(unsigned bits, const Cx<T>& v) {
+  index_vec<T> lane;
+  for (int l = 0; l < lanes<T>; ++l) lane[l] = 1 << l;
+  const index_vec<T> keep = ((index_vec<T>{} + static_cast<int>(bits)) & lane) == lane;
+  return {reinterpret_cast<vec<T>>(reinterpret_cast<index_vec<T>>(v.re) & keep),
+          reinterpret_cast<vec<T>>(reinterpret_cast<index_vec<T>>(v.im) & keep)};
 }
 
 template <class T>
@@ -138,19 +138,27 @@ ODER_INLINE void transpose_square(Cx<T>* rows) {
   for (int l = 0; l < lanes<T>; ++l) rows[l].im = part[l];
 }
 
-template <class T>
-struct Free {
-  void operator()(T* p) const { ::operator delete[](p, std::align_val_t{kVecBytes}); }
-};
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : p_(new (std::align_val_t{kVecBytes}) T[static_cast<size_t>(n)]) {}
-  T* get() const { return p_.get(); }
+// Memory that a thread keeps from call to call: fresh pages would cost more than the transforms of a small image.
+// Slots are apart; what a slot gave before is lost.
+enum Slot { kStrips, kPlanes, kGradient, kSlots };
 
- private:
-  std::unique_ptr<T[], Free<T>> p_;
-};
+void* kept(Slot slot, size_t bytes) {
+  struct Free {
+    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{4096}); }
+  };
+  struct Memory {
+    std::unique_ptr<char[], Free> p;
+    size_t size = 0;
+  };
+  thread_local Memory memory[kSlots];
+  Memory& m = memory[slot];
+  if (m.size < bytes) {
+    m.p.reset();
+    m.p.reset(new (std::align_val_t{4096}) char[bytes]);
+    m.size = bytes;
+  }
+  return m.p.get();
+}
 
 // ---------------------------------------------------------------- transform
 
@@ -549,8 +557,9 @@ template <class T>
 struct Work {
   Cx<T>*image, *map, *sum, *lines, *transform, *butterfly;
 
-  Work(int64_t n, int64_t strips, int64_t n_lines, int largest)
-      : all_((3 * n + n_lines) * strips + n + 3 * int64_t{largest} + 2 + 6 * (kPage + kApart)), next_(all_.get()) {
+  Work(int64_t n, int64_t strips, int64_t n_lines, int largest) {
+    const int64_t total = (3 * n + n_lines) * strips + n + 3 * int64_t{largest} + 2 + 6 * (kPage + kApart);
+    next_ = static_cast<Cx<T>*>(kept(kStrips, static_cast<size_t>(total) * sizeof(Cx<T>)));
     image = take(n * strips);
     map = take(n * strips);
     sum = take(n * strips);
@@ -561,7 +570,6 @@ struct Work {
 
  private:
   static constexpr int64_t kPage = 4096 / sizeof(Cx<T>), kApart = kPage / 5 + 1;
-  Buffer<Cx<T>> all_;
   Cx<T>* next_;
   Cx<T>* take(int64_t n) {
     Cx<T>* const taken = next_;
@@ -570,30 +578,31 @@ struct Work {
   }
 };
 
-// Copies `count` rows, `width` complex numbers apart, at a tile, strip after strip, filled up with zeros at the edge.
+// Copies strips [first, first + strips) of `count` rows of `width` complex numbers, strip after strip, filled up with
+// zeros at the edge.
 template <class T>
-void load_rows(const Scan<T>& scan, const Tile& tile, const T* rows, int64_t count, Cx<T>* to) {
-  constexpr int kAhead = 16;
-  const int64_t stride = 2 * scan.width, column = tile.first * scan.L;
-  const T* row = rows + 2 * column;
-  for (int64_t i = 0; i < count; ++i, row += stride) {
-    for (int64_t v = 0; v < tile.strips; ++v) {
-      __builtin_prefetch(row + kAhead * stride + 2 * scan.L * v);
-      to[v * count + i] = load_complex(row + 2 * scan.L * v, scan.valid(column + v * scan.L));
+void load_rows(const T* rows, int64_t count, int64_t width, int64_t first, int64_t strips, Cx<T>* to) {
+  constexpr int kAhead = 16, L = lanes<T>;
+  const T* row = rows + 2 * first * L;
+  for (int64_t i = 0; i < count; ++i, row += 2 * width) {
+    for (int64_t v = 0; v < strips; ++v) {
+      __builtin_prefetch(row + 2 * (kAhead * width + v * L));
+      to[v * count + i] =
+          load_complex(row + 2 * v * L, static_cast<int>(std::min(int64_t{L}, width - (first + v) * L)));
     }
   }
 }
 
 template <class T>
 void load_map(const Scan<T>& scan, const Tile& tile, int64_t c, Cx<T>* map) {
-  const int64_t first = ((scan.shared_maps ? 0 : tile.image) * scan.n_coils + c) * scan.n;
-  load_rows(scan, tile, static_cast<const T*>(scan.maps) + 2 * first * scan.width, scan.n, map);
+  const int64_t begin = ((scan.shared_maps ? 0 : tile.image) * scan.n_coils + c) * scan.n * scan.width;
+  load_rows(static_cast<const T*>(scan.maps) + 2 * begin, scan.n, scan.width, tile.first, tile.strips, map);
 }
 
 template <class T>
 void load_lines(const Scan<T>& scan, const Tile& tile, int64_t c, const T* samples, Cx<T>* lines) {
-  const int64_t first = (tile.image * scan.n_coils + c) * scan.n_lines;
-  load_rows(scan, tile, samples + 2 * first * scan.width, scan.n_lines, lines);
+  const int64_t begin = (tile.image * scan.n_coils + c) * scan.n_lines * scan.width;
+  load_rows(samples + 2 * begin, scan.n_lines, scan.width, tile.first, tile.strips, lines);
 }
 
 // ---------------------------------------------------------------- lines
@@ -613,16 +622,12 @@ void for_tiles(const Scan<T>& scan, int threads, const F& f) {
   }
 }
 
-// Fills the images of a tile's strips and clears their sums.
 template <class T>
-void begin_tile(const Scan<T>& scan, const Tile& tile, const T* image, T factor, Work<T>& work) {
+void load_images(const Scan<T>& scan, const Tile& tile, const T* image, T factor, Cx<T>* to) {
   for (int64_t v = 0; v < tile.strips; ++v) {
     const int64_t column = (tile.first + v) * scan.L;
-    if (image) {
-      load_strip(scan, image + 2 * strip_offset(scan, tile.image, column), column, factor, work.image + v * scan.n);
-    }
+    load_strip(scan, image + 2 * strip_offset(scan, tile.image, column), column, factor, to + v * scan.n);
   }
-  std::fill(work.sum, work.sum + tile.strips * scan.n, Cx<T>{});
 }
 
 template <class T>
@@ -632,7 +637,7 @@ void forward_lines(const Scan<T>& scan, const T* image, T* samples, int threads)
     const int64_t b = tile.image;
     Cx<T>* const a = work.transform;
     const std::vector<int>& position = lines[scan.shared_sampling ? 0 : b].position;
-    begin_tile(scan, tile, image, scan.transform.scale, work);
+    load_images(scan, tile, image, scan.transform.scale, work.image);
     for (int64_t c = 0; c < scan.n_coils; ++c) {
       load_map(scan, tile, c, work.map);
       for (int64_t v = 0; v < tile.strips; ++v) {
@@ -656,7 +661,7 @@ void adjoint_lines(const Scan<T>& scan, const T* samples, int threads, const Fin
     const int64_t b = tile.image;
     Cx<T>* const a = work.transform;
     const Lines<T>& sampled = lines[scan.shared_sampling ? 0 : b];
-    begin_tile<T>(scan, tile, nullptr, 1, work);
+    std::fill(work.sum, work.sum + tile.strips * scan.n, Cx<T>{});
     for (int64_t c = 0; c < scan.n_coils; ++c) {
       load_map(scan, tile, c, work.map);
       load_lines(scan, tile, c, samples, work.lines);
@@ -679,7 +684,8 @@ void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int t
   for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
     const int64_t b = tile.image;
     const Lines<T>& sampled = lines[scan.shared_sampling ? 0 : b];
-    begin_tile(scan, tile, image, scan.transform.scale, work);
+    load_images(scan, tile, image, scan.transform.scale, work.image);
+    std::fill(work.sum, work.sum + tile.strips * scan.n, Cx<T>{});
     for (int64_t u = 0; u < scan.n_used; ++u) {
       const int64_t c = scan.coil(u);
       if (c < 0) continue;
@@ -700,147 +706,180 @@ void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int t
 
 // ---------------------------------------------------------------- points
 
-// Two planes of an image, and the passes over them; every pass is called by all threads of a parallel region.
+// Three planes of an image, and the passes over them; every pass is called by all threads of a parallel region.
 template <class T>
 struct Planes {
   const Scan<T>& scan;
   const Transform<T>& rows;
-  int64_t groups;                  // of frequencies along n
-  Buffer<Cx<T>> spectrum;          // [width, groups] frequencies in order
-  Buffer<Cx<T>> sum;               // [strips, n] of the coils so far
-  std::vector<int64_t> frequency;  // along the rows, of each position
+  int64_t groups;  // of frequencies along n
+  int64_t tile_strips, tile_groups;
+  Cx<T>* spectrum;             // [groups, width] frequencies in order
+  Cx<T>*image, *sum;           // [strips, n] scaled, and of the coils so far
+  std::vector<uint16_t> mask;  // [batch or 1, groups, width] a bit for each lane
+  std::vector<int> frequency;  // along the rows, of each position
 
-  explicit Planes(const Scan<T>& s)
+  Planes(const Scan<T>& s, int threads)
       : scan(s),
         rows(Transform<T>::of(s.width)),
         groups((s.n + s.L - 1) / s.L),
-        spectrum(s.width * groups),
-        sum(s.n * s.strips()),
+        tile_strips(s.strips_of_tile(threads)),
+        tile_groups(std::max<int64_t>(1, std::min(kTileRowBytes / int64_t{sizeof(Cx<T>)}, groups / (2 * threads)))),
         frequency(static_cast<size_t>(s.width)) {
-    for (int64_t k = 0; k < s.width; ++k) frequency[static_cast<size_t>(rows.position[static_cast<size_t>(k)])] = k;
+    const int64_t strips = s.n * s.strips();
+    spectrum = static_cast<Cx<T>*>(kept(kPlanes, static_cast<size_t>(s.width * groups + 2 * strips) * sizeof(Cx<T>)));
+    image = spectrum + s.width * groups;
+    sum = image + strips;
+    for (int k = 0; k < static_cast<int>(s.width); ++k) frequency[rows.position[k]] = k;
+    const int64_t images = s.shared_sampling ? 1 : s.batch;
+    mask.assign(static_cast<size_t>(images * groups * s.width), 0);
+    for (int64_t row = 0; row < images * s.width; ++row) {
+      const uint8_t* const flags = static_cast<const uint8_t*>(s.sampling) + row * s.n;
+      uint16_t* const bits = mask.data() + row / s.width * groups * s.width + row % s.width;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int l = 0; l < s.L; ++l) {
+          const int64_t k = g * s.L + column_of<T>(l);
+          if (k < s.n) bits[g * s.width] |= static_cast<uint16_t>(flags[k] << l);
+        }
+      }
+    }
   }
 
   Work<T> work() const {
-    return Work<T>(std::max(scan.n, scan.width), 1, 0, std::max(rows.largest, scan.transform.largest));
+    return Work<T>(scan.n, tile_strips, tile_groups * scan.width / tile_strips + 1,
+                   std::max(rows.largest, scan.transform.largest));
   }
   int valid(int64_t group) const { return static_cast<int>(std::min<int64_t>(scan.L, scan.n - group * scan.L)); }
   // The offset of frequency k along the rows in a plane of samples or of the mask.
   int64_t at(int64_t k, int64_t group) const { return k * scan.n + group * scan.L; }
   int64_t samples_of(int64_t b, int64_t c) const { return 2 * (b * scan.n_coils + c) * scan.width * scan.n; }
-  vec<T> keep(int64_t b, int64_t k, int64_t group) const {
-    const int64_t image = scan.shared_sampling ? 0 : b * scan.n * scan.width;
-    return load_flags<T>(static_cast<const uint8_t*>(scan.sampling) + image + at(k, group), valid(group));
+  const uint16_t* mask_at(int64_t b, int64_t group) const {
+    return mask.data() + ((scan.shared_sampling ? 0 : b) * groups + group) * scan.width;
   }
 
-  void clear_sum() const {
+  // Puts the image in place (null: none) and clears the sum.
+  void begin(const T* x, int64_t b) const {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < scan.n * scan.strips(); ++i) sum.get()[i] = Cx<T>{};
+    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
+      if (x) {
+        load_strip(scan, x + 2 * strip_offset(scan, b, strip * scan.L), strip * scan.L,
+                   scan.transform.scale * rows.scale, image + strip * scan.n);
+      }
+      std::fill(sum + strip * scan.n, sum + (strip + 1) * scan.n, Cx<T>{});
+    }
+  }
+
+  // Calls f(tile) for the tiles of image b.
+  template <class F>
+  void for_tiles(int64_t b, const F& f) const {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < scan.strips(); first += tile_strips) {
+      f(Tile{b, first, std::min(tile_strips, scan.strips() - first)});
+    }
+  }
+
+  // Calls f(strip, group, block) for the squares of the spectrum that a strip passes through.
+  template <class F>
+  void for_squares(int64_t strip, const F& f) const {
+    for (int64_t g = 0; g < groups; ++g) f(g, spectrum + g * scan.width + strip * scan.L);
   }
 
   // Coil c's image, transformed along n.
-  void columns_forward(const T* image, int64_t b, int64_t c, Work<T>& work) const {
+  void columns_forward(int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
-    Cx<T>* const a = work.transform;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
-      const int64_t column = strip * L;
-      load_strip(scan, image + 2 * strip_offset(scan, b, column), column, scan.transform.scale * rows.scale,
-                 work.image);
-      load_map(scan, Tile{b, strip, 1}, c, work.map);
-      forward_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
-                     FromImage<T>{work.image, work.map});
-      for (int64_t g = 0; g < groups; ++g) {
-        Cx<T> block[L];
-        for (int l = 0; l < L; ++l) {
-          const int64_t k = g * L + column_of<T>(l);
-          block[l] = k < scan.n ? a[scan.transform.position[static_cast<size_t>(k)]] : Cx<T>{};
-        }
-        transpose_square<T>(block);
-        for (int l = 0; l < L; ++l) {
-          if (column_of<T>(l) < scan.valid(column)) spectrum.get()[(column + column_of<T>(l)) * groups + g] = block[l];
-        }
+    for_tiles(b, [&](const Tile& tile) {
+      load_map(scan, tile, c, work.map);
+      for (int64_t v = 0; v < tile.strips; ++v) {
+        forward_stages(scan.transform, scan.transform.plan.n_stages, work.transform, work.butterfly,
+                       FromImage<T>{image + (tile.first + v) * scan.n, work.map + v * scan.n});
+        const int count = scan.valid((tile.first + v) * L);
+        for_squares(tile.first + v, [&](int64_t g, Cx<T>* square) {
+          Cx<T> block[L];
+          for (int l = 0; l < L; ++l) {
+            const int64_t k = g * L + column_of<T>(l);
+            block[l] = k < scan.n ? work.transform[scan.transform.position[static_cast<size_t>(k)]] : Cx<T>{};
+          }
+          transpose_square<T>(block);
+          for (int l = 0; l < L; ++l) {
+            if (column_of<T>(l) < count) square[column_of<T>(l)] = block[l];
+          }
+        });
       }
-    }
+    });
   }
 
-  // The plane transformed back along n, and added to the sum.
+  // The spectrum transformed back along n, and added to the sum.
   void columns_inverse(int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
-    Cx<T>* const a = work.transform;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < scan.strips(); ++strip) {
-      const int64_t column = strip * L;
-      for (int64_t g = 0; g < groups; ++g) {
-        Cx<T> block[L];
-        for (int l = 0; l < L; ++l) {
-          const bool inside = column_of<T>(l) < scan.valid(column);
-          block[l] = inside ? spectrum.get()[(column + column_of<T>(l)) * groups + g] : Cx<T>{};
-        }
-        transpose_square<T>(block);
-        for (int l = 0; l < L; ++l) {
-          const int64_t k = g * L + column_of<T>(l);
-          if (k < scan.n) a[scan.transform.position[static_cast<size_t>(k)]] = block[l];
-        }
+    for_tiles(b, [&](const Tile& tile) {
+      load_map(scan, tile, c, work.map);
+      for (int64_t v = 0; v < tile.strips; ++v) {
+        const int count = scan.valid((tile.first + v) * L);
+        for_squares(tile.first + v, [&](int64_t g, const Cx<T>* square) {
+          Cx<T> block[L];
+          for (int l = 0; l < L; ++l) block[l] = column_of<T>(l) < count ? square[column_of<T>(l)] : Cx<T>{};
+          transpose_square<T>(block);
+          for (int l = 0; l < L; ++l) {
+            const int64_t k = g * L + column_of<T>(l);
+            if (k < scan.n) work.transform[scan.transform.position[static_cast<size_t>(k)]] = block[l];
+          }
+        });
+        inverse_stages(scan.transform, scan.transform.plan.n_stages, work.transform, work.butterfly,
+                       ToImage<T>{sum + (tile.first + v) * scan.n, work.map + v * scan.n});
       }
-      load_map(scan, Tile{b, strip, 1}, c, work.map);
-      inverse_stages(scan.transform, scan.transform.plan.n_stages, a, work.butterfly,
-                     ToImage<T>{sum.get() + strip * scan.n, work.map});
-    }
+    });
   }
 
-  // Calls f(group, a) for each group of rows; a is for the transform along them.
+  // Calls f(group, row, data) for each group of rows, which lie side by side in the vectors of `row`; data are the
+  // samples of the row, [width], or null.
   template <class F>
-  void for_groups(Work<T>& work, const F& f) const {
+  void for_groups(const T* samples, Work<T>& work, const F& f) const {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t g = 0; g < groups; ++g) f(g, work.transform);
-  }
-  void take(int64_t g, Cx<T>* a) const {
-    for (int64_t j = 0; j < scan.width; ++j) a[j] = spectrum.get()[j * groups + g];
-  }
-  void put(int64_t g, const Cx<T>* a) const {
-    for (int64_t j = 0; j < scan.width; ++j) spectrum.get()[j * groups + g] = a[j];
+    for (int64_t first = 0; first < groups; first += tile_groups) {
+      const int64_t count = std::min(tile_groups, groups - first);
+      if (samples) load_rows(samples, scan.width, scan.n, first, count, work.lines);
+      for (int64_t v = 0; v < count; ++v) {
+        const Cx<T>* const data = samples ? work.lines + v * scan.width : nullptr;
+        f(first + v, spectrum + (first + v) * scan.width, data);
+      }
+    }
   }
 
   template <class Finish>
   void hand_over(int64_t b, T factor, const Finish& finish) const {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < scan.strips(); ++strip) {
-      finish(b, strip, sum.get() + strip * scan.n, factor * scan.transform.scale * rows.scale);
+      finish(b, strip, sum + strip * scan.n, factor * scan.transform.scale * rows.scale);
     }
   }
 };
 
-// What is left of a row's transform where the mask is.
+// v - data where the mask is, else zero.
 template <class T>
 struct PointResidual {
-  const Planes<T>& planes;
-  const T* data;
-  int64_t b, group;
+  const int* frequency;  // of each position
+  const uint16_t* mask;  // [width] bits of the rows
+  const Cx<T>* data;     // [width] or null
   Cx<T> operator()(int p, const Cx<T>& v) const {
-    const int64_t k = planes.frequency[static_cast<size_t>(p)];
-    const vec<T> keep = planes.keep(b, k, group);
-    const Cx<T> r = data ? v - load_complex(data + 2 * planes.at(k, group), planes.valid(group)) : v;
-    return {r.re * keep, r.im * keep};
+    const int k = frequency[p];
+    return where<T>(mask[k], data ? v - data[k] : v);
   }
 };
 
 template <class T>
 void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads) {
-  const Planes<T> planes(scan);
+  const Planes<T> planes(scan, threads);
 #pragma omp parallel num_threads(threads)
   {
     Work<T> work = planes.work();
     for (int64_t task = 0; task < scan.batch * scan.n_coils; ++task) {
       const int64_t b = task / scan.n_coils, c = task % scan.n_coils;
-      planes.columns_forward(image, b, c, work);
-      planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
-        planes.take(g, a);
+      if (c == 0) planes.begin(image, b);
+      planes.columns_forward(b, c, work);
+      planes.for_groups(nullptr, work, [&](int64_t g, Cx<T>* a, const Cx<T>*) {
         forward_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly, InPlace<T>{a});
         for (int64_t k = 0; k < scan.width; ++k) {
-          const vec<T> keep = planes.keep(b, k, g);
-          const Cx<T> v = a[planes.rows.position[static_cast<size_t>(k)]];
-          store_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), Cx<T>{v.re * keep, v.im * keep},
-                        planes.valid(g));
+          const Cx<T> v = where<T>(planes.mask_at(b, g)[k], a[planes.rows.position[static_cast<size_t>(k)]]);
+          store_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), v, planes.valid(g));
         }
       });
     }
@@ -849,21 +888,18 @@ void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads
 
 template <class T, class Finish>
 void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
-  const Planes<T> planes(scan);
+  const Planes<T> planes(scan, threads);
 #pragma omp parallel num_threads(threads)
   {
     Work<T> work = planes.work();
     for (int64_t b = 0; b < scan.batch; ++b) {
-      planes.clear_sum();
+      planes.begin(nullptr, b);
       for (int64_t c = 0; c < scan.n_coils; ++c) {
-        planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
+        planes.for_groups(samples + planes.samples_of(b, c), work, [&](int64_t g, Cx<T>* a, const Cx<T>* data) {
           for (int64_t k = 0; k < scan.width; ++k) {
-            const vec<T> keep = planes.keep(b, k, g);
-            const Cx<T> v = load_complex(samples + planes.samples_of(b, c) + 2 * planes.at(k, g), planes.valid(g));
-            a[planes.rows.position[static_cast<size_t>(k)]] = {v.re * keep, v.im * keep};
+            a[planes.rows.position[static_cast<size_t>(k)]] = where<T>(planes.mask_at(b, g)[k], data[k]);
           }
           inverse_stages(planes.rows, planes.rows.plan.n_stages, a, work.butterfly, InPlace<T>{a});
-          planes.put(g, a);
         });
         planes.columns_inverse(b, c, work);
       }
@@ -874,23 +910,21 @@ void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Fi
 
 template <class T, class Finish>
 void gradient_points(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
-  const Planes<T> planes(scan);
+  const Planes<T> planes(scan, threads);
 #pragma omp parallel num_threads(threads)
   {
     Work<T> work = planes.work();
     for (int64_t b = 0; b < scan.batch; ++b) {
-      planes.clear_sum();
+      planes.begin(image, b);
       for (int64_t u = 0; u < scan.n_used; ++u) {
         const int64_t c = scan.coil(u);
         if (c < 0) continue;
-        planes.columns_forward(image, b, c, work);
-        const T* const data = samples ? samples + planes.samples_of(b, c) : nullptr;
-        planes.for_groups(work, [&](int64_t g, Cx<T>* a) {
-          planes.take(g, a);
-          there_and_back(planes.rows, a, work.butterfly, InPlace<T>{a}, PointResidual<T>{planes, data, b, g},
-                         InPlace<T>{a});
-          planes.put(g, a);
-        });
+        planes.columns_forward(b, c, work);
+        planes.for_groups(
+            samples ? samples + planes.samples_of(b, c) : nullptr, work, [&](int64_t g, Cx<T>* a, const Cx<T>* data) {
+              there_and_back(planes.rows, a, work.butterfly, InPlace<T>{a},
+                             PointResidual<T>{planes.frequency.data(), planes.mask_at(b, g), data}, InPlace<T>{a});
+            });
         planes.columns_inverse(b, c, work);
       }
       planes.hand_over(b, scan.weight(), finish);
@@ -924,15 +958,14 @@ struct Update {
     // The strip's rows, each a run of the image.
     const int64_t column = strip * scan.L, rows = scan.transposed ? scan.valid(column) : scan.n;
     const int64_t length = scan.transposed ? scan.n : scan.valid(column);
-    thread_local std::vector<T> gradient;
-    gradient.resize(static_cast<size_t>(2 * rows * length));
-    store_strip(scan, sum, column, factor, gradient.data(), length);
+    T* const gradient = static_cast<T*>(kept(kGradient, static_cast<size_t>(2 * rows * length) * sizeof(T)));
+    store_strip(scan, sum, column, factor, gradient, length);
     const RedStep<T> step = red_step<T>(red, b);
     double* const sums = partial.data() + 3 * (b * scan.strips() + strip);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = 2 * (strip_offset(scan, b, column) + r * (scan.transposed ? scan.n : scan.width));
       const auto operand = [at](const void* p) { return static_cast<const T*>(p) + at; };
-      const T* const g = gradient.data() + 2 * r * length;
+      const T* const g = gradient + 2 * r * length;
       T* const updated = static_cast<T*>(red.updated) + at;
       if (red.previous) {
         red_span<T, true, false>(image + at, g, operand(red.denoised), operand(red.previous), step, updated,
