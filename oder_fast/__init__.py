@@ -23,7 +23,7 @@ from .fixed_point import (
     Solution,
     Unrolled,
 )
-from .operators import ParallelBeamCT
+from .operators import CartesianMRI, ParallelBeamCT
 from .ops import (
     BackendUnavailableError,
     RedUpdate,
@@ -46,6 +46,7 @@ __all__ = [
     "Anderson",
     "Average",
     "BackendUnavailableError",
+    "CartesianMRI",
     "Decay",
     "DivergenceError",
     "DnCNN",

@@ -69,7 +69,8 @@ class DEQRED(nn.Module):
             complex ones two (real and imaginary part) for each of theirs.
         step_size: :math:`\gamma`; a float, a 0-d tensor or a parameter to be trained. By default
             :math:`1 / (\|A\|^2 + 2 \tau)`, of the present tau (`current_step_size`), the norm computed here
-            once: the map is then averaged if `D` is nonexpansive.
+            once: the map is then averaged if `D` is nonexpansive. For minibatches the operator's
+            ``minibatch_norm_squared(size)`` takes the place of the norm, where it has one.
         tau: :math:`\tau`, the weight of the prior, in the unit of :math:`A^H A`; float, 0-d tensor or
             parameter. A float is a setting and not in the `state_dict`; a tensor or parameter is.
         minibatch_size: Blocks per iteration (views, coils, illuminations); None for all of them.
@@ -150,7 +151,7 @@ class DEQRED(nn.Module):
         if step_size is None:
             if not hasattr(operator, "norm_squared"):
                 raise ValueError(f"DEQRED: {type(operator).__name__} has no norm_squared(): give step_size")
-            self._norm_squared = float(operator.norm_squared())
+            self._norm_squared = _norm_squared(operator, minibatch_size, differentiation)
             self.step_size = None
         else:
             _check_scalar("step_size", step_size, zero=False)
@@ -266,8 +267,9 @@ class DEQRED(nn.Module):
         module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
         with _full_precision(y.device), frozen(module):
             start = self._start(y, x0)
+            data = self.operator.prepare(y) if hasattr(self.operator, "prepare") else y
             fidelity = Fidelity(
-                self.operator, y, self.minibatch_size, self.variance_reduction, self.generator
+                self.operator, data, self.minibatch_size, self.variance_reduction, self.generator
             )
             step_size, tau = (self._scalar(v, y.device) for v in (self.current_step_size(), self.tau))
             flags = [(submodule, submodule.training) for submodule in module.modules()]
@@ -488,7 +490,7 @@ class Fidelity:
     r"""The data fidelity's part of a RED step: of all blocks, or of a minibatch.
 
     Serves three kinds of operator: one with a fused ``red_update``, one with ``gradient(x, y, blocks)``, one
-    with ``A`` and ``A_adjoint``. With variance reduction, a minibatch `B` corrects the last full gradient,
+    with ``A`` and ``A_adjoint``. `y` is what the operator's ``prepare`` made of the data, where it has one. With variance reduction, a minibatch `B` corrects the last full gradient,
 
     .. math:: \nabla g(\tilde x) + \nabla g_B(x) - \nabla g_B(\tilde x)
         = \nabla g(\tilde x) + A_B^H A_B (x - \tilde x),
@@ -522,10 +524,14 @@ class Fidelity:
         if not hasattr(self.operator, "gradient"):
             gradient: Tensor = self.operator.A_adjoint(self.operator.A(x) - y)
         elif self.blocks is None:
-            gradient = self.operator.gradient(x, y)
+            gradient = self.operator.gradient(x, y, **self._options)
         else:
-            gradient = self.operator.gradient(x, y, self.blocks)
+            gradient = self.operator.gradient(x, y, self.blocks, **self._options)
         return gradient
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return {"prepared": True} if hasattr(self.operator, "prepare") else {}
 
     def red_update(
         self, x: Tensor, denoised: Tensor, step_size: Tensor, tau: Tensor, **options: Any
@@ -535,7 +541,7 @@ class Fidelity:
         if hasattr(self.operator, "red_update") and not anchored:
             y = None if self.zero_data else self.y
             update: ops.RedUpdate = self.operator.red_update(
-                x, y, self.blocks, denoised, step_size, tau, **options
+                x, y, self.blocks, denoised, step_size, tau, **options, **self._options
             )
             return update
         if anchored and self.blocks is not None:
@@ -566,7 +572,8 @@ class Fidelity:
             self.anchor[0].index_select(0, images),
             self.anchor[1].index_select(0, images),
         )
-        return replace(self, y=self.y.index_select(0, images), anchor=anchor)
+        operator = self.operator.select(images) if hasattr(self.operator, "select") else self.operator
+        return replace(self, operator=operator, y=self.y.index_select(0, images), anchor=anchor)
 
 
 def as_channels(image: Tensor) -> Tensor:
@@ -662,6 +669,16 @@ def _check_minibatch(name: str, size: int | None, operator: Any, solver: Solver[
         raise ValueError(
             f"DEQRED: {name} must be a number from 1 to {operator.n_blocks} blocks, got {size!r}"
         )
+
+
+def _norm_squared(operator: Any, size: int | None, differentiation: Differentiation) -> float:
+    """Return the operator's norm squared, or what it says takes its place with the minibatches of either pass."""
+    sizes = [size] if size is not None else []
+    if isinstance(differentiation, Implicit) and isinstance(differentiation.minibatch_size, int):
+        sizes.append(differentiation.minibatch_size)
+    if sizes and hasattr(operator, "minibatch_norm_squared"):
+        return float(operator.minibatch_norm_squared(min(sizes)))
+    return float(operator.norm_squared())
 
 
 def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> None:

@@ -1,21 +1,38 @@
-"""Real images, phantoms, simulated measurements, and how good a reconstruction is."""
+"""Real images and k-space, phantoms, simulated measurements, and how good a reconstruction is."""
 
+from .coils import birdcage_maps, espirit_maps, noise_covariance, remove_oversampling, whiten
 from .images import ImageFile, atomic, read_image, save_npz
+from .kspace import KSpaceFile, read_kspace, read_nifti, write_nifti
+from .masks import equispaced_lines, gaussian_lines, poisson_disc, radial, random_lines
 from .metrics import psnr, snr, ssim
 from .phantoms import patches, random_ellipses, shepp_logan
 from .simulation import add_gaussian_noise, add_poisson_noise
 
 __all__ = [
     "ImageFile",
+    "KSpaceFile",
     "add_gaussian_noise",
     "add_poisson_noise",
     "atomic",
+    "birdcage_maps",
+    "equispaced_lines",
+    "espirit_maps",
+    "gaussian_lines",
+    "noise_covariance",
     "patches",
+    "poisson_disc",
     "psnr",
+    "radial",
     "random_ellipses",
+    "random_lines",
     "read_image",
+    "read_kspace",
+    "read_nifti",
+    "remove_oversampling",
     "save_npz",
     "shepp_logan",
     "snr",
     "ssim",
+    "whiten",
+    "write_nifti",
 ]

@@ -1,5 +1,6 @@
 """Measurement operators: what a user builds, and what the fixed point takes its gradients from."""
 
 from .ct import ParallelBeamCT
+from .mri import CartesianMRI
 
-__all__ = ["ParallelBeamCT"]
+__all__ = ["CartesianMRI", "ParallelBeamCT"]

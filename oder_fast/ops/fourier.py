@@ -24,8 +24,8 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 
-# Columns of an image that a block of the GPU faces transforms together, each with one partial sum of the norms.
-COLUMNS = 8
+# Edges of the block of pixels of a program of the Triton face, each with one partial sum of the norms.
+ROWS = COLUMNS = 32
 # In half precision the coil maps of the GPU faces take half the memory.
 HALF = torch.complex32
 
@@ -74,13 +74,14 @@ def _scan(
     scratch: tuple[Any, ...] = (None, None, None)
     if backend != "cpu":
         device = coil_maps.device
-        # The CUDA face keeps residuals in shared memory where lines are sampled.
-        kept = sampling.shape[1] if sampling.ndim == 2 else n
-        keeps = backend == "triton" or sampling.ndim == 3
+        mask = sampling.ndim == 3
+        # Between the two axes of a mask; the Triton face keeps all spectra, those of a mask before and after.
+        planes = 1 + mask if backend == "triton" else int(mask)
+        workspace = (planes, batch, n_used, n if mask else sampling.shape[1], width, 2)
         scratch = (
             roots_of_unity(n, device),
-            roots_of_unity(width, device) if sampling.ndim == 3 else None,
-            torch.empty(batch, n_used, width, kept, 2, device=device) if keeps else None,
+            roots_of_unity(width, device) if mask else None,
+            torch.empty(workspace, device=device) if planes else None,
         )
     return [
         faces.DTYPE_CODES[torch.float16 if coil_maps.dtype == HALF else coil_maps.real.dtype],
@@ -247,7 +248,9 @@ def _red_impl(
     updated, extrapolated, reductions = red.outputs(image, previous)
     if image.numel() == 0:
         return updated, extrapolated, reductions.zero_()
-    parts = -(-_sizes(coil_maps, sampling, axis)[1] // COLUMNS)
+    n, width = _sizes(coil_maps, sampling, axis)
+    # However the CUDA face lays columns out, there is a partial sum for each.
+    parts = -(-n // ROWS) * -(-width // COLUMNS) if backend == "triton" else width
     _launch(
         "fourier_red_update",
         image,
@@ -404,8 +407,8 @@ def fourier_forward(
         image: Shape ``(B, H, W)``, complex64 or complex128.
         coil_maps: :math:`S_c`, shape ``(1 or B, C, H, W)``, dtype of `image`; on the GPU faces also complex32,
             which halves their memory at a relative error of 2e-4. Not differentiable.
-        sampling: int64 lines ``(1 or B, L)``, the frequencies sampled along `axis`, each once, -1 as padding; or a bool mask
-            ``(1 or B, H, W)`` of points.
+        sampling: int64 lines ``(1 or B, L)``, the frequencies sampled along `axis`, each once, -1 as padding; or a bool
+            mask ``(1 or B, H, W)`` of points.
         axis: The axis that the lines are counted along, -2 or -1; of no meaning for a mask.
         backend: ``"auto"`` or the name of a face.
 

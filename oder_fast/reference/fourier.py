@@ -18,8 +18,9 @@ def _transform(image: Tensor, sampling: Tensor, axis: int, inverse: bool = False
     return result
 
 
-def _lines(sampling: Tensor, batch: int, coils: int, columns: int) -> tuple[Tensor, Tensor]:
+def _lines(sampling: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sampled lines as indices (B, C, L, P), and where a line is meant (-1 pads)."""
+    batch, coils, _, columns = like.shape
     index = sampling[:, None, :, None].expand(batch, coils, -1, columns)
     return index.clamp(min=0), index >= 0
 
@@ -31,7 +32,7 @@ def fourier_forward(image: Tensor, coil_maps: Tensor, sampling: Tensor, axis: in
     if sampling.ndim == 3:
         return spectrum * sampling[:, None]
     spectrum = spectrum.movedim(axis, -2)
-    index, meant = _lines(sampling, *spectrum.shape[:2], spectrum.shape[-1])
+    index, meant = _lines(sampling, spectrum)
     return torch.where(meant, spectrum.take_along_dim(index, -2), 0)
 
 
@@ -41,7 +42,7 @@ def fourier_adjoint(samples: Tensor, coil_maps: Tensor, sampling: Tensor, axis: 
     if sampling.ndim == 3:
         spectrum = samples * sampling[:, None]
     else:
-        index, meant = _lines(sampling, *samples.shape[:2], samples.shape[-1])
+        index, meant = _lines(sampling, samples)
         empty = samples.new_zeros(*samples.shape[:2], maps.shape[axis], samples.shape[-1])
         spectrum = empty.scatter_add(-2, index, torch.where(meant, samples, 0)).movedim(-2, axis)
     return (maps.conj() * _transform(spectrum, sampling, axis, inverse=True)).sum(1)
