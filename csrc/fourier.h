@@ -17,14 +17,17 @@ struct FourierPlan {
   int radix[kMaxStages];
 };
 
-inline FourierPlan fourier_plan(int n) {
+// largest_power: 8, or 4 where the registers do not hold a butterfly of 8.
+inline FourierPlan fourier_plan(int n, int largest_power = 8) {
   FourierPlan plan{n, 0, {}};
   int rest = n, twos = 0;
   const auto add = [&plan](int radix) { plan.radix[plan.n_stages++] = radix; };
   for (; rest % 2 == 0; rest /= 2) ++twos;
-  for (; twos >= 5 || twos == 3; twos -= 3) add(8);
-  for (; twos >= 2; twos -= 2) add(4);
-  if (twos == 1) add(2);
+  // The one 8 that an odd power takes comes after the fours.
+  int eights = twos % 2 == 1 && twos >= 3;
+  if (largest_power == 8) eights = twos == 4 ? 0 : twos % 3 == 1 && twos >= 4 ? (twos - 4) / 3 : twos / 3;
+  for (int rest_of_twos = twos - 3 * eights; rest_of_twos > 0; rest_of_twos -= 2) add(rest_of_twos == 1 ? 2 : 4);
+  for (; eights > 0; --eights) add(8);
   for (int prime = 3; rest > 1; prime += 2) {
     for (; rest % prime == 0; rest /= prime) add(prime);
     if (static_cast<int64_t>(prime) * prime > rest && rest > 1) {

@@ -490,7 +490,8 @@ class Fidelity:
     r"""The data fidelity's part of a RED step: of all blocks, or of a minibatch.
 
     Serves three kinds of operator: one with a fused ``red_update``, one with ``gradient(x, y, blocks)``, one
-    with ``A`` and ``A_adjoint``. `y` is what the operator's ``prepare`` made of the data, where it has one. With variance reduction, a minibatch `B` corrects the last full gradient,
+    with ``A`` and ``A_adjoint``; `y` is what the operator's ``prepare``, where it has one, made of the data.
+    With variance reduction, a minibatch `B` corrects the last full gradient,
 
     .. math:: \nabla g(\tilde x) + \nabla g_B(x) - \nabla g_B(\tilde x)
         = \nabla g(\tilde x) + A_B^H A_B (x - \tilde x),

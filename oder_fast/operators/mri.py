@@ -23,13 +23,13 @@ class CartesianMRI(nn.Module):
     cancels in :math:`A^H A`: `prepare` undoes it once, and each gradient transforms along the other axis only.
 
     Args:
-        coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch; complex64 or
-            complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces.
+        coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch;
+            complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces.
         mask: What is sampled, bool or 0 and 1: ``(W,)`` for lines with phase encoding along the last axis (as in
-            fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; with a leading axis ``B`` for each image
-            of a batch.
-        centered: Whether k-space has its zero frequency, and the image its origin, at index ``n // 2`` (as fastMRI, BART
-            and scanners' files have it), or at index 0.
+            fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; with a leading
+            axis ``B`` for each image of a batch.
+        centered: Whether k-space has its zero frequency, and the image its origin, at index ``n // 2`` (as in
+            fastMRI, BART and scanners' files), or at index 0.
         readout_size: Samples along a line of k-space where the readout is oversampled: at least the image's size along
             the lines. The image is then the middle of the field of view; what lies outside is taken for zero.
         backend: ``"auto"`` or the name of a face.
@@ -149,7 +149,7 @@ class CartesianMRI(nn.Module):
 
     def extra_repr(self) -> str:
         """Tell the sizes."""
-        kind = "points" if self.axis is None else f"lines along axis {-3 - self.axis}"
+        kind = "points" if self.axis is None else f"lines of axis {self.axis}"
         share = float(self.mask.float().mean())
         return (
             f"image_shape={self.image_shape}, n_coils={self.n_blocks}, sampled={share:.3g} ({kind}), "
@@ -441,9 +441,8 @@ def _transform(values: Tensor, axis: int, centered: bool, inverse: bool) -> Tens
     if centered:
         values = torch.fft.ifftshift(values, dim=axis)
     fft = torch.fft.ifft if inverse else torch.fft.fft
-    values = fft(values, dim=axis, norm="ortho")
-    result: Tensor = torch.fft.fftshift(values, dim=axis) if centered else values
-    return result
+    result: Tensor = fft(values, dim=axis, norm="ortho")
+    return torch.fft.fftshift(result, dim=axis) if centered else result
 
 
 def _middle(values: Tensor, axis: int, size: int, centered: bool) -> Tensor:
