@@ -326,6 +326,16 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
   Cx<T>* const a = R ? few : work;
   for (int q = 0; q < m; ++q) {
     const T* const w = t.tw[s].data() + static_cast<int64_t>(2) * (radix - 1) * q;
+    // In registers for all blocks, where they fit.
+    constexpr bool kHeld = R > 1 && R <= 4 * (kVecBytes / 32);
+    Cx<T> held[kHeld ? R : 1];
+    if (kHeld) {
+      for (int k = 1; k < R; ++k) held[kHeld ? k : 0] = {splat(w[2 * k - 2]), splat(w[2 * k - 1])};
+    }
+    const auto turned = [&](const Cx<T>& v, int k) {
+      if (kHeld) return Inverse ? times_conjugate<T>(v, held[k]) : times<T>(v, held[k]);
+      return multiply(v, w[2 * k - 2], Inverse ? -w[2 * k - 1] : w[2 * k - 1]);
+    };
     for (int b = 0; b < blocks; ++b) {
       const int base = b * radix * m + q;
       ODER_UNROLL
@@ -333,7 +343,7 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
         // Even before odd, as a butterfly of 8 takes them: all would not fit the registers.
         const int j = R == 8 ? o % 4 * 2 + o / 4 : o;
         a[j] = in(base + j * m);
-        if (Inverse && j > 0) a[j] = multiply(a[j], w[2 * j - 2], -w[2 * j - 1]);
+        if (Inverse && j > 0) a[j] = turned(a[j], j);
       }
       if constexpr (R > 0) {
         butterfly<R, Inverse, T>(a);
@@ -342,7 +352,7 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
       }
       ODER_UNROLL
       for (int k = 0; k < radix; ++k) {
-        if (!Inverse && k > 0) a[k] = multiply(a[k], w[2 * k - 2], w[2 * k - 1]);
+        if (!Inverse && k > 0) a[k] = turned(a[k], k);
         out(base + k * m, a[k]);
       }
     }
@@ -395,6 +405,10 @@ void turning_stage(const Transform<T>& t, Cx<T>* a, Cx<T>* work, const Residual&
   const int last = t.plan.n_stages - 1, radix = R ? R : t.plan.radix[last];
   Cx<T> few[R ? R : 1];
   for (int base = 0; base < t.plan.n; base += radix) {
+    if (!residual.any(base)) {
+      std::fill(a + base, a + base + radix, Cx<T>{});
+      continue;
+    }
     if constexpr (R > 0) {
       ODER_UNROLL
       for (int j = 0; j < R; ++j) few[j] = a[base + j];
@@ -455,10 +469,11 @@ struct Scan : FourierScan {
 // The sampled lines of an image by their places after the transform.
 template <class T>
 struct Lines {
-  std::vector<int64_t> row;   // [n] its row in the samples, or -1
-  std::vector<int> position;  // [n_lines] its place, or -1
+  std::vector<int64_t> row;     // [n] its row in the samples, or -1
+  std::vector<uint8_t> blocks;  // [n] whether any is sampled of those that the last stage takes with it, from this on
+  std::vector<int> position;    // [n_lines] its place, or -1
 
-  Lines(const Scan<T>& scan, int64_t b) : row(scan.n, -1) {
+  Lines(const Scan<T>& scan, int64_t b) : row(scan.n, -1), blocks(scan.n, 0) {
     const int64_t* const lines =
         static_cast<const int64_t*>(scan.sampling) + (scan.shared_sampling ? 0 : b * scan.n_lines);
     for (int64_t l = 0; l < scan.n_lines; ++l) {
@@ -469,6 +484,7 @@ struct Lines {
       }
       position.push_back(at);
       if (meant) row[at] = l;
+      if (meant) blocks[at - at % scan.transform.plan.radix[scan.transform.plan.n_stages - 1]] = 1;
     }
   }
 };
@@ -477,7 +493,9 @@ struct Lines {
 template <class T>
 struct LineResidual {
   const int64_t* row;
+  const uint8_t* blocks;
   const Cx<T>* data;  // [n_lines] or null
+  bool any(int base) const { return blocks[base]; }
   Cx<T> operator()(int p, const Cx<T>& v) const {
     if (row[p] < 0) return Cx<T>{};
     return data ? v - data[row[p]] : v;
@@ -693,7 +711,8 @@ void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int t
       if (samples) load_lines(scan, tile, c, samples, work.lines);
       for (int64_t v = 0; v < tile.strips; ++v) {
         const int64_t at = v * scan.n;
-        const LineResidual<T> residual{sampled.row.data(), samples ? work.lines + v * scan.n_lines : nullptr};
+        const LineResidual<T> residual{sampled.row.data(), sampled.blocks.data(),
+                                       samples ? work.lines + v * scan.n_lines : nullptr};
         there_and_back(scan.transform, work.transform, work.butterfly, FromImage<T>{work.image + at, work.map + at},
                        residual, ToImage<T>{work.sum + at, work.map + at});
       }
@@ -859,6 +878,7 @@ struct PointResidual {
   const int* frequency;  // of each position
   const uint16_t* mask;  // [width] bits of the rows
   const Cx<T>* data;     // [width] or null
+  bool any(int) const { return true; }
   Cx<T> operator()(int p, const Cx<T>& v) const {
     const int k = frequency[p];
     return where<T>(mask[k], data ? v - data[k] : v);

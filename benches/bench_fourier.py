@@ -1,0 +1,304 @@
+"""Parallel MRI: our faces against plain torch.fft, centred transforms, sigpy and deepinv.
+
+Floors at 16 coils of 320 x 320, R = 4 (complex64): coil maps 13.1 MB and samples 3.3 MB read once, the image twice;
+two transforms of 80 radix operations a point: 0.16 GFLOP. On a CPU core with AVX2 (32 flops a cycle at best, about 10
+where additions and loads count) arithmetic binds; on an H200 the 18 MB take 4.2 us at 4.3 TB/s, the arithmetic 2.4 us.
+With sampling by points all transforms are two-dimensional: twice the arithmetic, and planes between the passes.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import subprocess
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+import oder_fast
+from oder_fast.testing import in_turn, relative_error
+
+CASES = ((1, 16, 320, 320), (8, 16, 640, 368))
+# The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+class Scan:
+    """A case with a quarter of the lines of the last axis sampled, or of all points, in every peer's form."""
+
+    def __init__(self, batch: int, coils: int, height: int, width: int, points: bool = False) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int) -> torch.Tensor:
+            return torch.randn(*size, dtype=torch.complex64, generator=generator)
+
+        self.image = draw(batch, height, width)
+        maps = draw(coils, height, width)
+        self.maps = (maps / maps.abs().square().sum(0).sqrt())[None]
+        if points:
+            mask = torch.rand(height, width, generator=generator) < 0.25
+        else:
+            mask = torch.zeros(1, width, dtype=torch.bool)
+            mask[0, torch.randperm(width, generator=generator)[: width // 4]] = True
+        # The same sampled frequencies, with their origin at n // 2 and at 0.
+        self.mask = mask
+        self.rolled = torch.fft.ifftshift(mask, dim=(-2, -1) if points else -1)
+        self.operator = oder_fast.CartesianMRI(self.maps[0], mask)
+        self.kspace = (
+            self.operator(draw(batch, height, width)) + 0.1 * draw(batch, coils, height, width) * mask
+        )
+        self.prepared = self.operator.prepare(self.kspace)
+        corner = oder_fast.CartesianMRI(self.maps[0], self.rolled, centered=False)
+        # k-space for transforms without shifts that have the same gradient.
+        self.corner = corner._restore(self.prepared)
+
+    def ours(self, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        return self.operator.gradient(self.image, self.prepared, blocks, prepared=True)
+
+    def plain(self) -> torch.Tensor:
+        """torch.fft with the zero frequency at index 0."""
+        spectrum = torch.fft.fft2(self.maps * self.image[:, None], norm="ortho")
+        back = torch.fft.ifft2(self.rolled * spectrum - self.corner, norm="ortho")
+        return (self.maps.conj() * back).sum(1)
+
+    def centred(self) -> torch.Tensor:
+        """With shifts on both sides, as fastMRI's fft2c and deepinv do it."""
+        axes = (-2, -1)
+        weighted = torch.fft.ifftshift(self.maps * self.image[:, None], dim=axes)
+        spectrum = torch.fft.fftshift(torch.fft.fft2(weighted, norm="ortho"), dim=axes)
+        residual = torch.fft.ifftshift(self.mask * spectrum - self.kspace, dim=axes)
+        back = torch.fft.fftshift(torch.fft.ifft2(residual, norm="ortho"), dim=axes)
+        return (self.maps.conj() * back).sum(1)
+
+    def check(self) -> float:
+        expected = Scan.centred(self)
+        error = relative_error(self.ours(), expected)
+        assert error < 1e-5
+        assert relative_error(self.plain(), expected) < 1e-5
+        return error
+
+
+def sigpy_gradient(scan: Scan):
+    try:
+        import sigpy.mri
+    except ImportError:  # pip install 'oder-fast[bench]' brings it
+        return None
+    sense = sigpy.mri.linop.Sense(
+        scan.maps[0].numpy(), weights=scan.mask.expand(scan.image.shape[1:]).numpy()
+    )
+    image, kspace = scan.image[0].numpy(), scan.kspace[0].numpy()
+    return lambda: sense.H * (sense * image - kspace)
+
+
+class _WithoutTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for torchvision, which deepinv imports but does not use here, and which no CPU build of torch has."""
+
+    def find_spec(self, name, path=None, target=None):
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.split(".")[0] == "torchvision"
+            else None
+        )
+
+    def create_module(self, spec):
+        module = MagicMock()
+        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def deepinv_gradient(scan: Scan):
+    finder = _WithoutTorchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        from deepinv.physics import MultiCoilMRI
+    except ImportError:  # with what it needs but torchvision: pip install --no-deps deepinv
+        return None
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    size = tuple(scan.image.shape[1:])
+    mask = scan.mask.expand(size).float()[None, None]
+    physics = MultiCoilMRI(mask=mask, coil_maps=scan.maps, img_size=size)
+    image = torch.view_as_real(scan.image).permute(0, 3, 1, 2).contiguous()
+    kspace = torch.view_as_real(scan.kspace).permute(0, 4, 1, 2, 3).contiguous()
+    return lambda: physics.A_adjoint(physics.A(image) - kspace)
+
+
+def name_of(case: tuple[int, ...]) -> str:
+    batch, coils, height, width = case
+    return f"{batch} x {coils} coils of {height}x{width}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gradient_of_lines(report, face, one_thread, case):
+    scan = Scan(*case)
+    scan.operator.backend = face.backend
+    error = scan.check()
+    report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
+    times = in_turn({"ours": scan.ours, "torch.fft": scan.plain, "centred torch.fft": scan.centred}, 4)
+    seconds = times.pop("ours")
+    points = scan.maps.numel() * case[0]
+    report.add(
+        "fourier_gradient",
+        face.name,
+        f"{name_of(case)}, R=4 lines",
+        seconds,
+        rate=f"{points / seconds / 1e9:.2f}e9 coil pixels/s",
+        peers=times,
+        error=error,
+    )
+
+
+def kept(case: tuple[int, ...], points: bool) -> dict[str, float]:
+    """Time in a process whose allocator keeps its memory."""
+    command = [sys.executable, __file__, *map(str, case), str(int(points))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **KEEP})
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="settings of the GNU C library")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gradient_with_an_allocator_that_keeps_memory(report, case):
+    report.benchmark.pedantic(lambda: None)
+    for points in (False, True):
+        times = kept(case, points)
+        seconds = times.pop("ours")
+        sampling = "R=4 points" if points else "R=4 lines"
+        report.add(
+            "fourier_gradient",
+            f"cpu-{oder_fast.build_info()['cpu']['isa']}",
+            f"{name_of(case)}, {sampling}, allocator keeps memory",
+            seconds,
+            peers=times,
+        )
+
+
+def test_gradient_of_points(report, face, one_thread):
+    scan = Scan(*CASES[0], points=True)
+    scan.operator.backend = face.backend
+    error = scan.check()
+    report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
+    times = in_turn({"ours": scan.ours, "torch.fft": scan.plain, "centred torch.fft": scan.centred}, 4)
+    seconds = times.pop("ours")
+    report.add(
+        "fourier_gradient", face.name, f"{name_of(CASES[0])}, R=4 points", seconds, peers=times, error=error
+    )
+
+
+def test_other_packages(report, one_thread):
+    scan = Scan(*CASES[0])
+    scan.check()
+    report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
+    candidates = {"sigpy Sense": sigpy_gradient(scan), "deepinv MultiCoilMRI": deepinv_gradient(scan)}
+    candidates = {name: call for name, call in candidates.items() if call is not None}
+    if not candidates:
+        pytest.skip("neither sigpy nor deepinv is installed")
+    for name, call in candidates.items():
+        result = torch.as_tensor(call())
+        if not result.is_complex():
+            result = torch.view_as_complex(result.permute(0, 2, 3, 1).contiguous())
+        assert relative_error(result.reshape(scan.image.shape), scan.ours()) < 1e-5, name
+    times = in_turn({"ours": scan.ours, **candidates}, 4)
+    report.add("fourier_gradient", "cpu", f"{name_of(CASES[0])}, R=4 lines", times.pop("ours"), peers=times)
+
+
+def test_minibatches_and_fused_steps(report, one_thread):
+    scan = Scan(*CASES[0])
+    four = torch.tensor([1, 6, 11, 15])
+    denoised = torch.randn_like(scan.image)
+    report.benchmark.pedantic(lambda: scan.ours(four), rounds=3, warmup_rounds=1)
+
+    def fused():
+        return scan.operator.red_update(scan.image, scan.prepared, four, denoised, 0.5, 0.1, prepared=True)
+
+    def apart():
+        return oder_fast.red_update(scan.image, scan.ours(four), denoised, 0.5, 0.1)
+
+    times = in_turn({"four": lambda: scan.ours(four), "all": scan.ours, "fused": fused, "apart": apart}, 2)
+    shape = f"{name_of(CASES[0])}, R=4 lines, 4 coils a step"
+    report.add("fourier_gradient", "cpu", shape, times["four"], peers={"all 16 coils": times["all"]})
+    report.add(
+        "fourier_red_update", "cpu", shape, times["fused"], peers={"gradient, then update": times["apart"]}
+    )
+
+
+def test_two_threads(report):
+    if torch.get_num_threads() < 2:
+        pytest.skip("one core")
+    before = torch.get_num_threads()
+    report.benchmark.pedantic(lambda: None)
+    for points in (False, True):
+        scan = Scan(*CASES[0], points=points)
+
+        def with_threads(n, scan=scan):
+            def run():
+                torch.set_num_threads(n)
+                scan.ours()
+
+            return run
+
+        times = in_turn({"two": with_threads(2), "one": with_threads(1)}, 2)
+        sampling = "R=4 points" if points else "R=4 lines"
+        report.add(
+            "fourier_gradient",
+            "cpu, 2 threads",
+            f"{name_of(CASES[0])}, {sampling}",
+            times["two"],
+            peers={"one thread": times["one"]},
+        )
+    torch.set_num_threads(before)
+
+
+MEMORY = """
+import ctypes, torch
+from bench_fourier import CASES, Scan
+torch.set_num_threads(1)
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
+for case, points in ((CASES[0], False), ((1, 16, 640, 368), False), (CASES[0], True)):
+    small, scan = Scan(1, 1, 16, 16, points), Scan(*case, points)
+    small.ours()
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    result = scan.ours()
+    print(case[2], case[3], int(points), peak() - before - result.numel() * 8)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
+def test_peak_memory(report):
+    """Beyond inputs and output: the strips of a thread for lines, three planes for points."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, cwd=folder
+    )
+    report.benchmark.pedantic(lambda: None)
+    for line in run.stdout.splitlines():
+        height, width, points, extra = map(int, line.split())
+        assert extra < 2**20 + (3.3 * height * width * 8 if points else 0)
+        report.add(
+            "fourier_gradient",
+            "cpu, 1 thread",
+            f"1 x 16 coils of {height}x{width}, R=4 {'points' if points else 'lines'}",
+            None,
+            note=f"peak memory beyond inputs and output {extra / 2**20:.2f} MiB",
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    *sizes, with_points = map(int, sys.argv[1:])
+    one = Scan(*sizes, points=bool(with_points))
+    one.check()
+    print(
+        json.dumps(in_turn({"ours": one.ours, "torch.fft": one.plain, "centred torch.fft": one.centred}, 4))
+    )
