@@ -114,10 +114,10 @@ class CartesianMRI(nn.Module):
         self._kspace_shape = (size[0], size[1])
         if self.axis == -1:
             # The faces read the maps along the transform.
-            maps = maps.transpose(-1, -2).contiguous().transpose(-1, -2)
+            maps = _by_columns(maps)
         self.register_buffer("coil_maps", maps, persistent=False)
         self.register_buffer("mask", lines, persistent=False)
-        sampling = _in_order(lines, centered) if self.axis is None else _line_numbers(lines, centered)
+        sampling = _points(lines, centered) if self.axis is None else _line_numbers(lines, centered)
         self.register_buffer("sampling", sampling, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CartesianMRI:
@@ -346,7 +346,9 @@ class CartesianMRI(nn.Module):
         """Bring k-space into the form of `oder_fast.fourier_forward`."""
         self._check("k-space", y, self.data_shape)
         if self.axis is None:
-            return y if not self.centered else _modulate(torch.fft.ifftshift(y, dim=(-2, -1)), (-2, -1), -1)
+            if self.centered:
+                y = _modulate(torch.fft.ifftshift(y, dim=(-2, -1)), (-2, -1), -1)
+            return _by_columns(y)
         along = -3 - self.axis
         rows = _transform(y, along, self.centered, inverse=True)
         rows = _middle(rows, along, self.image_shape[along], self.centered)
@@ -410,8 +412,13 @@ def _read_mask(
     return mask.contiguous(), axis
 
 
-def _in_order(mask: Tensor, centered: bool) -> Tensor:
-    return torch.fft.ifftshift(mask, dim=(-2, -1)) if centered else mask
+def _by_columns(values: Tensor) -> Tensor:
+    """Lay values out column by column, as the faces read what belongs to points."""
+    return values.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _points(mask: Tensor, centered: bool) -> Tensor:
+    return _by_columns(torch.fft.ifftshift(mask, dim=(-2, -1)) if centered else mask)
 
 
 def _line_numbers(mask: Tensor, centered: bool) -> Tensor:

@@ -34,6 +34,8 @@ HALF = torch.complex32
 
 def _pairs(value: Tensor) -> Tensor:
     """Return a complex tensor as contiguous pairs of reals."""
+    if value.dtype == HALF:  # torch warns of every new tensor of this dtype
+        return torch.view_as_real(value.resolve_conj()).contiguous()
     return torch.view_as_real(value.resolve_conj().contiguous())
 
 
@@ -90,7 +92,7 @@ def _scan(
         (sampling if sampling.ndim == 2 else sampling.transpose(-1, -2)).contiguous(),
         sampling.shape[1] if sampling.ndim == 2 else 0,
         sampling.shape[0] == 1,
-        coils,
+        None if coils is None else coils.contiguous(),
         n_used,
         transposed,
         *scratch,
@@ -211,7 +213,9 @@ def _fidelity_vjp(
     normal = torch.ops.oder_fast.fourier_gradient(grad, None, coil_maps, sampling, coils, axis, backend)
     if not with_data:
         return normal, None
-    maps = coil_maps if coils is None else coil_maps.index_select(1, coils)
+    maps = coil_maps
+    if coils is not None:
+        maps = torch.view_as_complex(_pairs(coil_maps).index_select(1, coils))
     scale = -coil_maps.shape[1] / maps.shape[1]
     projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, axis, backend) * scale
     if coils is not None:
