@@ -1,4 +1,4 @@
-"""Turn the JSON of `pytest --benchmark --benchmark-json RAW` into a record to commit and the README's table.
+"""Turn the JSON of `pytest --benchmark --benchmark-json RAW` into a record to commit, and all records into the README.
 
 Usage: python benches/tables.py RAW benches/results/NAME.json
 """
@@ -48,10 +48,12 @@ def main() -> None:
     raw, target = map(Path, sys.argv[1:3])
     data = record(json.loads(raw.read_text()))
     target.write_text(json.dumps(data, indent=1) + "\n")
-    readme = Path(__file__).resolve().parents[1] / "README.md"
-    before, rest = readme.read_text().split(START)
+    root = Path(__file__).resolve().parents[1]
+    results = [json.loads(path.read_text()) for path in sorted((root / "benches" / "results").glob("*.json"))]
+    before, rest = (root / "README.md").read_text().split(START)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{table(data)}\n{END}{after}")
+    tables = "\n\n".join(map(table, results))
+    (root / "README.md").write_text(f"{before}{START}\n{tables}\n{END}{after}")
 
 
 if __name__ == "__main__":
