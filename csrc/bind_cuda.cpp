@@ -3,13 +3,17 @@
 
 #include <limits>
 
+#include "fourier_cuda.h"
 #include "radon_cuda.h"
 
 namespace {
 
+namespace py = pybind11;
+using oder::FourierScan;
 using oder::RadonScan;
 using oder::RedOperands;
 using Address = uintptr_t;
+using release = py::call_guard<py::gil_scoped_release>;
 
 template <class T = void>
 T* at(Address a) {
@@ -31,12 +35,39 @@ RadonScan scan_of(int64_t height, int64_t width, Address angles, int64_t n_views
           narrow(n_bins, "n_bins"), bin_spacing / pixel_size, bin_offset / pixel_size};
 }
 
+// Binds an operator that takes `First...`, then a scan.
+template <class... First, class Launch>
+void def_fourier(py::module_& m, const char* name, Launch launch) {
+  m.def(
+      name,
+      [launch](First... first, int maps_dtype, Address maps, bool shared_maps, Address sampling, int64_t n_lines,
+               bool shared_sampling, Address coils, int64_t n_used, bool transposed, Address roots_n,
+               Address roots_width, Address workspace, int64_t batch, int64_t n_coils, int64_t n, int64_t width,
+               Address stream) {
+        const FourierScan scan{maps_dtype,
+                               at(maps),
+                               shared_maps,
+                               at(sampling),
+                               n_lines == 0 ? 0 : narrow(n_lines, "n_lines"),
+                               shared_sampling,
+                               at<int64_t>(coils),
+                               narrow(n_used, "n_used"),
+                               transposed,
+                               at<float>(roots_n),
+                               at<float>(roots_width),
+                               at<float>(workspace),
+                               narrow(batch, "batch"),
+                               narrow(n_coils, "n_coils"),
+                               narrow(n, "n"),
+                               narrow(width, "width")};
+        launch(first..., scan, at(stream));
+      },
+      release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(ODER_MODULE, m) {
-  namespace py = pybind11;
-  using release = py::call_guard<py::gil_scoped_release>;
-
   m.def(
       "radon_forward",
       [](int dtype, Address image, Address sinogram, Address sums, int64_t n_sums, int64_t batch, int64_t height,
@@ -103,4 +134,30 @@ PYBIND11_MODULE(ODER_MODULE, m) {
         oder::red_update(dtype, at(image), at(gradient), red, batch, n, at(stream));
       },
       release());
+
+  def_fourier<int, Address, Address>(
+      m, "fourier_forward", [](int dtype, Address image, Address samples, const FourierScan& scan, void* stream) {
+        oder::fourier_forward(dtype, at(image), at(samples), scan, stream);
+      });
+  def_fourier<int, Address, Address>(
+      m, "fourier_adjoint", [](int dtype, Address samples, Address image, const FourierScan& scan, void* stream) {
+        oder::fourier_adjoint(dtype, at(samples), at(image), scan, stream);
+      });
+  def_fourier<int, Address, Address, Address>(
+      m, "fourier_gradient",
+      [](int dtype, Address image, Address samples, Address gradient, const FourierScan& scan, void* stream) {
+        oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), scan, stream);
+      });
+  def_fourier<int, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address,
+              int64_t>(
+      m, "fourier_red_update",
+      [](int dtype, Address image, Address samples, Address denoised, Address step_size, Address tau, Address previous,
+         Address momentum, Address updated, Address extrapolated, Address reductions, Address partials,
+         int64_t n_partials, const FourierScan& scan, void* stream) {
+        const RedOperands red{
+            at(denoised), at<double>(step_size), at<double>(tau),  at(previous),           at<double>(momentum),
+            false,        at(updated),           at(extrapolated), at<double>(reductions), at<double>(partials),
+            n_partials};
+        oder::fourier_red_update(dtype, at(image), at(samples), red, scan, stream);
+      });
 }

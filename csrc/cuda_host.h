@@ -27,6 +27,7 @@
 #define ODER_KERNEL void
 #define ODER_DEVICE inline
 #define ODER_BOUNDS(threads, blocks)
+#define ODER_CONSTANT(type) const type
 #define ODER_SHARED(type, name, count)                                                    \
   alignas(16) static type name[count];                                                    \
   static const bool name##_is_known = oder::host::block().add_shared(name, sizeof(name)); \

@@ -12,6 +12,8 @@
 #define ODER_DEVICE __device__ __forceinline__
 #define ODER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define ODER_SHARED(type, name, count) __shared__ type name[count]
+// A parameter that is indexed at run time, and would otherwise be copied to local memory.
+#define ODER_CONSTANT(type) const __grid_constant__ type
 // The shared memory whose size the launch gives.
 #define ODER_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \

@@ -397,7 +397,8 @@ def test_triton_compiles_ahead_of_time(tmp_path):
         "_red_update_kernel",
         "_red_finish_kernel",
     }
-    assert not [row for row in rows if row["local"]]
+    # Sine and cosine reduce large angles in local memory.
+    assert not [row for row in rows if row["local"] and row["kernel"] != "_radon_views_kernel"]
 
 
 # ------------------------------------------------------------------ both
@@ -512,3 +513,23 @@ def test_coil_maps_in_half_precision(case, backend, use, generator):
             )
             for one, other in zip(got, expected, strict=True):
                 assert relative_error(one, other) < tolerance
+
+
+@BOTH
+def test_half_precision_maps_of_some_coils_have_a_gradient(backend, use, generator):
+    case = next(c for c in CASES if c.name == "fourier_gradient")
+    (image, samples, maps, *rest), options = case.make_inputs(
+        case.shapes[1], torch.complex64, "cpu", generator
+    )
+    half = torch.view_as_complex(torch.view_as_real(maps).half())
+    rounded = torch.view_as_complex(torch.view_as_real(half).float())
+
+    def gradients(maps, backend):
+        inputs = [v.clone().requires_grad_() for v in (image, samples)]
+        loss = case.function(*inputs, maps, *rest, **options, backend=backend).abs().square().sum()
+        return torch.autograd.grad(loss, inputs)
+
+    with use(backend):
+        got = gradients(half, backend)
+    for one, other in zip(got, gradients(rounded, "reference"), strict=True):
+        assert relative_error(one, other) < 2e-5

@@ -8,30 +8,40 @@ import tempfile
 from pathlib import Path
 
 import triton
-from oder_fast.kernels import radon, red_update
+from oder_fast.kernels import fourier, radon, red_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 INTEGERS = dict.fromkeys(
-    ("n_views", "n_used", "height", "width", "n_bins", "reach", "n_partials", "n"), "i32"
+    ("n_views", "n_used", "height", "width", "n_bins", "reach", "n_partials", "n", "n_coils", "n_lines"),
+    "i32",
 )
+FOURIER = dict.fromkeys(
+    ("maps_batch", "lines_batch", "mask_batch", "image_row", "image_column", "source_row", "source_column"),
+    "i32",
+)
+FOURIER |= dict.fromkeys(("target_row", "target_column", "data_row", "data_column"), "i32")
 TYPES = {
     **INTEGERS,
     **dict.fromkeys(("spacing_bits", "offset_bits", "pixel_bits", "scale_bits"), "i64"),
     **dict.fromkeys(("angles", "table", "step_size", "tau", "momentum", "partials", "reductions"), "*fp64"),
-    "views": "*i64",
+    **FOURIER,
+    **dict.fromkeys(("views", "coils", "lines"), "*i64"),
+    "mask": "*u8",
+    "scale": "fp32",
 }
 # Launching makes sizes of one constants; they must compile too.
 ONES = {name: 1 for name in INTEGERS if name != "reach"}
 RED = {"MOMENTUM": True, "NONNEGATIVE": True}
 
 
-def compile_one(function, storage: str, constants: dict) -> dict:
+def compile_one(function, storage: str, constants: dict, stages: int = 3, **types: str) -> dict:
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, storage) for name in names}
+    types = TYPES | types
+    signature = {name: "constexpr" if name in constants else types.get(name, storage) for name in names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -46,7 +56,7 @@ def compile_one(function, storage: str, constants: dict) -> dict:
         "storage": storage,
         "constants": {k: v for k, v in constants.items() if k not in ONES or v != 1},
         "registers": int(fields["REG"]),
-        "local": int(fields["LOCAL"]),
+        "local": int(fields["LOCAL"]) + int(fields["STACK"]),
         "shared": compiled.metadata.shared,
     }
 
@@ -60,6 +70,21 @@ def main() -> None:
         for every in (True, False):
             rows.append(compile_one(radon._radon_views_kernel, "*fp32", shared | sizes | {"ALL": every}))
         rows.append(compile_one(red_update._red_finish_kernel, "*fp32", shared | sizes))
+        edges = {"ROWS": fourier.ROWS, "COLUMNS": fourier.COLUMNS, "DEPTH": fourier.DEPTH}
+        # Lines of some coils, and what takes a mask from the image to its points and back.
+        for lines, maps, inverse in ((True, True, False), (False, False, False), (False, False, True)):
+            taken = {"LINES": lines, "MAPS": maps, "INVERSE": inverse, "MASK": not lines}
+            taken |= {"DATA": not inverse, "ALL": not lines} | edges | sizes
+            types = {"maps": "*fp16" if lines else "*fp32"}
+            rows.append(
+                compile_one(fourier._fourier_transform_kernel, "*fp32", taken, fourier.STAGES, **types)
+            )
+        for lines in (True, False):
+            taken = {"LINES": lines, "ALL": not lines, "UPDATE": lines} | edges | sizes
+            types = {"maps": "*fp32" if lines else "*fp16"}
+            rows.append(
+                compile_one(fourier._fourier_combine_kernel, "*fp32", taken | RED, fourier.STAGES, **types)
+            )
         for storage in ("*fp32", "*bf16", "*fp16"):
             data = {"DATA": True, "ALL": False}
             rows.append(compile_one(radon._radon_project_kernel, storage, shared | sizes | data))
