@@ -19,6 +19,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_faces.h"
@@ -318,8 +319,8 @@ struct ToImage {
   void operator()(int i, const Cx<T>& v) const { sum[i] = sum[i] + times_conjugate<T>(v, map[i]); }
 };
 
-// One stage on `blocks` blocks of radix * m vectors.
-template <int R, bool Inverse, class T, class In, class Out>
+// One stage on `blocks` blocks of radix * m vectors. Where m is 1 there is nothing to turn.
+template <int R, bool Inverse, bool Turns, class T, class In, class Out>
 void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const In in, const Out out) {
   const int radix = R ? R : t.plan.radix[s];
   Cx<T> few[R ? R : 1];
@@ -343,7 +344,7 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
         // Even before odd, as a butterfly of 8 takes them: all would not fit the registers.
         const int j = R == 8 ? o % 4 * 2 + o / 4 : o;
         a[j] = in(base + j * m);
-        if (Inverse && j > 0) a[j] = turned(a[j], j);
+        if (Inverse && Turns && j > 0) a[j] = turned(a[j], j);
       }
       if constexpr (R > 0) {
         butterfly<R, Inverse, T>(a);
@@ -352,7 +353,7 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
       }
       ODER_UNROLL
       for (int k = 0; k < radix; ++k) {
-        if (!Inverse && k > 0) a[k] = turned(a[k], k);
+        if (!Inverse && Turns && k > 0) a[k] = turned(a[k], k);
         out(base + k * m, a[k]);
       }
     }
@@ -361,8 +362,13 @@ void stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const I
 
 template <bool Inverse, class T, class In, class Out>
 void any_stage(const Transform<T>& t, int s, int blocks, int m, Cx<T>* work, const In& in, const Out& out) {
-  with_radix(t.plan.radix[s],
-             [&](auto radix) { stage<decltype(radix)::value, Inverse, T, In, Out>(t, s, blocks, m, work, in, out); });
+  with_radix(t.plan.radix[s], [&](auto radix) {
+    constexpr int R = decltype(radix)::value;
+    if constexpr (std::is_same_v<In, Out>) {
+      if (m == 1) return stage<R, Inverse, false, T, In, Out>(t, s, blocks, m, work, in, out);
+    }
+    stage<R, Inverse, true, T, In, Out>(t, s, blocks, m, work, in, out);
+  });
 }
 
 // Forward stages [0, n_stages) from `in` into a.
