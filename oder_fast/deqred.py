@@ -348,7 +348,10 @@ class RED(FixedPointMap):
     autocast: _Autocast
     flags: list[tuple[nn.Module, bool]]
 
-    advice = "lower step_size or tau, or take a denoiser that contracts (spectral norms, more training)"
+    advice = (
+        "lower step_size or tau, try Anderson() or Picard(), or take a denoiser that contracts (spectral norms, "
+        "more training)"
+    )
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]

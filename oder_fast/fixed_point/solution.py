@@ -16,7 +16,7 @@ POLICIES = ("raise", "warn", "ignore")
 FITTED_SHARE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     r"""A fixed point, and how it was reached.
 
@@ -43,7 +43,15 @@ class Solution:
     converged: Tensor
     contraction: Tensor
     message: str
-    adjoint: list[Solution] = field(default_factory=list, repr=False)
+    adjoint: list[Solution] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Tell how it went; the image itself would fill the screen."""
+        return (
+            f"Solution(value={tuple(self.value.shape)} {self.value.dtype}, iterations={self.iterations.tolist()}, "
+            f"residual={[float(f'{r:.3g}') for r in self.residual]}, converged={self.converged.tolist()}, "
+            f"message={self.message!r})"
+        )
 
     @property
     def residual(self) -> Tensor:
