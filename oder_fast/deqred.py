@@ -267,6 +267,7 @@ class DEQRED(nn.Module):
         module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
         with _full_precision(y.device), frozen(module):
             start = self._start(y, x0)
+            _check_scale(y)
             data = self.operator.prepare(y) if hasattr(self.operator, "prepare") else y
             fidelity = Fidelity(
                 self.operator, data, self.minibatch_size, self.variance_reduction, self.generator
@@ -649,6 +650,21 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _check_scale(y: Tensor) -> None:
+    """Refuse data whose squares, as norms have them, do not fit the dtype."""
+    if _exporting():
+        return
+    largest = y.detach().abs().flatten(1).amax(1)
+    span = torch.finfo(y.real.dtype).max ** 0.3
+    bad = ((largest > span) | ((largest < 1 / span) & (largest > 0))).nonzero()
+    if len(bad):
+        image = int(bad[0])
+        raise ValueError(
+            f"DEQRED: y of image {image} has the largest magnitude {float(largest[image]):.3g}; {y.dtype} is for "
+            f"{1 / span:.0e} to {span:.0e}: give it in another unit"
+        )
 
 
 def _check_adjoint(differentiation: Implicit, solver: Solver[Any], size: int | None, operator: Any) -> None:

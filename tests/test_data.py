@@ -268,7 +268,55 @@ def test_patches_are_oriented_cuts_of_the_image():
         data.patches(image, 8, 1)
 
 
+def test_smooth_phase():
+    phase = data.smooth_phase(400, (12, 20), seeded(), amplitude=0.5)
+    assert phase.shape == (400, 12, 20)
+    assert phase.dtype == torch.float32
+    varying = phase - phase.mean((1, 2), keepdim=True)
+    assert 0.15 < varying.std() < 0.5
+    assert varying.diff(dim=2).abs().max() < 0.75
+    constant = data.smooth_phase(400, (12, 20), seeded(), amplitude=0.0)
+    assert torch.equal(constant, constant[:, :1, :1].expand(-1, 12, 20))
+    assert constant.min() >= 0
+    assert constant.max() < 2 * math.pi
+    # Constants all around the circle.
+    assert torch.polar(torch.ones(400), constant[:, 0, 0]).mean().abs() < 0.2
+    assert torch.equal(phase, data.smooth_phase(400, (12, 20), seeded(), amplitude=0.5))
+
+
+def test_brain_like():
+    images = data.brain_like(3, 96, seeded())
+    assert images.shape == (3, 96, 96)
+    assert images.dtype == torch.complex64
+    magnitude = images.abs()
+    assert magnitude.max() <= 1 + 1e-6
+    assert magnitude[:, 0].max() == 0
+    assert magnitude[:, :, 0].max() == 0
+    # Fluid in a ventricle is dark, white matter to its left bright, the skull dark under a bright scalp.
+    assert (magnitude[:, 40, 44] < 0.4).all()
+    assert (magnitude[:, 30, 33] > 0.65).all()
+    column = magnitude[:, :20, 48]
+    assert (column.amax(1) > 0.7).all()
+    assert (column[:, 6:12].amin(1) < 0.3).all()
+    # The phase is smooth where there is signal.
+    inside = (magnitude[:, :, 1:] > 0.3) & (magnitude[:, :, :-1] > 0.3)
+    turns = (images[:, :, 1:] * images[:, :, :-1].conj()).angle()[inside].abs()
+    assert turns.max() < 0.3
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images, data.brain_like(3, 96, seeded()))
+    assert data.brain_like(0, 16).shape == (0, 16, 16)
+    assert data.brain_like(1, 1, texture=0.0).isfinite().all()
+
+
 def test_phantom_arguments():
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        data.brain_like(1, 0)
+    with pytest.raises(ValueError, match=r"shape must be \(H, W\), both at least 1, got \(0, 3\)"):
+        data.smooth_phase(1, (0, 3))
+    with pytest.raises(ValueError, match="cells must be at least 1, got 0"):
+        data.smooth_phase(1, (3, 3), cells=0)
+    with pytest.raises(ValueError, match="amplitude must be finite and at least 0"):
+        data.smooth_phase(1, (3, 3), amplitude=-1.0)
     with pytest.raises(ValueError, match="size must be at least 1"):
         data.shepp_logan(0)
     with pytest.raises(ValueError, match="ellipses must be at least 1"):
@@ -322,3 +370,12 @@ def test_metrics():
     )
     assert data.ssim(truth, truth) == pytest.approx(1)
     assert data.ssim(truth.flip(0), truth) < 0.5
+
+
+def test_metrics_of_complex_images(generator):
+    """The ratio counts phases; peak and structure are for magnitudes."""
+    truth = torch.randn(16, 16, dtype=torch.complex64, generator=generator)
+    assert data.snr(truth * (1 + 0.1j), truth) == pytest.approx(20, abs=1e-4)
+    for metric in (data.psnr, data.ssim):
+        with pytest.raises(TypeError, match="give the magnitudes"):
+            metric(truth, truth)

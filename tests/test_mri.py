@@ -237,6 +237,11 @@ def test_maps_estimated_from_the_data_serve_as_well(generator):
     ("maps", "mask", "options", "error", "match"),
     [
         (torch.ones(2, 4, 6), torch.ones(6), {}, TypeError, "coil_maps must be complex"),
+        (torch.ones(2, 4, 6) + 0j, torch.ones(6) + 0j, {}, TypeError, "mask must be bool or real"),
+        ((torch.ones(2, 4, 6) + 0j).requires_grad_(), torch.ones(6), {}, ValueError, "detach it"),
+        (torch.zeros(2, 4, 6) + 0j, torch.ones(6), {}, ValueError, "zero everywhere"),
+        (torch.ones(2, 4, 6) + 0j, torch.ones(6), {"centered": "no"}, TypeError, "must be a bool"),
+        (torch.ones(3, 2, 4, 6) + 0j, torch.ones(3, 6), {}, ValueError, r"\(B, 1, 6\).*got \(3, 6\)"),
         ([1], torch.ones(6), {}, TypeError, "must be a torch.Tensor, got list"),
         (torch.ones(4, 6) + 0j, torch.ones(6), {}, ValueError, r"\(C, H, W\)"),
         (torch.full((2, 4, 6), torch.nan) + 0j, torch.ones(6), {}, ValueError, "must be finite"),
@@ -287,3 +292,29 @@ def test_data_that_disagree_are_named(generator):
     two = CartesianMRI(torch.stack([mri.coil_maps[0]] * 2), mri.mask[0])
     with pytest.raises(ValueError, match="as many as there are coil maps, got 1"):
         two(x)
+
+
+def test_units_out_of_the_range_of_squares_are_refused(generator):
+    """Norms of such data would underflow to zero, and nothing would be left to iterate."""
+    _, y, mri = scan(generator, dtype=torch.complex64)
+    model = DEQRED(mri, torch.nn.Identity(), tau=0.2, solver=Nesterov(300, 1e-5))
+    expected = model(y)
+    for factor in (1e-8, 1e8):
+        assert relative_error(model(y * factor) / factor, expected) < 1e-4
+    for factor in (1e-18, 1e18):
+        with pytest.raises(ValueError, match=r"y of image 0 has the largest magnitude .* in another unit"):
+            model(y * factor)
+
+
+def test_a_full_mask_keeps_the_direction_of_its_lines(generator):
+    maps = birdcage_maps(2, (6, 8))
+    assert CartesianMRI(maps, torch.ones(6, 1), readout_size=16).data_shape == (2, 6, 16)
+    assert CartesianMRI(maps, torch.ones(8), readout_size=12).data_shape == (2, 12, 8)
+
+
+def test_an_empty_batch_stays_empty():
+    mri = CartesianMRI(birdcage_maps(2, (6, 8)), torch.ones(8))
+    x = torch.zeros(0, 6, 8, dtype=torch.complex64)
+    assert mri(x).shape == (0, 2, 6, 8)
+    assert mri.adjoint(mri(x)).shape == x.shape
+    assert mri.gradient(x, mri(x)).shape == x.shape

@@ -51,8 +51,8 @@ def birdcage_maps(n_coils: int, shape: tuple[int, int], *, radius: float = 1.5) 
         z = x + i y
 
     which by the law of Biot and Savart is the field that rotates with the spins, of a wire at
-    :math:`R e^{i \varphi_c}` with the phase :math:`\varphi_c`; the phases agree in the centre. The weight
-    :math:`w_c(z) > 0` is that of the root sum of squares, so that :math:`\sum_c |S_c|^2 = 1` in each pixel.
+    :math:`R e^{i \varphi_c}` with the phase :math:`\varphi_c`; the phases agree in the centre, x points right
+    and y down. The weight :math:`w_c(z) > 0` is that of the root sum of squares, so that :math:`\sum_c |S_c|^2 = 1` in each pixel.
 
     Args:
         n_coils: Number of coils ``C``, at least 1.
@@ -207,14 +207,15 @@ def espirit_maps(
         raise ValueError(f"{name}: kspace must not be zero everywhere")
     rows, columns = _calibration_region(sampled, calibration_size, kernel_size)
     with torch.no_grad(), _one_thread():
-        return _espirit(kspace, kspace[:, rows, columns], kernel_size, threshold, crop)
+        calibration = kspace[:, rows, columns]
+        return _espirit(kspace, calibration / calibration.abs().amax(), kernel_size, threshold, crop)
 
 
 def _espirit(kspace: Tensor, calibration: Tensor, kernel_size: int, threshold: float, crop: float) -> Tensor:
     coils, height, width = kspace.shape
     k = kernel_size
     patches = calibration.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4).reshape(-1, coils * k * k)
-    _, singular, rows = torch.linalg.svd(patches / patches.abs().amax(), full_matrices=False)
+    _, singular, rows = torch.linalg.svd(patches, full_matrices=False)
     rows = rows[singular > threshold * singular[0]]
     projection = (rows.mT @ rows.conj()).reshape(coils, k, k, coils, k, k)
     # Sum over pairs of samples (p, q) with the same displacement p - q.

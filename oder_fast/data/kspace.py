@@ -104,6 +104,8 @@ def _chosen(slices: int | slice | None, count: int) -> range:
                 f"slices {slices.start}:{slices.stop}:{slices.step} are none of its {count} in order"
             )
         return chosen
+    if isinstance(slices, bool) or not isinstance(slices, int):
+        raise TypeError(f"slices must be an int, a slice or None, got {type(slices).__name__}")
     if not -count <= slices < count:
         raise ValueError(f"it has {count} slices, slice {slices} is not among them")
     return range(slices % count, slices % count + 1)
@@ -320,6 +322,8 @@ def _read_ismrmrd(
             f"a file without k-space: none of its {len(heads)} acquisitions are lines of an image"
         )
     imaging = _select(index, imaging, select)
+    if len(np.unique(index["kspace_encode_step_2"][imaging])) > 1:
+        raise ValueError("its lines have several partitions (kspace_encode_step_2), slices are needed")
 
     stored = np.unique(index["slice"][imaging])
     chosen = _chosen(slices, len(stored))

@@ -6,25 +6,37 @@ import torch
 from torch import Tensor
 
 
+def _check_real(name: str, *images: Tensor) -> None:
+    if any(image.is_complex() for image in images):
+        raise TypeError(f"{name}: the images must be real; give the magnitudes, image.abs(), of complex ones")
+
+
 def _range(truth: Tensor, data_range: float | None) -> float:
     return float(truth.max() - truth.min()) if data_range is None else data_range
 
 
 def snr(image: Tensor, truth: Tensor) -> float:
-    """Return the signal-to-noise ratio in dB, ``20 log10(|truth| / |truth - image|)``, over all entries."""
-    ratio = torch.linalg.vector_norm(truth.double()) / torch.linalg.vector_norm((truth - image).double())
+    """Return the signal-to-noise ratio in dB, ``20 log10(|truth| / |truth - image|)``, over all entries.
+
+    Complex images are compared as they are, phases included.
+    """
+    wide = torch.complex128 if truth.is_complex() or image.is_complex() else torch.float64
+    truth, image = truth.to(wide), image.to(wide)
+    ratio = torch.linalg.vector_norm(truth) / torch.linalg.vector_norm(truth - image)
     return float(20 * torch.log10(ratio))
 
 
 def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
-    """Return the peak signal-to-noise ratio in dB; `data_range` is that of the truth where None."""
+    """Return the peak signal-to-noise ratio in dB of real images; `data_range` is that of the truth where None."""
+    _check_real("psnr", image, truth)
     from skimage.metrics import peak_signal_noise_ratio
 
     return float(peak_signal_noise_ratio(truth.numpy(), image.numpy(), data_range=_range(truth, data_range)))
 
 
 def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
-    """Return the structural similarity of images ``(H, W)``; `data_range` as in `psnr`."""
+    """Return the structural similarity of real images ``(H, W)``; `data_range` as in `psnr`."""
+    _check_real("ssim", image, truth)
     from skimage.metrics import structural_similarity
 
     return float(structural_similarity(truth.numpy(), image.numpy(), data_range=_range(truth, data_range)))

@@ -26,8 +26,8 @@ class CartesianMRI(nn.Module):
         coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch;
             complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces.
         mask: What is sampled, bool or 0 and 1: ``(W,)`` for lines with phase encoding along the last axis (as in
-            fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; with a leading
-            axis ``B`` for each image of a batch.
+            fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; ``(B, 1, W)``,
+            ``(B, H, 1)`` or ``(B, H, W)`` with a mask for each image of a batch.
         centered: Whether k-space has its zero frequency, and the image its origin, at index ``n // 2`` (as in
             fastMRI, BART and scanners' files), or at index 0.
         readout_size: Samples along a line of k-space where the readout is oversampled: at least the image's size along
@@ -77,6 +77,12 @@ class CartesianMRI(nn.Module):
                 raise TypeError(f"CartesianMRI: {name} must be a torch.Tensor, got {type(value).__name__}")
         if not coil_maps.is_complex():
             raise TypeError(f"CartesianMRI: coil_maps must be complex, got {coil_maps.dtype}")
+        if coil_maps.requires_grad:
+            raise ValueError("CartesianMRI: coil_maps is not differentiable; detach it")
+        if mask.is_complex():
+            raise TypeError(f"CartesianMRI: mask must be bool or real, got {mask.dtype}")
+        if not isinstance(centered, bool):
+            raise TypeError(f"CartesianMRI: centered must be a bool, got {type(centered).__name__}")
         if coil_maps.ndim not in (3, 4) or 0 in coil_maps.shape:
             raise ValueError(
                 f"CartesianMRI: coil_maps must have shape (C, H, W) or (B, C, H, W), got {tuple(coil_maps.shape)}"
@@ -85,6 +91,8 @@ class CartesianMRI(nn.Module):
         maps = maps if maps.ndim == 4 else maps[None]
         if not bool(torch.view_as_real(maps).isfinite().all()):
             raise ValueError("CartesianMRI: coil_maps must be finite")
+        if not bool((maps != 0).any()):
+            raise ValueError("CartesianMRI: coil_maps are zero everywhere")
         self.image_shape = (maps.shape[2], maps.shape[3])
         self.centered = centered
         self.backend = backend
@@ -108,8 +116,8 @@ class CartesianMRI(nn.Module):
             size[along] = readout_size
         if self.axis is not None and lines.shape[self.axis] != self.image_shape[self.axis]:
             raise ValueError(
-                f"CartesianMRI: mask must have {self.image_shape[self.axis]} lines along axis {self.axis}, as coil_maps "
-                f"have, got {lines.shape[self.axis]}"
+                f"CartesianMRI: mask must have {self.image_shape[self.axis]} lines along axis {self.axis}, as "
+                f"coil_maps have, got {lines.shape[self.axis]}"
             )
         self._kspace_shape = (size[0], size[1])
         if self.axis == -1:
@@ -127,6 +135,7 @@ class CartesianMRI(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         like = fn(maps.real.new_empty(0))
         dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}.get(like.dtype, maps.dtype)
+        dtype = like.dtype if like.is_complex() else dtype
         self.register_buffer("coil_maps", maps.to(like.device, dtype), persistent=False)
         return self
 
@@ -296,8 +305,7 @@ class CartesianMRI(nn.Module):
             ValueError: If `size` is out of range.
         """
         n = self.n_blocks
-        if not 1 <= size <= n:
-            raise ValueError(f"CartesianMRI: a minibatch must have 1 to {n} coils, got {size}")
+        self._check_size(size)
         device = self.coil_maps.device if generator is None else generator.device
         drawn = torch.randperm(n, generator=generator, device=device)[:size]
         return drawn.sort().values.to(self.coil_maps.device, non_blocking=True)
@@ -305,8 +313,8 @@ class CartesianMRI(nn.Module):
     def norm_squared(self) -> float:
         r"""Bound :math:`\|A\|^2`, the Lipschitz constant of the full gradient.
 
-        With the orthonormal transform it is at most :math:`\max_p \sum_c |S_c(p)|^2`, and just that where all of k-space
-        is sampled.
+        With the orthonormal transform it is at most :math:`\max_p \sum_c |S_c(p)|^2`, and just that where all of
+        k-space is sampled.
         """
         return float(self._power().sum(1).max())
 
@@ -326,10 +334,15 @@ class CartesianMRI(nn.Module):
             2019 (sampling without replacement).
         """
         n = self.n_blocks
-        if size >= n:
+        self._check_size(size)
+        if size == n:
             return self.norm_squared()
         largest = n * float(self._power().max())
         return (n * (size - 1) * self.norm_squared() + (n - size) * largest) / (size * (n - 1))
+
+    def _check_size(self, size: int) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= self.n_blocks:
+            raise ValueError(f"CartesianMRI: a minibatch must have 1 to {self.n_blocks} coils, got {size!r}")
 
     def _power(self) -> Tensor:
         return torch.view_as_real(self.coil_maps).float().square().sum(-1)
@@ -363,7 +376,8 @@ class CartesianMRI(nn.Module):
         if self.axis is None:
             if not self.centered:
                 return samples
-            return torch.fft.fftshift(_modulate(samples, (-2, -1), +1), dim=(-2, -1))
+            centred: Tensor = torch.fft.fftshift(_modulate(samples, (-2, -1), +1), dim=(-2, -1))
+            return centred
         n, along = self.image_shape[self.axis], -3 - self.axis
         index, meant = self._index(n)
         empty = samples.new_zeros(*samples.shape[:2], n, samples.shape[-1])
@@ -395,10 +409,11 @@ def _read_mask(
         height, width = image_shape
         raise ValueError(
             f"CartesianMRI: mask must have shape ({width},), ({height}, 1) or ({height}, {width}), as the images of "
-            f"coil_maps, and may have an axis of images before these; got {given}"
+            f"coil_maps, or (B, 1, {width}), (B, {height}, 1) or (B, {height}, {width}) for each of them; got {given}"
         )
     if not bool(mask.flatten(1).any(1).all()):
         raise ValueError("CartesianMRI: mask samples nothing")
+    columns = mask.shape[1] > 1 and mask.shape[2] == 1
     for along in (-2, -1):
         first = mask.narrow(along, 0, 1)
         if bool((mask == first).all()):
@@ -407,8 +422,10 @@ def _read_mask(
         axis = None
     else:
         axis = -2 if mask.shape[1] > 1 else -1
-        if mask.shape[axis] == 1:
-            mask = mask.expand(-1, 1, image_shape[1])
+        if mask.shape[1:] == (1, 1):
+            # Everything is sampled: lines run as the mask's shape has them.
+            axis = -2 if columns else -1
+            mask = mask.expand(-1, *((image_shape[0], 1) if columns else (1, image_shape[1])))
     return mask.contiguous(), axis
 
 
@@ -445,6 +462,8 @@ def _modulate(spectrum: Tensor, axes: tuple[int, ...], sign: int) -> Tensor:
 
 
 def _transform(values: Tensor, axis: int, centered: bool, inverse: bool) -> Tensor:
+    if values.numel() == 0:  # which MKL refuses
+        return values
     if centered:
         values = torch.fft.ifftshift(values, dim=axis)
     fft = torch.fft.ifft if inverse else torch.fft.fft

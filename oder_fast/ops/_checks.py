@@ -17,7 +17,9 @@ def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> Non
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
     # torch would take an operator without a forward-mode formula for a constant, and its tangent for zero.
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value, level=0).tangent is not None:
-        raise RuntimeError(f"{op}: no forward-mode derivative; use reverse mode (backward, torch.func.vjp)")
+        raise RuntimeError(
+            f"{op}: no forward-mode derivative; use reverse mode (torch.autograd.grad, backward)"
+        )
 
 
 def floating(op: str, name: str, value: Tensor, *, allow_complex: bool = False) -> None:
