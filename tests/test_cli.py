@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from oder_fast import DnCNN, __version__, _demo
+from oder_fast import DnCNN, __version__
+from oder_fast._demo import common, ct, mri
 from oder_fast.cli import main
+from oder_fast.data import write_nifti
 
 FILES = {"figure.png", "arrays.npz", "denoiser.pt"}
 TINY = ["--steps", "2", "--fixed-point-steps", "1", "--views", "9"]
@@ -55,6 +57,12 @@ def test_demo_prints_the_table(demo):
         assert iterations == "-" if method.startswith("FBP") else int(iterations) > 0
     assert "dB from the best FBP" in lines[7]
     assert "Within the largest circle" in lines[8]
+    assert lines[-1].startswith("Wrote ")
+    for line, name in zip(lines[5:7], ("RED", "ODER"), strict=True):
+        cut_short = any(
+            f"{name} reached its largest number of iterations, 300," in later for later in lines[9:]
+        )
+        assert cut_short == (line.split()[-1] == "300")
 
 
 def test_demo_shows_its_progress(demo):
@@ -129,10 +137,12 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
 
 
 def test_an_interrupt_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch, capsys):
-    row = _demo.Row("FBP, ramp", torch.rand(16, 16), 20.0, 20.0, 0.5, 0.0)
-    solved = _demo.Row("RED", torch.rand(16, 16), 20.0, 20.0, 0.5, 0.0, 1, [20.0], ([1], [0.1]))
-    results = "", [row] * 4 + [solved] * 2, torch.rand(16, 16), torch.rand(3, 23), DnCNN(2, 2)
-    monkeypatch.setattr(_demo, "_compute", lambda *_: results)
+    image = torch.rand(16, 16)
+    row = common.Row("FBP, ramp", image, image, 20.0, 0.5, 0.0)
+    solved = common.Row("RED", image, image, 20.0, 0.5, 0.0, 1, (20.0,), ([1], [0.1]))
+    rows = [row] * 4 + [solved] * 2
+    result = ct._result("", rows, torch.rand(16, 16), torch.rand(3, 23), DnCNN(2, 2))
+    monkeypatch.setattr(ct, "_compute", lambda *_: result)
 
     def interrupted(network, path):
         Path(path).write_bytes(b"half")
@@ -149,7 +159,8 @@ def never_computed(monkeypatch):
     def fail(*_):
         raise AssertionError("the input should have been refused")
 
-    monkeypatch.setattr(_demo, "_compute", fail)
+    for module in (ct, mri):
+        monkeypatch.setattr(module, "_compute", fail)
 
 
 def spoiled(folder, kind):
@@ -253,8 +264,8 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 
 def test_a_default_minibatch_is_a_third(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(_demo, "_compute", lambda *arguments: seen.append(arguments[3]) or ())
-    monkeypatch.setattr(_demo, "_write", lambda *_: None)
+    monkeypatch.setattr(ct, "_compute", lambda *arguments: seen.append(arguments[3]))
+    monkeypatch.setattr(common, "report", lambda *_: None)
     for views, expected in ((60, 20), (31, 10), (1, 1)):
         assert main(["demo", "--views", str(views), "--output", str(tmp_path)]) == 0
         assert seen.pop() == expected
@@ -263,11 +274,184 @@ def test_a_default_minibatch_is_a_third(tmp_path, monkeypatch):
 def test_the_truth_is_never_trained_on(monkeypatch):
     import skimage.data
 
-    images = _demo._training_images(torch.zeros(8, 8))
+    images = common.training_images(torch.zeros(8, 8))
     camera = torch.from_numpy(skimage.data.camera().astype("float32")) / 255
-    without = _demo._training_images(camera)
+    without = common.training_images(camera)
     assert len(without) == len(images) - 2
     assert not any(image.shape == camera.shape and torch.equal(image, camera) for image in without)
+
+
+# ------------------------------------------------------------------ MRI
+
+MRI_METHODS = ["Zero-filled", "RED, all 8 coils", "ODER, 3 of 8 coils"]
+
+
+@pytest.fixture(scope="module")
+def mri_demo(tmp_path_factory):
+    """Two runs of the demonstration in the same seed; the coil maps of the third are estimated."""
+    folder = tmp_path_factory.mktemp("mri")
+    tiny = ["--steps", "2", "--fixed-point-steps", "1", "--minibatch", "3", "--phantom", "--size", "64"]
+    extras = [[], [], ["--estimate-maps", "--acceleration", "2"]]
+    outputs = [folder / str(k) for k in range(3)]
+    runs = [
+        call("demo", "mri", "--output", output, *tiny, *extra)
+        for output, extra in zip(outputs, extras, strict=True)
+    ]
+    return outputs, runs
+
+
+def test_mri_prints_the_table(mri_demo):
+    for run, setting in zip(
+        mri_demo[1], ("16 of 64 lines (R = 4)",) * 2 + ("32 of 64 lines (R = 2)",), strict=True
+    ):
+        assert run.returncode == 0, run.stderr
+        lines = run.stdout.splitlines()
+        for line, method in zip(lines[1:4], MRI_METHODS, strict=True):
+            assert line.startswith(method)
+            quality, similarity, _, iterations = line.split()[-4:]
+            assert 5 < float(quality) < 60
+            assert -1 <= float(similarity) <= 1
+            assert iterations == "-" if method == "Zero-filled" else int(iterations) > 0
+        assert "dB from zero filling" in lines[4]
+        assert setting in lines[4]
+        assert f"64 x 64 pixels, 8 coils, {setting}, 30 dB; 3 coils a step" in run.stderr
+        assert "Warning" not in run.stderr
+    known, _, estimated = (run.stderr for run in mri_demo[1])
+    assert "coil maps known" in known
+    assert "coil maps estimated by ESPIRiT" in estimated
+
+
+def test_mri_writes_whole_files_and_nothing_else(mri_demo):
+    for folder in mri_demo[0]:
+        assert {path.name for path in folder.iterdir()} == FILES
+        with np.load(folder / "arrays.npz") as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+        assert {name: value.shape for name, value in values.items()} == {
+            **dict.fromkeys(("truth", "zero_filled", "red", "oder"), (64, 64)),
+            **dict.fromkeys(("kspace", "coil_maps"), (8, 64, 64)),
+            "mask": (64,),
+        }
+        assert all(np.isfinite(value).all() for value in values.values())
+        assert np.abs(values["truth"]).max() == pytest.approx(1)
+        assert not values["kspace"][..., ~values["mask"]].any()
+        power = (np.abs(values["coil_maps"]) ** 2).sum(0)
+        assert ((np.abs(power - 1) < 1e-4) | (power == 0)).all()
+        saved = torch.load(folder / "denoiser.pt", weights_only=True)
+        assert saved["arguments"]["in_channels"] == 2
+        DnCNN(**saved["arguments"]).load_state_dict(saved["state_dict"])
+
+
+def test_mri_by_the_same_seed_gives_the_same_numbers(mri_demo):
+    (first, second, _), _ = mri_demo
+    with np.load(first / "arrays.npz") as a, np.load(second / "arrays.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def mri_settings(**changes):
+    settings = {
+        "input": None, "array": None, "output": Path("unused"), "minibatch": 2, "snr": 30.0, "steps": 1,
+        "fixed_point_steps": 0, "seed": 0, "threads": 1, "slice": None, "phantom": False, "size": 64,
+        "acceleration": 4.0, "estimate_maps": False,
+    }  # fmt: skip
+    return mri.Settings(**{**settings, **changes})
+
+
+def test_the_default_slice_of_mri_is_reduced_and_not_trained_on():
+    truth = mri._read_truth(mri_settings())
+    assert truth.image.shape == (40, 64)
+    assert truth.image.is_complex()
+    assert truth.image.abs().max() == pytest.approx(1)
+    assert len(common.training_images(truth.stored)) == len(common.training_images(torch.zeros(8, 8))) - 2
+
+
+def test_a_slice_of_a_volume(tmp_path):
+    volume = torch.rand(5, 20, 24, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "volume.nii.gz"
+    write_nifti(path, volume)
+    for number, expected in ((None, 2), (0, 0), (4, 4)):
+        image = mri._read_truth(mri_settings(input=path, slice=number)).image
+        assert torch.equal(image, volume[expected] / volume[expected].abs().max())
+    with pytest.raises(common.BadInputError, match="--slice must be below the number of slices, 5, got 5"):
+        mri._read_truth(mri_settings(input=path, slice=5))
+    write_nifti(path, volume[0])
+    assert mri._read_truth(mri_settings(input=path)).image.shape == (20, 24)
+    with pytest.raises(common.BadInputError, match="holds one image"):
+        mri._read_truth(mri_settings(input=path, slice=0))
+
+
+@pytest.mark.parametrize("acceleration", [1.0, 1.5, 4.0, 8.0, 16.0])
+@pytest.mark.parametrize("width", [16, 17, 64, 256])
+def test_the_mask_has_the_lines_asked_for(width, acceleration):
+    mask = mri._mask(width, acceleration, torch.Generator().manual_seed(0))
+    assert mask.sum() == max(1, round(width / acceleration))
+    center = round(width * min(0.32 / acceleration, 1))
+    assert mask[width // 2 - center // 2 :][:center].all()
+
+
+def test_the_noise_of_kspace_has_its_ratio():
+    image = torch.rand(32, 32, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(32, dtype=torch.bool)
+    clean, _ = mri._measure(mri_settings(snr=200.0), image, everything)
+    noisy, sigma = mri._measure(mri_settings(snr=20.0), image, everything)
+    assert clean.norm() / (noisy - clean).norm() == pytest.approx(10, rel=0.05)
+    assert (noisy - clean).abs().square().mean().sqrt() == pytest.approx(sigma, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--acceleration", "0.5"], "--acceleration: must lie in 1..16, got 0.5"),
+        (["--acceleration", "nan"], "--acceleration: must be a finite number"),
+        (["--minibatch", "9"], "--minibatch must be at most the number of coils, 8, got 9"),
+        (["--size", "15"], "--size: must be at least 16"),
+        (["--phantom", "--input", "a.png"], "--phantom and --input exclude each other"),
+        (["--slice", "0"], "--slice is for NIfTI volumes"),
+        (["--input", "missing.nii"], "cannot read missing.nii: No such file or directory"),
+        (["--views", "9"], "unrecognized arguments: --views 9"),
+        (
+            ["--phantom", "--size", "32", "--acceleration", "8", "--estimate-maps"],
+            "too few calibration lines",
+        ),
+    ],
+)
+def test_bad_input_of_mri_is_refused(tmp_path, capsys, monkeypatch, never_computed, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["demo", "mri", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert reason in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "ct"]])
+def test_the_demo_without_a_name_is_that_of_ct(monkeypatch, arguments):
+    seen = []
+    monkeypatch.setattr(ct, "run", seen.append)
+    assert main([*arguments, "--views", "7"] if len(arguments) > 1 else arguments) == 0
+    assert seen[0].views == (7 if len(arguments) > 1 else 45)
+    assert seen[0].output == Path("oder-fast-demo")
+
+
+def test_the_summary_tells_of_solves_cut_short_and_of_peaks():
+    image = torch.zeros(16, 16)
+    good = common.Row(
+        "RED, all", image, image, 30.0, 0.5, 0.0, 9, (20.0, 30.05), ([9], [1e-6]), tolerance=1e-5
+    )
+    assert common._caveats([good]) == []
+    bad = common.Row(
+        "ODER, 1", image, image, 28.0, 0.5, 0.0, 9, (20.0, 29.0, 28.0), ([9], [2e-3]), False, 1e-5
+    )
+    cut_short, peak = common._caveats([good, bad])
+    assert (
+        "ODER reached its largest number of iterations, 9, at a residual of 2.0e-03 (wanted: 1e-05)"
+        in cut_short
+    )
+    assert "On its way ODER had 29.00 dB (iteration 1); it ends at 28.00 dB" in peak
 
 
 def test_info_and_version(capsys):

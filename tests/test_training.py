@@ -134,6 +134,17 @@ def test_train_fixed_point_minimizes_the_error_of_the_output():
     assert losses[-1] < 1e-3 * losses[0]
 
 
+def test_train_fixed_point_takes_complex_images():
+    def pairs(generator):
+        y = torch.randn(3, 4, 4, dtype=torch.complex64, generator=generator)
+        return y, 2 * y
+
+    model = Fixed()
+    options = {"steps": 200, "learning_rate": 0.02, "generator": torch.Generator().manual_seed(0)}
+    train_fixed_point(model, pairs, progress=False, **options)
+    assert model.a.item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_gradients_are_clipped():
     def pairs(generator):
         return torch.full((1, 1, 1), 1e6), torch.zeros(1, 1, 1)

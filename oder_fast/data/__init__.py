@@ -5,7 +5,7 @@ from .images import ImageFile, atomic, read_image, save_npz
 from .kspace import KSpaceFile, read_kspace, read_nifti, write_nifti
 from .masks import equispaced_lines, gaussian_lines, poisson_disc, radial, random_lines
 from .metrics import psnr, snr, ssim
-from .phantoms import patches, random_ellipses, shepp_logan
+from .phantoms import brain_like, patches, random_ellipses, shepp_logan, smooth_phase
 from .simulation import add_gaussian_noise, add_poisson_noise
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "add_poisson_noise",
     "atomic",
     "birdcage_maps",
+    "brain_like",
     "equispaced_lines",
     "espirit_maps",
     "gaussian_lines",
@@ -31,6 +32,7 @@ __all__ = [
     "remove_oversampling",
     "save_npz",
     "shepp_logan",
+    "smooth_phase",
     "snr",
     "ssim",
     "whiten",

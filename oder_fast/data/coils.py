@@ -52,7 +52,8 @@ def birdcage_maps(n_coils: int, shape: tuple[int, int], *, radius: float = 1.5) 
 
     which by the law of Biot and Savart is the field that rotates with the spins, of a wire at
     :math:`R e^{i \varphi_c}` with the phase :math:`\varphi_c`; the phases agree in the centre, x points right
-    and y down. The weight :math:`w_c(z) > 0` is that of the root sum of squares, so that :math:`\sum_c |S_c|^2 = 1` in each pixel.
+    and y down. The weight :math:`w_c(z) > 0` is that of the root sum of squares, so that
+    :math:`\sum_c |S_c|^2 = 1` in each pixel.
 
     Args:
         n_coils: Number of coils ``C``, at least 1.

@@ -23,6 +23,38 @@ SHEPP_LOGAN = (
 )
 
 
+# Of a brain in an axial T1-weighted slice: value, half axes, centre, rotation as above; then the folds of the
+# outline: their number around the ellipse, and their depth as a share of the radius.
+BRAIN = (
+    (0.85, 0.72, 0.92, 0.0, 0.0, 0, 0, 0.0),  # scalp, fat
+    (0.08, 0.67, 0.87, 0.0, 0.0, 0, 0, 0.0),  # skull
+    (0.18, 0.625, 0.825, 0.0, 0.0, 0, 0, 0.0),  # fluid around the brain
+    (0.50, 0.60, 0.80, 0.0, 0.0, 0, 31, 0.02),  # cortex
+    (0.78, 0.25, 0.68, -0.275, 0.0, -4, 17, 0.09),  # white matter, left and right of the image
+    (0.78, 0.25, 0.68, 0.275, 0.0, 4, 19, 0.09),
+    (0.80, 0.17, 0.09, 0.0, 0.27, 0, 0, 0.0),  # corpus callosum, front and back
+    (0.80, 0.17, 0.08, 0.0, -0.31, 0, 0, 0.0),
+    (0.18, 0.012, 0.25, 0.0, 0.57, 0, 0, 0.0),  # fissure between the hemispheres
+    (0.18, 0.012, 0.22, 0.0, -0.61, 0, 0, 0.0),
+    (0.58, 0.10, 0.14, -0.17, 0.17, -15, 0, 0.0),  # caudate and lentiform nuclei
+    (0.58, 0.10, 0.14, 0.17, 0.17, 15, 0, 0.0),
+    (0.62, 0.07, 0.17, -0.30, 0.06, 14, 0, 0.0),
+    (0.62, 0.07, 0.17, 0.30, 0.06, -14, 0, 0.0),
+    (0.60, 0.09, 0.15, -0.11, -0.06, 14, 0, 0.0),  # thalami
+    (0.60, 0.09, 0.15, 0.11, -0.06, -14, 0, 0.0),
+    (0.14, 0.045, 0.16, -0.08, 0.17, -20, 0, 0.0),  # ventricles: front horns, third, back horns
+    (0.14, 0.045, 0.16, 0.08, 0.17, 20, 0, 0.0),
+    (0.14, 0.012, 0.09, 0.0, -0.05, 0, 0, 0.0),
+    (0.14, 0.04, 0.15, -0.19, -0.32, 30, 0, 0.0),
+    (0.14, 0.04, 0.15, 0.19, -0.32, -30, 0, 0.0),
+    (0.95, 0.018, 0.018, 0.02, 0.46, 0, 0, 0.0),  # vessels
+    (0.95, 0.030, 0.016, 0.0, -0.84, 0, 0, 0.0),
+    (0.36, 0.035, 0.025, 0.31, 0.40, 25, 0, 0.0),  # lesions
+    (0.36, 0.014, 0.014, 0.36, -0.27, 0, 0, 0.0),
+    (0.36, 0.020, 0.012, -0.33, -0.20, 40, 0, 0.0),
+)
+
+
 def _grid(size: int) -> tuple[Tensor, Tensor]:
     """Return x (to the right) and y (upward) of the pixel centres in [-1, 1], each (size, size)."""
     if size < 1:
@@ -54,11 +86,28 @@ def shepp_logan(size: int) -> Tensor:
     return image.clamp(0, 1).float()
 
 
-def _smooth_noise(n: int, size: int, cells: int, generator: torch.Generator | None) -> Tensor:
-    """Return (n, size, size) interpolated from `cells` independent normal values along each side."""
+def _smooth_noise(n: int, shape: tuple[int, int], cells: int, generator: torch.Generator | None) -> Tensor:
+    """Return (n, *shape) interpolated from `cells` independent normal values along each side."""
     coarse = torch.randn(n, 1, cells, cells, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
+    fine = torch.nn.functional.interpolate(coarse, shape, mode="bicubic", align_corners=False)
     return fine[:, 0]
+
+
+def _cover(u: Tensor, v: Tensor, a: Tensor, b: Tensor, size: int, stretch: Tensor | float = 1.0) -> Tensor:
+    """Return how much of each pixel an ellipse covers: its edge is one pixel wide.
+
+    Args:
+        u: Coordinate along the first axis of the ellipse over its half length.
+        v: Likewise, along the second.
+        a: First half length, in halves of the image.
+        b: Second half length.
+        size: Rows and columns of the image.
+        stretch: Factor of the outline's distance from the centre, in each direction.
+    """
+    # The distance to the ellipse, to first order, in pixels.
+    norm = torch.sqrt(u**2 + v**2)
+    slope = torch.sqrt((u / a) ** 2 + (v / b) ** 2) / norm.clamp_min(1e-6)
+    return (0.5 - (norm / stretch - 1) / slope.clamp_min(1e-6) * size / 2).clamp(0, 1)
 
 
 def random_ellipses(
@@ -106,17 +155,107 @@ def random_ellipses(
     c, s = torch.cos(angle), torch.sin(angle)
     u = ((x - x0) * c + (y - y0) * s) / a
     v = ((y - y0) * c - (x - x0) * s) / b
-    # Edges one pixel wide: the distance to the ellipse, to first order, in pixels.
-    norm = torch.sqrt(u**2 + v**2)
-    slope = torch.sqrt((u / a) ** 2 + (v / b) ** 2) / norm.clamp_min(1e-6)
-    cover = (0.5 - (norm - 1) / slope.clamp_min(1e-6) * size / 2).clamp(0, 1)
+    cover = _cover(u, v, a, b, size)
     image = torch.zeros(n, size, size)
     for k in range(ellipses):
         image = image + cover[:, k] * (value[:, k] - image)
     if texture:
         for cells in (size // 16 + 2, size // 2 + 2):
-            image = image + texture * _smooth_noise(n, size, cells, generator)
+            image = image + texture * _smooth_noise(n, (size, size), cells, generator)
     return (image * cover[:, 0]).clamp(0, 1)
+
+
+def smooth_phase(
+    n: int,
+    shape: tuple[int, int],
+    generator: torch.Generator | None = None,
+    *,
+    amplitude: float = 1.0,
+    cells: int = 3,
+) -> Tensor:
+    """Draw phases that vary slowly over the image, as of an MR image, around a random constant.
+
+    Args:
+        n: How many.
+        shape: Rows and columns ``(H, W)``.
+        generator: Source of the random numbers; the same seed gives the same phases.
+        amplitude: Standard deviation of the variation, in radians.
+        cells: Independent values along each side, between which the phase is interpolated.
+
+    Returns:
+        Shape ``(n, H, W)``, float32, in radians, not wrapped.
+
+    Raises:
+        ValueError: For an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> phase = smooth_phase(2, (32, 48), torch.Generator().manual_seed(0))
+        >>> phase.shape, bool(phase.diff(dim=1).abs().max() < 0.4)
+        (torch.Size([2, 32, 48]), True)
+    """
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"smooth_phase: shape must be (H, W), both at least 1, got {tuple(shape)}")
+    if cells < 1:
+        raise ValueError(f"smooth_phase: cells must be at least 1, got {cells}")
+    if not (math.isfinite(amplitude) and amplitude >= 0):
+        raise ValueError(f"smooth_phase: amplitude must be finite and at least 0, got {amplitude}")
+    constant = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    return constant + amplitude * _smooth_noise(n, shape, cells, generator)
+
+
+def brain_like(
+    n: int, size: int, generator: torch.Generator | None = None, *, texture: float = 0.01
+) -> Tensor:
+    """Draw what a brain looks like in an axial T1-weighted MR slice, of ellipses and folds, with a smooth phase.
+
+    The anatomy is always the same; tilt, sizes and brightnesses, texture and phase vary from image to image.
+
+    Args:
+        n: How many images.
+        size: Rows and columns.
+        generator: Source of the random numbers; the same seed gives the same images.
+        texture: Amplitude of the smooth random variation laid over the tissue, 0 for none.
+
+    Returns:
+        Shape ``(n, size, size)``, complex64, magnitudes in [0, 1], 0 outside the head.
+
+    Raises:
+        ValueError: Where `size` is below 1.
+
+    Example:
+        >>> import torch
+        >>> image = brain_like(1, 64, torch.Generator().manual_seed(0))
+        >>> image.shape, image.dtype, image[0, 0, 0].abs().item()
+        (torch.Size([1, 64, 64]), torch.complex64, 0.0)
+    """
+    x, y = (axis.float() for axis in _grid(size))
+    parts = len(BRAIN)
+
+    def vary(spread: float, count: int) -> Tensor:
+        return 1 + spread * (2 * torch.rand(n, count, 1, 1, generator=generator) - 1)
+
+    tilt = 0.1 * (vary(1.0, 1)[:, 0] - 1)
+    across, along = x * torch.cos(tilt) + y * torch.sin(tilt), y * torch.cos(tilt) - x * torch.sin(tilt)
+    length, width = vary(0.04, 1) * vary(0.01, parts), vary(0.04, 1) * vary(0.01, parts)
+    brightness = vary(0.06, parts)
+    waves = math.pi * vary(1.0, parts)
+    image = torch.zeros(n, size, size)
+    head = image
+    for k, (value, half_x, half_y, x0, y0, degrees, folds, depth) in enumerate(BRAIN):
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        a, b = half_x * length[:, k], half_y * width[:, k]
+        u = ((across - x0) * c + (along - y0) * s) / a
+        v = ((along - y0) * c - (across - x0) * s) / b
+        stretch = 1 + depth * torch.sin(folds * torch.atan2(v, u) + waves[:, k])
+        cover = _cover(u, v, a, b, size, stretch)
+        image = image + cover * (value * brightness[:, k] - image)
+        if k == 0:
+            head = cover
+    if texture:
+        for cells in (size // 16 + 2, size // 2 + 2):
+            image = image + texture * _smooth_noise(n, (size, size), cells, generator)
+    return torch.polar((image * head).clamp(0, 1), smooth_phase(n, (size, size), generator))
 
 
 def patches(image: Tensor, size: int, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -142,7 +142,8 @@ def train_fixed_point(
     Args:
         model: Called with measurements, returns images; an `oder_fast.DEQRED`, whose differentiation decides
             how the gradient is computed.
-        make_batch: Given `generator`, returns measurements ``(B, ...)`` and the true images ``(B, H, W)``.
+        make_batch: Given `generator`, returns measurements ``(B, ...)`` and the true images ``(B, H, W)``, real or
+            complex.
         steps: Number of Adam steps.
         learning_rate: At the start; falls to zero along half a cosine.
         clip_norm: Largest norm of a gradient.
@@ -160,7 +161,13 @@ def train_fixed_point(
     def compute_loss() -> Tensor:
         measured, truth = make_batch(generator)
         image: Tensor = model(measured)
-        return (image - truth).square().mean()
+        if image.shape != truth.shape:
+            raise ValueError(
+                f"train_fixed_point: make_batch must return true images of shape {tuple(image.shape)}, as the "
+                f"model does, got {tuple(truth.shape)}"
+            )
+        difference = image - truth
+        return (difference * difference.conj()).real.mean()
 
     return _fit(
         "train_fixed_point",

@@ -1,0 +1,1 @@
+"""Demonstrations: a slice measured sparsely, and reconstructed directly, by RED and by ODER."""

@@ -1,0 +1,281 @@
+"""Few lines of the k-space of one slice, reconstructed by zero filling, RED and ODER."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import (
+    birdcage_maps,
+    brain_like,
+    espirit_maps,
+    gaussian_lines,
+    read_nifti,
+    smooth_phase,
+)
+from ..denoisers import DnCNN
+from ..deqred import DEQRED
+from ..fixed_point import Nesterov
+from ..operators import CartesianMRI
+from . import common
+
+COILS = 8
+# Lines sampled fully in the centre: 8 % of all at R = 4, 4 % at R = 8.
+CENTER_TIMES_ACCELERATION = 0.32
+RECIPE = common.Recipe(
+    network={"depth": 5, "width": 32, "in_channels": 2, "bias": False},
+    sigma=(0.0, 0.04),
+    learning_rates=(2e-3, 3e-5),
+)
+# Weight of the prior at 30 dB, where |A| is 1; it follows the amplitude of the noise.
+TAU = 0.02
+# A coil sees a part of the image only: its minibatches need the full gradient more often than those of views.
+CHECK_EVERY = 3
+SOLVER = Nesterov(max_iterations=400, tolerance=1e-5, check_every=CHECK_EVERY)
+TRAINING_SOLVER = Nesterov(max_iterations=100, tolerance=1e-5)
+ADJOINT_SOLVER = Nesterov(max_iterations=100, tolerance=1e-2)
+
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """What the user chose; see the command's help."""
+
+    slice: int | None
+    phantom: bool
+    size: int
+    acceleration: float
+    estimate_maps: bool
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What is to be imaged.
+
+    Attributes:
+        image: Complex, magnitudes in [0, 1].
+        stored: The magnitude as read, of full size, by which it would be known among the training images.
+        source: What to call it.
+    """
+
+    image: Tensor
+    stored: Tensor
+    source: str
+
+
+def run(settings: Settings) -> None:
+    """Do it all; write the three files at the end.
+
+    Raises:
+        BadInputError: Before anything long starts.
+        DivergenceError: Where a fixed point cannot be found.
+    """
+    minibatch = settings.minibatch or 1
+    common.check_minibatch(minibatch, COILS, "coils")
+    truth = _read_truth(settings)
+    mask = _mask(truth.image.shape[1], settings.acceleration, _seeded(settings, 3))
+    kspace, sigma = _measure(settings, truth.image, mask)
+    maps = _maps(settings, kspace, mask)
+    with common.working(settings):
+        result = _compute(settings, truth, kspace, mask, maps, minibatch, sigma)
+        common.report(settings.output, result)
+
+
+def _seeded(settings: Settings, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed + number)
+
+
+def _read_truth(settings: Settings) -> Slice:
+    if settings.phantom:
+        if settings.input is not None:
+            raise common.BadInputError("--phantom and --input exclude each other")
+        image = brain_like(1, settings.size, _seeded(settings, 4))[0]
+        return Slice(image / image.abs().max(), image.abs(), "a brain-like phantom")
+    if settings.input is None:
+        from pydicom import examples
+
+        path, source = examples.get_path("overlay"), "the abdominal MR slice pydicom.examples.overlay"
+    else:
+        path, source = settings.input, str(settings.input)
+    if path.name.endswith((".nii", ".nii.gz")):
+        image = _read_nifti(path, settings.slice)
+    elif settings.slice is not None:
+        raise common.BadInputError(f"--slice is for NIfTI volumes, {path} is none")
+    else:
+        image = common.read_slice(path, settings.array)
+    stored = common.scaled(image, path)
+    image = common.scaled(_reduced(stored, settings.size), path)
+    if not image.is_complex():
+        phase = smooth_phase(1, (image.shape[0], image.shape[1]), _seeded(settings, 4))[0]
+        image = torch.polar(image, phase)
+    return Slice(image, stored.abs(), source)
+
+
+def _read_nifti(path: Path, number: int | None) -> Tensor:
+    """Return an image, or one slice of a volume: the middle one by default."""
+    with common.reading(path):
+        image, _ = read_nifti(path)
+    if image.ndim == 2:
+        if number is not None:
+            raise common.BadInputError(f"--slice is for NIfTI volumes, {path} holds one image")
+        return image
+    if number is None:
+        number = len(image) // 2
+    if number >= len(image):
+        raise common.BadInputError(f"--slice must be below the number of slices, {len(image)}, got {number}")
+    return image[number]
+
+
+def _reduced(image: Tensor, size: int) -> Tensor:
+    """Average over areas where a side is longer than `size`."""
+    longest = max(image.shape)
+    if longest <= size:
+        return image
+    shape = [max(1, round(n * size / longest)) for n in image.shape]
+    parts = torch.view_as_real(image).movedim(-1, 0) if image.is_complex() else image[None]
+    parts = torch.nn.functional.interpolate(parts[None], shape, mode="area")[0]
+    return torch.complex(parts[0], parts[1]) if image.is_complex() else parts[0]
+
+
+def _mask(width: int, acceleration: float, generator: torch.Generator) -> Tensor:
+    """Draw lines, denser towards the fully sampled centre; as many as the acceleration says."""
+    lines = max(1, round(width / acceleration))
+    center = min(CENTER_TIMES_ACCELERATION / acceleration, lines / width)
+    return gaussian_lines(width, width / lines, center, generator)
+
+
+def _measure(settings: Settings, image: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+    """Return noisy k-space (COILS, H, W), and the standard deviation of a sample's noise."""
+    height, width = image.shape
+    everything = CartesianMRI(birdcage_maps(COILS, (height, width)), torch.ones(width, dtype=torch.bool))
+    kspace = everything(image[None])[0]
+    sigma = float(kspace.abs().square().mean().sqrt()) * 10 ** (-settings.snr / 20)
+    return _noisy(kspace, sigma, _seeded(settings, 0)) * mask, sigma
+
+
+def _noisy(kspace: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
+    return kspace + sigma * torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator)
+
+
+def _maps(settings: Settings, kspace: Tensor, mask: Tensor) -> Tensor:
+    """Return the coil sensitivity maps that the reconstructions use."""
+    if not settings.estimate_maps:
+        return birdcage_maps(COILS, (kspace.shape[1], kspace.shape[2]))
+    try:
+        return espirit_maps(kspace, mask)
+    except ValueError as error:
+        raise common.BadInputError(f"--estimate-maps: {error}; lower --acceleration") from error
+
+
+def _model(
+    settings: Settings, mri: CartesianMRI, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
+) -> DEQRED:
+    tau = TAU * 10 ** ((30 - settings.snr) / 20)
+    # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
+    # the fixed point.
+    shorter = (mri.norm_squared() + 2 * tau) / (mri.minibatch_norm_squared(minibatch or COILS) + 2 * tau)
+    return common.build_model(
+        settings,
+        mri,
+        denoiser,
+        tau=tau,
+        minibatch=minibatch,
+        solver=replace(solver, tolerance=solver.tolerance * shorter),
+        adjoint_solver=ADJOINT_SOLVER,
+        nonnegative=False,
+    )
+
+
+def _train(settings: Settings, truth: Slice, sigma: float) -> DnCNN:
+    """Train on small images with smooth phases, measured by the same coils with the same noise.
+
+    All coils a step: the shorter steps of minibatches end too far from the fixed point, where gradients mislead.
+    """
+    images = common.training_images(truth.stored)
+    patch = (common.PATCH, common.PATCH)
+
+    def draw(n: int, g: torch.Generator | None) -> Tensor:
+        return torch.polar(common.draw_images(n, images, g), smooth_phase(n, patch, g))
+
+    g = _seeded(settings, 5)
+    # A mask for each image of a batch.
+    masks = torch.stack(
+        [_mask(common.PATCH, settings.acceleration, g) for _ in range(common.FIXED_POINT_BATCH)]
+    )[:, None]
+    maps = birdcage_maps(COILS, patch)
+    everything, mri = CartesianMRI(maps, torch.ones_like(masks[0, 0])), CartesianMRI(maps, masks)
+
+    def scans(n: int, g: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        drawn = draw(n, g)
+        return _noisy(everything(drawn), sigma, g) * masks[:, None], drawn
+
+    return common.train(
+        settings,
+        RECIPE,
+        lambda n, g: torch.view_as_real(draw(n, g)).movedim(-1, 1),
+        lambda denoiser: _model(settings, mri, denoiser, None, TRAINING_SOLVER),
+        scans,
+    )
+
+
+def _compute(
+    settings: Settings, truth: Slice, kspace: Tensor, mask: Tensor, maps: Tensor, minibatch: int, sigma: float
+) -> common.Result:
+    height, width = truth.image.shape
+    lines = int(mask.sum())
+    setting = (
+        f"{height} x {width} pixels, {COILS} coils, {lines} of {width} lines (R = {width / lines:.3g}), "
+        f"{settings.snr:g} dB"
+    )
+    known = "estimated by ESPIRiT" if settings.estimate_maps else "known"
+    common.say(
+        f"Truth: {truth.source}. Scan: {setting}; {minibatch} coils a step in ODER; coil maps {known}."
+    )
+    common.say(
+        "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
+        "an MR slice (pydicom), with random smooth phases."
+    )
+    denoiser = _train(settings, truth, sigma)
+    common.say("3/3 Reconstructing")
+    mri, shown = CartesianMRI(maps, mask), truth.image.abs()
+    rows = [common.direct_row("Zero-filled", lambda: mri.adjoint(kspace[None])[0], shown)]
+    for name, size in (
+        (f"RED, all {COILS} coils a step", None),
+        (f"ODER, {minibatch} of {COILS} coils a step", minibatch),
+    ):
+        rows.append(
+            common.solved_row(name, _model(settings, mri, denoiser, size, SOLVER), kspace[None], shown)
+        )
+    zero_filled, red, oder = rows
+
+    def draw_data(axis: Any) -> None:
+        # A logarithm of what the noise leaves to be seen.
+        magnitude = torch.log10(kspace[0].abs().clamp_min(sigma / 10))
+        axis.imshow(magnitude.numpy(), cmap="gray", aspect="auto", interpolation="nearest")
+        axis.set(title="Measured k-space, coil 1 (log)", xlabel="phase encoding", ylabel="readout")
+
+    return common.Result(
+        title=f"Parallel MRI: {setting}",
+        unit="magnitude / largest",
+        truth=shown,
+        rows=rows,
+        draw_data=draw_data,
+        remarks=[
+            f"ODER is {oder.psnr - zero_filled.psnr:+.2f} dB from zero filling and {oder.psnr - red.psnr:+.2f} dB from "
+            f"RED, in the magnitude, at {lines} of {width} lines (R = {width / lines:.3g})."
+        ],
+        arrays={
+            "truth": truth.image,
+            "kspace": kspace,
+            "mask": mask,
+            "coil_maps": maps,
+            "zero_filled": zero_filled.value,
+            "red": red.value,
+            "oder": oder.value,
+        },
+        recipe=RECIPE,
+        denoiser=denoiser,
+    )
