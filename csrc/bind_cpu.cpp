@@ -52,6 +52,36 @@ void define_fourier(pybind11::module_& m, const char* name, Call call) {
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
+// Defines an operator of diffraction tomography: all of them end with the same arguments.
+template <class... Head, class Call>
+void define_diffraction(pybind11::module_& m, const char* name, Call call) {
+  m.def(
+      name,
+      [call](int dtype, Head... head, Address transfer, bool stored, Address depths, Address support, Address blocks,
+             int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude, double first,
+             double spacing, int64_t batch, int64_t n_illuminations, int64_t n_slices, int64_t height, int64_t width,
+             int threads) {
+        const oder::DiffractionScan scan{at(transfer),
+                                         stored,
+                                         at<double>(depths),
+                                         at<int32_t>(support),
+                                         at<int64_t>(blocks),
+                                         n_used,
+                                         pixel_size,
+                                         cutoff,
+                                         scale,
+                                         amplitude,
+                                         first,
+                                         spacing,
+                                         n_illuminations,
+                                         n_slices,
+                                         height,
+                                         width};
+        call(dtype, at(head)..., batch, scan, threads);
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(ODER_MODULE, m) {
@@ -152,4 +182,16 @@ PYBIND11_MODULE(ODER_MODULE, m) {
                                                         at(updated),  at(extrapolated),      at<double>(reductions)};
                             oder::fourier_red_update(dtype, at(image), at(samples), red, batch, scan, threads);
                           });
+
+  define_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
+  define_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);
+  define_diffraction<Address, Address, Address>(m, "diffraction_gradient", oder::diffraction_gradient);
+  m.def(
+      "diffraction_gram",
+      [](int dtype, Address spectrum, Address data, Address gradient, Address automatic, Address pairs, int64_t batch,
+         int64_t n_slices, int64_t height, int64_t width, int64_t rows, int64_t columns, int threads) {
+        const oder::DiffractionGram gram{at(automatic), at(pairs), n_slices, height, width, rows, columns};
+        oder::diffraction_gram(dtype, at(spectrum), at(data), at(gradient), gram, batch, threads);
+      },
+      release());
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "diffraction.h"
+
 namespace oder {
 
 enum Dtype { kFloat32 = 0, kFloat64 = 1 };
@@ -62,5 +64,16 @@ void fourier_gradient(int dtype, const void* image, const void* samples, void* g
                       const FourierScan& scan, int threads);
 void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red, int64_t batch,
                         const FourierScan& scan, int threads);
+
+// Spectra are [batch, n_slices, height, width], half spectra [batch, n_illuminations, height, width / 2 + 1]; null for
+// zeros.
+void diffraction_forward(int dtype, const void* spectrum, void* half, int64_t batch, const DiffractionScan& scan,
+                         int threads);
+void diffraction_adjoint(int dtype, const void* half, void* spectrum, int64_t batch, const DiffractionScan& scan,
+                         int threads);
+void diffraction_gradient(int dtype, const void* spectrum, const void* half, void* gradient, int64_t batch,
+                          const DiffractionScan& scan, int threads);
+void diffraction_gram(int dtype, const void* spectrum, const void* data, void* gradient, const DiffractionGram& gram,
+                      int64_t batch, int threads);
 
 }  // namespace oder

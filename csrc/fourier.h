@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "complex_number.h"
 #include "host_device.h"
 
 namespace oder {
@@ -50,23 +51,6 @@ ODER_HD int fourier_position(const FourierPlan& plan, int k) {
   return position;
 }
 
-// A complex number, or a vector of them, as real and imaginary part.
-template <class V>
-struct Complex {
-  V re, im;
-};
-template <class V>
-ODER_HD Complex<V> operator+(const Complex<V>& a, const Complex<V>& b) {
-  return {a.re + b.re, a.im + b.im};
-}
-template <class V>
-ODER_HD Complex<V> operator-(const Complex<V>& a, const Complex<V>& b) {
-  return {a.re - b.re, a.im - b.im};
-}
-template <class V, class W>
-ODER_HD Complex<V> multiply(const Complex<V>& a, W re, W im) {
-  return {a.re * re - a.im * im, a.re * im + a.im * re};
-}
 // a times -i, or times i where Inverse.
 template <bool Inverse, class V>
 ODER_HD Complex<V> turn(const Complex<V>& a) {

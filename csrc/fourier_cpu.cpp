@@ -22,110 +22,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "complex_cpu.h"
 #include "cpu_faces.h"
 #include "fourier.h"
 #include "red_update_cpu.h"
 #include "vec.h"
 
-#define ODER_INLINE inline __attribute__((always_inline))
-
 namespace oder {
 namespace {
-
-// ---------------------------------------------------------------- vectors of complex numbers
-
-template <class T>
-using Cx = Complex<vec<T>>;
-
-// Pairs are split within 128 bits, the cheapest way: lane l of a vector then holds column column_of<T>(l) of those
-// loaded. Everything that is loaded and stored so agrees.
-template <class T>
-constexpr int kPart = 16 / static_cast<int>(sizeof(T));
-
-template <class T>
-constexpr int column_of(int l) {
-  const int part = l / kPart<T>, i = l % kPart<T>, half = kPart<T> / 2;
-  return part * half + (i < half ? i : lanes<T> / 2 + i - half);
-}
-
-template <class T>
-ODER_INLINE Cx<T> split(vec<T> a, vec<T> b) {
-  index_vec<T> re, im;
-  for (int l = 0; l < lanes<T>; ++l) {
-    const int part = l / kPart<T>, i = l % kPart<T>, half = kPart<T> / 2;
-    re[l] = (i < half ? 0 : lanes<T>)+part * kPart<T> + 2 * (i % half);
-    im[l] = re[l] + 1;
-  }
-  return {shuffle<T>(a, b, re), shuffle<T>(a, b, im)};
-}
-
-template <class T>
-ODER_INLINE void merge(const Cx<T>& v, vec<T>& a, vec<T>& b) {
-  index_vec<T> low, high;
-  for (int l = 0; l < lanes<T>; ++l) {
-    const int part = l / kPart<T>, i = l % kPart<T>;
-    low[l] = (i % 2 ? lanes<T> : 0) + part * kPart<T> + i / 2;
-    high[l] = low[l] + kPart<T> / 2;
-  }
-  a = shuffle<T>(v.re, v.im, low);
-  b = shuffle<T>(v.re, v.im, high);
-}
-
-// The edge of an image: `valid` complex numbers from p, and zeros.
-template <class T>
-__attribute__((noinline, cold)) Cx<T> load_part(const T* p, int valid) {
-  T row[2 * lanes<T>] = {};
-  for (int k = 0; k < 2 * valid; ++k) row[k] = p[k];
-  return split<T>(load(row), load(row + lanes<T>));
-}
-
-template <class T>
-__attribute__((noinline, cold)) void store_part(T* p, vec<T> a, vec<T> b, int valid) {
-  T row[2 * lanes<T>];
-  store(row, a);
-  store(row + lanes<T>, b);
-  for (int k = 0; k < 2 * valid; ++k) p[k] = row[k];
-}
-
-template <class T>
-ODER_INLINE Cx<T> load_complex(const T* p, int valid = lanes<T>) {
-  return __builtin_expect(valid < lanes<T>, 0) ? load_part(p, valid) : split<T>(load(p), load(p + lanes<T>));
-}
-
-template <class T>
-ODER_INLINE void store_complex(T* p, const Cx<T>& v, int valid = lanes<T>) {
-  vec<T> a, b;
-  merge<T>(v, a, b);
-  if (__builtin_expect(valid < lanes<T>, 0)) {
-    store_part<T>(p, a, b, valid);
-  } else {
-    store(p, a);
-    store(p + lanes<T>, b);
-  }
-}
-
-// v where the bit of its lane is set, else zero.
-template <class T>
-ODER_INLINE Cx<T> where(unsigned bits, const Cx<T>& v) {
-  index_vec<T> lane;
-  for (int l = 0; l < lanes<T>; ++l) lane[l] = 1 << l;
-  const index_vec<T> keep = ((index_vec<T>{} + static_cast<int>(bits)) & lane) == lane;
-  return {reinterpret_cast<vec<T>>(reinterpret_cast<index_vec<T>>(v.re) & keep),
-          reinterpret_cast<vec<T>>(reinterpret_cast<index_vec<T>>(v.im) & keep)};
-}
-
-template <class T>
-ODER_INLINE Cx<T> times(const Cx<T>& a, const Cx<T>& b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-template <class T>
-ODER_INLINE Cx<T> times_conjugate(const Cx<T>& a, const Cx<T>& b) {
-  return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
-}
-template <class T>
-ODER_INLINE Cx<T> scaled(const Cx<T>& a, T factor) {
-  return {a.re * factor, a.im * factor};
-}
 
 // Transposes a square of complex numbers, given as rows.
 template <class T>
@@ -137,28 +41,6 @@ ODER_INLINE void transpose_square(Cx<T>* rows) {
   for (int l = 0; l < lanes<T>; ++l) part[l] = rows[l].im;
   oder::transpose<T>(part);
   for (int l = 0; l < lanes<T>; ++l) rows[l].im = part[l];
-}
-
-// Memory that a thread keeps from call to call: fresh pages would cost more than the transforms of a small image.
-// Slots are apart; what a slot gave before is lost.
-enum Slot { kStrips, kPlanes, kGradient, kSlots };
-
-void* kept(Slot slot, size_t bytes) {
-  struct Free {
-    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{4096}); }
-  };
-  struct Memory {
-    std::unique_ptr<char[], Free> p;
-    size_t size = 0;
-  };
-  thread_local Memory memory[kSlots];
-  Memory& m = memory[slot];
-  if (m.size < bytes) {
-    m.p.reset();
-    m.p.reset(new (std::align_val_t{4096}) char[bytes]);
-    m.size = bytes;
-  }
-  return m.p.get();
 }
 
 // ---------------------------------------------------------------- transform
@@ -583,7 +465,7 @@ struct Work {
 
   Work(int64_t n, int64_t strips, int64_t n_lines, int largest) {
     const int64_t total = (3 * n + n_lines) * strips + n + 3 * int64_t{largest} + 2 + 6 * (kPage + kApart);
-    next_ = static_cast<Cx<T>*>(kept(kStrips, static_cast<size_t>(total) * sizeof(Cx<T>)));
+    next_ = static_cast<Cx<T>*>(kept<Work>(static_cast<size_t>(total) * sizeof(Cx<T>)));
     image = take(n * strips);
     map = take(n * strips);
     sum = take(n * strips);
@@ -751,7 +633,7 @@ struct Planes {
         tile_groups(std::max<int64_t>(1, std::min(kTileRowBytes / int64_t{sizeof(Cx<T>)}, groups / (2 * threads)))),
         frequency(static_cast<size_t>(s.width)) {
     const int64_t strips = s.n * s.strips();
-    spectrum = static_cast<Cx<T>*>(kept(kPlanes, static_cast<size_t>(s.width * groups + 2 * strips) * sizeof(Cx<T>)));
+    spectrum = static_cast<Cx<T>*>(kept<Planes>(static_cast<size_t>(s.width * groups + 2 * strips) * sizeof(Cx<T>)));
     image = spectrum + s.width * groups;
     sum = image + strips;
     for (int k = 0; k < static_cast<int>(s.width); ++k) frequency[rows.position[k]] = k;
@@ -984,7 +866,7 @@ struct Update {
     // The strip's rows, each a run of the image.
     const int64_t column = strip * scan.L, rows = scan.transposed ? scan.valid(column) : scan.n;
     const int64_t length = scan.transposed ? scan.n : scan.valid(column);
-    T* const gradient = static_cast<T*>(kept(kGradient, static_cast<size_t>(2 * rows * length) * sizeof(T)));
+    T* const gradient = static_cast<T*>(kept<Update>(static_cast<size_t>(2 * rows * length) * sizeof(T)));
     store_strip(scan, sum, column, factor, gradient, length);
     const RedStep<T> step = red_step<T>(red, b);
     double* const sums = partial.data() + 3 * (b * scan.strips() + strip);

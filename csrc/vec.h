@@ -1,6 +1,7 @@
 // Vectors of the instruction set this file is compiled for, on the compiler's own vector types.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -53,6 +54,20 @@ inline vf max0(vf a) {
 #else
   return a > vf{} ? a : vf{};
 #endif
+}
+inline vf sqrt_of(vf a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_sqrt_ps(reinterpret_cast<__m512>(a)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_sqrt_ps(reinterpret_cast<__m256>(a)));
+#else
+  for (int l = 0; l < kLanes; ++l) a[l] = std::sqrt(a[l]);
+  return a;
+#endif
+}
+inline vec<double> sqrt_of(vec<double> a) {
+  for (int l = 0; l < lanes<double>; ++l) a[l] = std::sqrt(a[l]);
+  return a;
 }
 template <class V>
 inline auto sum_lanes(V v) {

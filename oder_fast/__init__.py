@@ -23,10 +23,15 @@ from .fixed_point import (
     Solution,
     Unrolled,
 )
-from .operators import CartesianMRI, ParallelBeamCT
+from .operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
 from .ops import (
     BackendUnavailableError,
+    Optics,
     RedUpdate,
+    diffraction_adjoint,
+    diffraction_forward,
+    diffraction_gradient,
+    diffraction_gram,
     fourier_adjoint,
     fourier_forward,
     fourier_gradient,
@@ -48,6 +53,7 @@ __all__ = [
     "BackendUnavailableError",
     "CartesianMRI",
     "Decay",
+    "DiffractionTomography",
     "DivergenceError",
     "DnCNN",
     "FixedPointError",
@@ -56,6 +62,7 @@ __all__ = [
     "Nesterov",
     "NotConvergedError",
     "NotConvergedWarning",
+    "Optics",
     "ParallelBeamCT",
     "Picard",
     "RedUpdate",
@@ -63,6 +70,10 @@ __all__ = [
     "UNet",
     "Unrolled",
     "build_info",
+    "diffraction_adjoint",
+    "diffraction_forward",
+    "diffraction_gradient",
+    "diffraction_gram",
     "fourier_adjoint",
     "fourier_forward",
     "fourier_gradient",

@@ -268,13 +268,19 @@ class DEQRED(nn.Module):
         with _full_precision(y.device), frozen(module):
             start = self._start(y, x0)
             _check_scale(y)
-            data = self.operator.prepare(y) if hasattr(self.operator, "prepare") else y
+            data = self._prepare(y)
             fidelity = Fidelity(
                 self.operator, data, self.minibatch_size, self.variance_reduction, self.generator
             )
             step_size, tau = (self._scalar(v, y.device) for v in (self.current_step_size(), self.tau))
             flags = [(submodule, submodule.training) for submodule in module.modules()]
             yield RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags), start
+
+    def _prepare(self, y: Tensor) -> Tensor:
+        """Bring the data into the form that the operator's gradients take."""
+        names = ["prepare_full_batch"] * (self.minibatch_size is None) + ["prepare"]
+        name = next((name for name in names if hasattr(self.operator, name)), None)
+        return y if name is None else getattr(self.operator, name)(y)
 
     def _start(self, y: Tensor, x0: Tensor | None) -> Tensor:
         """Return the start, checked."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .operators import DiffractionTomography
+from .reference import diffraction
 
 # Relative L2 to the reference in float64, of a result or a gradient, by dtype of storage.
 TOLERANCE = {
@@ -84,11 +86,16 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 def dot_test(
     forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 ) -> float:
-    """Return abs(<A x, y> - <x, A^H y>) / (norm(A x) norm(y)), sums in double precision."""
+    """Return abs(<A x, y> - <x, A^H y>) / (norm(A x) norm(y)), sums in double precision.
+
+    Where one of x and y is real, the real parts are compared: the operator is linear over the reals.
+    """
     kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
     ax, ahy = forward(x).to(kind), adjoint(y).to(kind)
     left = (ax * y.to(kind).conj()).sum()
     right = (x.to(kind) * ahy.conj()).sum()
+    if x.is_complex() != y.is_complex():
+        left, right = left.real, right.real
     scale = ax.norm() * y.to(kind).norm()
     return float((left - right).abs() / scale) if scale > 0 else float((left - right).abs())
 
@@ -318,7 +325,116 @@ def _fourier_red_inputs(
     return (*args, *prior), options | more
 
 
+# Odd and even sizes, one slice and many, two groups of images; slices unevenly spaced, transfer functions stored.
+DIFFRACTION_SHAPES = (
+    {"image": (1, 1, 5, 7), "lights": 1},
+    {"image": (2, 3, 16, 16), "lights": 4},
+    {"image": (1, 4, 17, 20), "lights": 5, "uneven": True},
+    {"image": (2, 2, 12, 9), "lights": 3, "stored": True},
+    {"image": (3, 9, 8, 33), "lights": 2},
+)
+DIFFRACTION_LARGE_SHAPES = (
+    {"image": (5, 2, 40, 70), "lights": 6},
+    {"image": (1, 25, 64, 61), "lights": 7},
+    {"image": (1, 3, 33, 128), "lights": 3, "stored": True},
+)
+DIFFRACTION: dict[str, Any] = {
+    "real": False,
+    "complex": True,
+    "large": DIFFRACTION_LARGE_SHAPES,
+    "tiny": {"image": (1, 2, 4, 5), "lights": 3},
+}
+
+
+def _diffraction_scan(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[Any, ...]:
+    """Return transfer, depths, support and optics of illuminations in all directions."""
+    _, n, height, width = shape["image"]
+    lights = shape["lights"]
+    angle = 2 * math.pi * torch.rand(lights, dtype=torch.float64, generator=generator)
+    sine = 0.3 * torch.rand(lights, dtype=torch.float64, generator=generator).sqrt()
+    depths = -4 + 2.5 * torch.arange(n, dtype=torch.float64)
+    if shape.get("uneven"):
+        depths = depths + torch.rand(n, dtype=torch.float64, generator=generator)
+    idt = DiffractionTomography(
+        (height, width),
+        depths,
+        sine[:, None] * torch.stack((angle.cos(), angle.sin()), -1),
+        pixel_size=0.42,
+        wavelength=0.6,
+        numerical_aperture=0.32,
+        medium_index=1.33,
+        thickness=2.5,
+    )
+    transfer = idt.transfer
+    if shape.get("stored"):
+        drawn = _draw((lights, n, height, width), torch.complex128, "cpu", generator)
+        transfer = torch.where(diffraction.pupils(idt.support, width)[:, None], drawn, 0).to(dtype)
+    return transfer.to(device), idt.depths.to(device), idt.support.to(device), idt.optics
+
+
+def _diffraction_forward_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (
+        _draw(shape["image"], dtype, device, generator),
+        *_diffraction_scan(shape, dtype, device, generator),
+    ), {}
+
+
+def _diffraction_adjoint_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    batch, _, *size = shape["image"]
+    intensities = _draw((batch, shape["lights"], *size), dtype.to_real(), device, generator)
+    return (intensities, *_diffraction_scan(shape, dtype, device, generator)), {}
+
+
+def _half(intensities: Tensor, dtype: torch.dtype) -> Tensor:
+    return intensities.new_empty(*intensities.shape[:3], intensities.shape[3] // 2 + 1, dtype=dtype)
+
+
+def _diffraction_gradient_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (intensities, *scan, optics), _ = _diffraction_adjoint_inputs(shape, dtype, device, generator)
+    spectra = torch.fft.rfft2(intensities, norm="ortho") if intensities.numel() else _half(intensities, dtype)
+    n = shape["lights"]
+    blocks = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
+    return (_draw(shape["image"], dtype, device, generator), spectra, *scan, blocks, optics), {}
+
+
+def _diffraction_gram_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    image = _draw(shape["image"], dtype, device, generator)
+    scan = _diffraction_scan({**shape, "stored": False, "uneven": False}, dtype, device, generator)
+    auto, pairs = ops.gram_matrices(*scan, image.shape[-1])
+    spectrum = _draw(shape["image"], dtype, device, generator)
+    return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
+
+
 CASES = (
+    OpCase(
+        "diffraction_forward",
+        _diffraction_forward_inputs,
+        DIFFRACTION_SHAPES,
+        (0,),
+        lambda image, *scan, **o: lambda y: ops.diffraction_adjoint(y, *scan, **o),
+        **DIFFRACTION,
+    ),
+    OpCase(
+        "diffraction_adjoint",
+        _diffraction_adjoint_inputs,
+        DIFFRACTION_SHAPES,
+        (0,),
+        lambda y, *scan, **o: lambda x: ops.diffraction_forward(x, *scan, **o),
+        **DIFFRACTION,
+    ),
+    # Half a spectrum is not free: gradients in it are tested through the intensities.
+    OpCase("diffraction_gradient", _diffraction_gradient_inputs, DIFFRACTION_SHAPES, (0,), **DIFFRACTION),
+    OpCase("diffraction_gram", _diffraction_gram_inputs, DIFFRACTION_SHAPES, (0, 3), **DIFFRACTION),
     OpCase(
         "radon_forward",
         _forward_inputs,

@@ -83,7 +83,7 @@ def tracked() -> list[str]:
     ("stem", "needed"),
     [
         (stem, pattern.format(stem))
-        for stem in ("fourier", "radon", "red_update")
+        for stem in ("diffraction", "fourier", "radon", "red_update")
         for pattern in (
             "csrc/{}_cpu.cpp",
             "csrc/{}_cuda.cu",

@@ -77,7 +77,7 @@ def test_adjoint_is_the_exact_transpose(case, shape, face, generator):
         (x, *rest), options = case.make_inputs(shape, dtype, face.device, generator)
         options["backend"] = face.backend
         out = case.function(x, *rest, **options)
-        y = torch.randn(out.shape, dtype=widen(x.cpu()).dtype, generator=generator).to(out)
+        y = torch.randn(out.shape, dtype=widen(out.cpu()).dtype, generator=generator).to(out)
         error = dot_test(
             lambda v: case.function(v, *rest, **options), case.adjoint(x, *rest, **options), x, y
         )
@@ -94,7 +94,7 @@ def test_any_strides_are_taken(case, shape, face, generator):
             return value
         wide = value.repeat_interleave(2, -1)
         # Between the values what would be seen: NaN, an index out of range, the opposite.
-        if value.dtype in (torch.int64, torch.bool):
+        if value.dtype in (torch.int32, torch.int64, torch.bool):
             wide[..., 1::2] = ~value if value.dtype == torch.bool else 10**9
         else:
             wide[..., 1::2] = torch.nan
@@ -157,9 +157,12 @@ def test_opcheck(case, shape, generator):
             else a
             for a in inner
         ]
-        # Angles, coil maps and momentum are not differentiated.
+        # What describes the scan, and momentum, are not differentiated.
         for k, argument in enumerate(function._schema.arguments):
-            if argument.name in ("angles", "coil_maps", "momentum") and floats[k] is not None:
+            if (
+                argument.name in ("angles", "coil_maps", "transfer", "depths", "auto", "pairs", "momentum")
+                and floats[k] is not None
+            ):
                 floats[k] = floats[k].detach()
         torch.library.opcheck(function, tuple(floats), named)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import _blocks
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
 SAMPLING = ("uniform", "stratified")
@@ -206,15 +207,12 @@ class ParallelBeamCT(nn.Module):
         Raises:
             ValueError: If `size` is out of range.
         """
-        n = self.n_blocks
-        if not 1 <= size <= n:
-            raise ValueError(f"ParallelBeamCT: a minibatch must have 1 to {n} views, got {size}")
-        device = self.angles.device if generator is None else generator.device
+        n, device = self.n_blocks, self.angles.device
+        _blocks.check_size("ParallelBeamCT", "views", size, n)
         if self.sampling == "uniform":
-            drawn = torch.randperm(n, generator=generator, device=device)[:size]
-        else:
-            drawn = _draw_stratified(n, size, generator, device)
-        return drawn.sort().values.to(self.angles.device, non_blocking=True)
+            return _blocks.draw(n, size, generator, device)
+        drawn = _draw_stratified(n, size, generator, device if generator is None else generator.device)
+        return drawn.sort().values.to(device, non_blocking=True)
 
     def norm_squared(self, tolerance: float = 1e-4, max_iterations: int = 200) -> float:
         r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import _blocks
 
 
 class CartesianMRI(nn.Module):
@@ -304,11 +305,8 @@ class CartesianMRI(nn.Module):
         Raises:
             ValueError: If `size` is out of range.
         """
-        n = self.n_blocks
-        self._check_size(size)
-        device = self.coil_maps.device if generator is None else generator.device
-        drawn = torch.randperm(n, generator=generator, device=device)[:size]
-        return drawn.sort().values.to(self.coil_maps.device, non_blocking=True)
+        _blocks.check_size("CartesianMRI", "coils", size, self.n_blocks)
+        return _blocks.draw(self.n_blocks, size, generator, self.coil_maps.device)
 
     def norm_squared(self) -> float:
         r"""Bound :math:`\|A\|^2`, the Lipschitz constant of the full gradient.
@@ -322,27 +320,14 @@ class CartesianMRI(nn.Module):
         r"""Bound what takes the place of :math:`\|A\|^2` where each step sees a minibatch of coils.
 
         A coil sees a part of the image, and that part alone counts, :math:`C / b` times, in a minibatch of `b` coils.
-        Steps are safe up to the inverse of the expected smoothness
-
-        .. math:: \frac{C (b - 1)}{b (C - 1)} \|A\|^2 + \frac{C - b}{b (C - 1)} C \max_{c,p} |S_c(p)|^2 .
+        Steps are safe up to the inverse of the expected smoothness.
 
         Args:
             size: Number of coils a step.
-
-        References:
-            Gower, Loizou, Qian, Sailanbayev, Shulgin, Richtarik, "SGD: general analysis and improved rates", ICML
-            2019 (sampling without replacement).
         """
-        n = self.n_blocks
-        self._check_size(size)
-        if size == n:
-            return self.norm_squared()
-        largest = n * float(self._power().max())
-        return (n * (size - 1) * self.norm_squared() + (n - size) * largest) / (size * (n - 1))
-
-    def _check_size(self, size: int) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= self.n_blocks:
-            raise ValueError(f"CartesianMRI: a minibatch must have 1 to {self.n_blocks} coils, got {size!r}")
+        _blocks.check_size("CartesianMRI", "coils", size, self.n_blocks)
+        largest = float(self._power().max())
+        return _blocks.expected_smoothness(self.n_blocks, size, self.norm_squared(), largest)
 
     def _power(self) -> Tensor:
         return torch.view_as_real(self.coil_maps).float().square().sum(-1)

@@ -1,5 +1,16 @@
 """The operators' contract: documentation, checks, choice of the face, fake kernel and vjp."""
 
+from .diffraction import (
+    Optics,
+    diffraction_adjoint,
+    diffraction_forward,
+    diffraction_gradient,
+    diffraction_gram,
+    gram_matrices,
+    gram_shape,
+    normal_matrices,
+    transfer_at,
+)
 from .faces import BackendUnavailableError, available
 from .fourier import fourier_adjoint, fourier_forward, fourier_gradient, fourier_red_update
 from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient, radon_red_update
@@ -7,16 +18,25 @@ from .red_update import RedUpdate, red_update
 
 __all__ = [
     "BackendUnavailableError",
+    "Optics",
     "RedUpdate",
     "available",
+    "diffraction_adjoint",
+    "diffraction_forward",
+    "diffraction_gradient",
+    "diffraction_gram",
     "fourier_adjoint",
     "fourier_forward",
     "fourier_gradient",
     "fourier_red_update",
+    "gram_matrices",
+    "gram_shape",
+    "normal_matrices",
     "radon_adjoint",
     "radon_backproject",
     "radon_forward",
     "radon_gradient",
     "radon_red_update",
     "red_update",
+    "transfer_at",
 ]

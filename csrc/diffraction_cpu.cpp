@@ -1,0 +1,523 @@
+// C++ face of diffraction: intensity diffraction tomography among spectra.
+//
+// Computes        half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z; the conjugate
+//                 transpose G_z = 2 sum_l conj(h_lz) S_l; and (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the same with all
+//                 illuminations through Gram matrices.
+// Thread mapping  rows of the half plane of frequencies, the rows in turn to the next free thread. A vector of
+//                 frequencies u is kept with its mirror image -u, through all illuminations.
+// Shared memory   per thread the slices' X and G of two vectors, and one illumination's h: they stay in L1.
+// Accumulation    in the precision of the spectra, illuminations in the order given: equal bits for any number of
+//                 threads.
+// Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller); no pupil holds a
+//                 frequency of half the sampling rate.
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "complex_cpu.h"
+#include "cpu_faces.h"
+#include "diffraction.h"
+
+namespace oder {
+namespace {
+
+// Images that share the transfer functions made for one.
+constexpr int64_t kImages = 4;
+
+template <class T>
+ODER_INLINE void multiply_add(Cx<T>& sum, const Cx<T>& a, const Cx<T>& b) {
+  sum.re += a.re * b.re - a.im * b.im;
+  sum.im += a.re * b.im + a.im * b.re;
+}
+// conj(a) b
+template <class T>
+ODER_INLINE void multiply_conjugate_add(Cx<T>& sum, const Cx<T>& a, const Cx<T>& b) {
+  sum.re += a.re * b.re + a.im * b.im;
+  sum.im += a.re * b.im - a.im * b.re;
+}
+template <class T>
+ODER_INLINE Cx<T> conjugate(const Cx<T>& a) {
+  return {a.re, -a.im};
+}
+
+// ---------------------------------------------------------------- waves
+
+// Coefficients of the Taylor series of sin(x) / x (Odd) and cos(x) in the square of x.
+template <class T, bool Odd>
+constexpr T coefficient(int k) {
+  double c = 1;
+  for (int n = 1; n <= 2 * k + Odd; ++n) c /= n;
+  return static_cast<T>(k % 2 ? -c : c);
+}
+template <class T, bool Odd, int K, int Terms>
+ODER_INLINE vec<T> series(vec<T> square) {
+  constexpr T c = coefficient<T, Odd>(K);
+  if constexpr (K + 1 == Terms) {
+    return splat(c);
+  } else {
+    return c + square * series<T, Odd, K + 1, Terms>(square);
+  }
+}
+
+// e^{2 pi i t}, by the series within an eighth of a turn.
+template <class T>
+ODER_INLINE Cx<T> wave(vec<T> turns) {
+  constexpr T kRound = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 2^23, 1.5 2^52
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 10;
+  const vec<T> quarters = 4 * turns, shifted = quarters + kRound, whole = shifted - kRound;
+  index_vec<T> n;
+  std::memcpy(&n, &shifted, sizeof n);
+  const vec<T> x = (quarters - whole) * T(1.57079632679489661923), square = x * x;
+  const vec<T> s = x * series<T, true, 0, kTerms>(square), c = series<T, false, 0, kTerms>(square);
+  const auto odd = (n & 1) != 0;
+  const vec<T> re = odd ? s : c, im = odd ? c : s;
+  return {((n + 1) & 2) != 0 ? -re : re, (n & 2) != 0 ? -im : im};
+}
+
+// ---------------------------------------------------------------- frequencies side by side
+
+// A row of the half plane, and the row of the negative frequencies.
+struct Row {
+  int64_t i, mirror, number;  // indices; signed number of i
+  Row(int64_t index, int64_t height)
+      : i(index), mirror(mirrored(index, height)), number(signed_frequency(index, height)) {}
+};
+
+// The columns j .. j + valid of a row and their mirror images.
+struct Columns {
+  int64_t j, width;
+  int valid;
+
+  // Whether the mirror images are columns width - j, ... and whole vectors.
+  template <class T>
+  bool whole() const {
+    return j > 0 && valid == lanes<T>;
+  }
+  template <class T>
+  int64_t last() const {
+    return width - j - lanes<T> + 1;
+  }
+  // The negative of column j + l.
+  int64_t negative(int l) const { return mirrored(j + l, width); }
+};
+
+// Lanes in the opposite order of columns.
+template <class T>
+ODER_INLINE Cx<T> reversed(const Cx<T>& a) {
+  index_vec<T> back;
+  for (int l = 0; l < lanes<T>; ++l) back[l] = lanes<T> - 1 - l;
+  return {shuffle<T>(a.re, a.re, back), shuffle<T>(a.im, a.im, back)};
+}
+
+template <class T>
+__attribute__((noinline, cold)) Cx<T> gather_mirrored(const T* row, const Columns& at) {
+  T pairs[2 * lanes<T>] = {};
+  for (int l = 0; l < at.valid; ++l) {
+    pairs[2 * l] = row[2 * at.negative(l)];
+    pairs[2 * l + 1] = row[2 * at.negative(l) + 1];
+  }
+  return load_complex<T>(pairs);
+}
+// The conjugates of a row of negative frequencies.
+template <class T>
+ODER_INLINE Cx<T> load_mirrored(const T* row, const Columns& at) {
+  return conjugate<T>(at.whole<T>() ? reversed<T>(load_complex<T>(row + 2 * at.last<T>()))
+                                    : gather_mirrored(row, at));
+}
+
+template <class T>
+__attribute__((noinline, cold)) void scatter_mirrored(T* row, const Columns& at, const Cx<T>& v) {
+  T pairs[2 * lanes<T>];
+  store_complex<T>(pairs, v);
+  for (int l = at.j == 0; l < at.valid; ++l) {
+    row[2 * at.negative(l)] = pairs[2 * l];
+    row[2 * at.negative(l) + 1] = pairs[2 * l + 1];
+  }
+}
+// The reverse; column 0 is its own mirror image and left to its row.
+template <class T>
+ODER_INLINE void store_mirrored(T* row, const Columns& at, const Cx<T>& v) {
+  if (at.whole<T>()) {
+    store_complex<T>(row + 2 * at.last<T>(), reversed<T>(conjugate<T>(v)));
+  } else {
+    scatter_mirrored(row, at, conjugate<T>(v));
+  }
+}
+
+// ---------------------------------------------------------------- transfer functions
+
+// Columns [begin, end) of the half plane.
+struct Interval {
+  int64_t begin, end;
+  bool meets(int64_t j, int n) const { return begin < j + n && j < end && begin < end; }
+};
+
+// An illumination whose pupil meets a row, or with its mirror image the row of the negative frequencies.
+template <class T>
+struct Active {
+  int64_t l;
+  Interval here, there;
+  Illumination<T> light_here, light_there;
+};
+
+template <class T>
+ODER_INLINE index_vec<T> columns_of(int64_t j) {
+  index_vec<T> columns;
+  for (int l = 0; l < lanes<T>; ++l) columns[l] = static_cast<int>(j) + column_of<T>(l);
+  return columns;
+}
+template <class T>
+ODER_INLINE vec<T> keep(index_vec<T> inside, vec<T> v) {
+  return reinterpret_cast<vec<T>>(reinterpret_cast<index_vec<T>>(v) & inside);
+}
+template <class T>
+ODER_INLINE Cx<T> keep(index_vec<T> inside, const Cx<T>& v) {
+  return {keep<T>(inside, v.re), keep<T>(inside, v.im)};
+}
+
+template <class T>
+struct Transfer {
+  const DiffractionScan& scan;
+
+  // The h of all slices at the frequencies of some columns (sign 1), or the conjugates of h at their negatives (-1).
+  void at(const Row& row, const Columns& columns, const Active<T>& light, int sign, Cx<T>* h) const {
+    const Interval& interval = sign > 0 ? light.here : light.there;
+    const index_vec<T> column = columns_of<T>(columns.j);
+    using Index = std::remove_reference_t<decltype(column[0])>;
+    const index_vec<T> inside = (column >= static_cast<Index>(interval.begin)) & (column < static_cast<Index>(interval.end));
+    if (scan.stored) {
+      const int64_t plane = 2 * scan.height * scan.width;
+      const T* const first = static_cast<const T*>(scan.transfer) + light.l * scan.n_slices * plane +
+                             2 * scan.width * (sign > 0 ? row.i : row.mirror);
+      for (int64_t z = 0; z < scan.n_slices; ++z) {
+        const T* const p = first + z * plane;
+        const Cx<T> v = sign > 0 ? load_complex<T>(p + 2 * columns.j, columns.valid) : load_mirrored<T>(p, columns);
+        h[z] = keep<T>(inside, v);
+      }
+      return;
+    }
+    vec<T> j;
+    for (int l = 0; l < lanes<T>; ++l) j[l] = static_cast<T>(column[l]);
+    vec<T> kappa, gain;
+    wave_at(sign > 0 ? light.light_here : light.light_there, j, [](vec<T> a) { return sqrt_of(a); }, kappa, gain);
+    gain = keep<T>(inside, gain);
+    // conj(i e^{i p}) is -i e^{-i p}.
+    const T turn = static_cast<T>(sign);
+    kappa = keep<T>(inside, kappa) * turn;
+    const auto with_gain = [&](const Cx<T>& w) { return Cx<T>{-turn * gain * w.im, turn * gain * w.re}; };
+    if (scan.spacing == 0) {
+      for (int64_t z = 0; z < scan.n_slices; ++z) h[z] = with_gain(wave<T>(kappa * static_cast<T>(scan.depths[z])));
+      return;
+    }
+    const Cx<T> step = wave<T>(kappa * static_cast<T>(scan.spacing));
+    Cx<T> w = with_gain(wave<T>(kappa * static_cast<T>(scan.first)));
+    for (int64_t z = 0; z < scan.n_slices; ++z) {
+      h[z] = w;
+      w = times<T>(w, step);
+    }
+  }
+};
+
+template <class T>
+struct Work {
+  Cx<T>*h_here, *h_there;
+  Cx<T>*x_here, *x_there, *g_here, *g_there;  // [images, slices]
+  Work(int64_t images, int64_t slices) {
+    Cx<T>* next = static_cast<Cx<T>*>(kept<Work>(static_cast<size_t>((2 + 4 * images) * slices) * sizeof(Cx<T>)));
+    for (Cx<T>** p : {&h_here, &h_there}) {
+      *p = next;
+      next += slices;
+    }
+    for (Cx<T>** p : {&x_here, &x_there, &g_here, &g_there}) {
+      *p = next;
+      next += images * slices;
+    }
+  }
+};
+
+template <class T>
+struct Diffraction {
+  const DiffractionScan& scan;
+  int64_t batch;
+  int64_t columns, half;  // of the half plane without and with half the sampling rate
+
+  Diffraction(const DiffractionScan& s, int64_t images)
+      : scan(s), batch(images), columns((s.width + 1) / 2), half(s.width / 2 + 1) {}
+
+  int64_t spectrum_row(int64_t b, int64_t z, int64_t i) const {
+    return 2 * ((b * scan.n_slices + z) * scan.height + i) * scan.width;
+  }
+  int64_t half_row(int64_t b, int64_t l, int64_t i) const {
+    return 2 * ((b * scan.n_illuminations + l) * scan.height + i) * half;
+  }
+  Columns columns_at(int64_t j) const {
+    return {j, scan.width, static_cast<int>(std::min<int64_t>(lanes<T>, columns - j))};
+  }
+
+  Interval support(int64_t l, int64_t i, bool negated) const {
+    const int32_t* const s = scan.support + 2 * (l * scan.height + i);
+    const int64_t begin = negated ? 1 - s[1] : s[0], end = negated ? 1 - s[0] : s[1];
+    return {std::max<int64_t>(begin, 0), s[0] < s[1] ? std::min(end, columns) : 0};
+  }
+  std::vector<Active<T>> active(const Row& row) const {
+    std::vector<Active<T>> result;
+    for (int64_t u = 0; u < scan.n_used; ++u) {
+      const int64_t l = scan.blocks ? scan.blocks[u] : u;
+      if (l < 0 || l >= scan.n_illuminations) continue;
+      const Interval here = support(l, row.i, false), there = support(l, row.mirror, true);
+      if (here.begin >= here.end && there.begin >= there.end) continue;
+      if (scan.stored) {
+        result.push_back({l, here, there, {}, {}});
+      } else {
+        result.push_back({l, here, there, {scan, l, row.number, 1}, {scan, l, row.number, -1}});
+      }
+    }
+    return result;
+  }
+
+  // Calls f(row, first image, images, work) for all rows and groups of images.
+  template <class F>
+  void for_rows(int threads, const F& f) const {
+    const int64_t groups = (batch + kImages - 1) / kImages;
+#pragma omp parallel num_threads(threads)
+    {
+      Work<T> work(std::min(batch, kImages), scan.n_slices);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < groups * scan.height; ++task) {
+        const int64_t b = task / scan.height * kImages;
+        f(Row(task % scan.height, scan.height), b, std::min(kImages, batch - b), work);
+      }
+    }
+  }
+
+  void load_slices(const T* spectrum, const Row& row, const Columns& at, int64_t b, int64_t images, Work<T>& w) const {
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t z = 0; z < scan.n_slices; ++z) {
+        w.x_here[n * scan.n_slices + z] =
+            load_complex<T>(spectrum + spectrum_row(b + n, z, row.i) + 2 * at.j, at.valid);
+        w.x_there[n * scan.n_slices + z] = load_mirrored<T>(spectrum + spectrum_row(b + n, z, row.mirror), at);
+      }
+    }
+  }
+
+  // t(u) + conj t(-u)
+  Cx<T> scattered(int64_t n, bool here, bool there, const Work<T>& w) const {
+    // Products of real and of imaginary parts in sums of their own: shorter chains.
+    Cx<T> sum{}, other{};
+    const auto add = [&](const Cx<T>* h, const Cx<T>* x) {
+      for (int64_t z = 0; z < scan.n_slices; ++z) {
+        sum.re += h[z].re * x[z].re;
+        sum.im += h[z].re * x[z].im;
+        other.re -= h[z].im * x[z].im;
+        other.im += h[z].im * x[z].re;
+      }
+    };
+    if (here) add(w.h_here, w.x_here + n * scan.n_slices);
+    if (there) add(w.h_there, w.x_there + n * scan.n_slices);
+    return sum + other;
+  }
+
+  void forward(const T* spectrum, T* result, int threads) const {
+    const Transfer<T> transfer{scan};
+    for_rows(threads, [&](const Row& row, int64_t b, int64_t images, Work<T>& w) {
+      for (int64_t n = 0; n < images; ++n) {
+        for (int64_t l = 0; l < scan.n_illuminations; ++l) {
+          T* const to = result + half_row(b + n, l, row.i);
+          std::fill(to, to + 2 * half, T(0));
+        }
+      }
+      const std::vector<Active<T>> lights = active(row);
+      if (lights.empty()) return;
+      for (int64_t j = 0; j < columns; j += lanes<T>) {
+        const Columns at = columns_at(j);
+        load_slices(spectrum, row, at, b, images, w);
+        for (const Active<T>& light : lights) {
+          const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
+          if (here) transfer.at(row, at, light, 1, w.h_here);
+          if (there) transfer.at(row, at, light, -1, w.h_there);
+          if (!here && !there) continue;
+          for (int64_t n = 0; n < images; ++n) {
+            store_complex<T>(result + half_row(b + n, light.l, row.i) + 2 * j, scattered(n, here, there, w), at.valid);
+          }
+        }
+      }
+    });
+  }
+
+  // With a spectrum the gradient, without one the adjoint of the half spectra.
+  void back(const T* spectrum, const T* data, T* result, int threads) const {
+    const Transfer<T> transfer{scan};
+    const int64_t slices = scan.n_slices;
+    const T factor = T(2) * static_cast<T>(scan.n_illuminations) / static_cast<T>(scan.n_used);
+    for_rows(threads, [&](const Row& row, int64_t b, int64_t images, Work<T>& w) {
+      const std::vector<Active<T>> lights = active(row);
+      for (int64_t j = 0; j < columns; j += lanes<T>) {
+        const Columns at = columns_at(j);
+        std::fill(w.g_here, w.g_here + images * slices, Cx<T>{});
+        std::fill(w.g_there, w.g_there + images * slices, Cx<T>{});
+        bool loaded = false;
+        for (const Active<T>& light : lights) {
+          const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
+          if (!here && !there) continue;
+          if (spectrum && !loaded) load_slices(spectrum, row, at, b, images, w);
+          loaded = true;
+          if (here) transfer.at(row, at, light, 1, w.h_here);
+          if (there) transfer.at(row, at, light, -1, w.h_there);
+          for (int64_t n = 0; n < images; ++n) {
+            Cx<T> residual{};
+            if (data) residual = load_complex<T>(data + half_row(b + n, light.l, row.i) + 2 * j, at.valid);
+            if (spectrum) residual = scattered(n, here, there, w) - residual;
+            if (here) {
+              for (int64_t z = 0; z < slices; ++z) {
+                multiply_conjugate_add<T>(w.g_here[n * slices + z], w.h_here[z], residual);
+              }
+            }
+            if (there) {
+              for (int64_t z = 0; z < slices; ++z) {
+                multiply_conjugate_add<T>(w.g_there[n * slices + z], w.h_there[z], residual);
+              }
+            }
+          }
+        }
+        for (int64_t n = 0; n < images; ++n) {
+          for (int64_t z = 0; z < slices; ++z) {
+            store_complex<T>(result + spectrum_row(b + n, z, row.i) + 2 * j,
+                             scaled<T>(w.g_here[n * slices + z], factor), at.valid);
+            store_mirrored<T>(result + spectrum_row(b + n, z, row.mirror), at,
+                              scaled<T>(w.g_there[n * slices + z], factor));
+          }
+        }
+      }
+      if (columns == half) return;
+      for (int64_t n = 0; n < images; ++n) {
+        for (int64_t z = 0; z < slices; ++z) {
+          T* const at_half = result + spectrum_row(b + n, z, row.i) + 2 * columns;
+          at_half[0] = at_half[1] = T(0);
+        }
+      }
+    });
+  }
+};
+
+// ---------------------------------------------------------------- Gram matrices
+
+template <class T>
+struct Gram {
+  const DiffractionGram& gram;
+  const T *spectrum, *data;
+  T* result;
+
+  int64_t row_of(int64_t b, int64_t z, int64_t i) const {
+    return 2 * ((b * gram.n_slices + z) * gram.height + i) * gram.width;
+  }
+
+  // Slices with slices at the same frequency: a Hermitian Toeplitz matrix.
+  void distances(int64_t b, int64_t i, Cx<T>* g, Cx<T>* x) const {
+    const int64_t slices = gram.n_slices;
+    const T* const first = static_cast<const T*>(gram.automatic) + 2 * i * gram.width;
+    for (int64_t j = 0; j < gram.width; j += lanes<T>) {
+      const int valid = static_cast<int>(std::min<int64_t>(lanes<T>, gram.width - j));
+      const auto load_at = [&](const T* p) { return load_complex<T>(p + 2 * j, valid); };
+      g[0] = load_at(first);
+      const auto used = (g[0].re != vec<T>{}) | (g[0].im != vec<T>{});
+      bool any = false;
+      for (int l = 0; l < lanes<T>; ++l) any |= used[l] != 0;
+      if (any) {
+        for (int64_t z = 1; z < slices; ++z) g[z] = load_at(first + 2 * z * gram.height * gram.width);
+        for (int64_t z = 0; z < slices; ++z) x[z] = load_at(spectrum + row_of(b, z, i));
+      }
+      for (int64_t y = 0; y < slices; ++y) {
+        Cx<T> sum{};
+        if (any) {
+          for (int64_t z = 0; z <= y; ++z) multiply_add<T>(sum, g[y - z], x[z]);
+          for (int64_t z = y + 1; z < slices; ++z) multiply_conjugate_add<T>(sum, g[z - y], x[z]);
+        }
+        if (data) sum = sum - load_at(data + row_of(b, y, i));
+        store_complex<T>(result + row_of(b, y, i) + 2 * j, sum, valid);
+      }
+    }
+  }
+
+  // What frequencies and their negatives bring to each other.
+  void mirror_images(int64_t b, int64_t k, Cx<T>* here, Cx<T>* there) const {
+    const int64_t slices = gram.n_slices, number = k - gram.rows / 2, plane = 2 * gram.rows * gram.columns;
+    const int64_t i = number < 0 ? number + gram.height : number, mirror = mirrored(i, gram.height);
+    const T* const first = static_cast<const T*>(gram.pairs) + 2 * k * gram.columns;
+    for (int64_t j = 0; j < gram.columns; j += lanes<T>) {
+      const Columns at{j, gram.width, static_cast<int>(std::min<int64_t>(lanes<T>, gram.columns - j))};
+      for (int64_t z = 0; z < slices; ++z) {
+        here[z] = load_complex<T>(spectrum + row_of(b, z, i) + 2 * j, at.valid);
+        there[z] = load_mirrored<T>(spectrum + row_of(b, z, mirror), at);
+      }
+      for (int64_t y = 0; y < slices; ++y) {
+        T* const p = result + row_of(b, y, i) + 2 * j;
+        T* const q = result + row_of(b, y, mirror);
+        Cx<T> sum = load_complex<T>(p, at.valid), mirror_sum = load_mirrored<T>(q, at);
+        for (int64_t z = 0; z < slices; ++z) {
+          const T* const m = first + 2 * j;
+          multiply_add<T>(sum, load_complex<T>(m + (y * slices + z) * plane, at.valid), there[z]);
+          multiply_conjugate_add<T>(mirror_sum, load_complex<T>(m + (z * slices + y) * plane, at.valid), here[z]);
+        }
+        store_complex<T>(p, sum, at.valid);
+        store_mirrored<T>(q, at, mirror_sum);
+      }
+    }
+  }
+
+  void run(int64_t batch, int threads) const {
+#pragma omp parallel num_threads(threads)
+    {
+      Cx<T>* const a = static_cast<Cx<T>*>(kept<Gram>(static_cast<size_t>(2 * gram.n_slices) * sizeof(Cx<T>)));
+      Cx<T>* const b = a + gram.n_slices;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < batch * gram.height; ++task) distances(task / gram.height, task % gram.height, a, b);
+      // Two rows of opposite numbers write to different columns of both.
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < batch * gram.rows; ++task) mirror_images(task / gram.rows, task % gram.rows, a, b);
+    }
+  }
+};
+
+template <class F>
+void with_dtype(int dtype, F&& f) {
+  dtype == kFloat64 ? f(double{}) : f(float{});
+}
+
+}  // namespace
+
+void diffraction_forward(int dtype, const void* spectrum, void* half, int64_t batch, const DiffractionScan& scan,
+                         int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    Diffraction<T>(scan, batch).forward(static_cast<const T*>(spectrum), static_cast<T*>(half), threads);
+  });
+}
+
+void diffraction_adjoint(int dtype, const void* half, void* spectrum, int64_t batch, const DiffractionScan& scan,
+                         int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    Diffraction<T>(scan, batch).back(nullptr, static_cast<const T*>(half), static_cast<T*>(spectrum), threads);
+  });
+}
+
+void diffraction_gradient(int dtype, const void* spectrum, const void* half, void* gradient, int64_t batch,
+                          const DiffractionScan& scan, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    Diffraction<T>(scan, batch)
+        .back(static_cast<const T*>(spectrum), static_cast<const T*>(half), static_cast<T*>(gradient), threads);
+  });
+}
+
+void diffraction_gram(int dtype, const void* spectrum, const void* data, void* gradient, const DiffractionGram& gram,
+                      int64_t batch, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    Gram<T>{gram, static_cast<const T*>(spectrum), static_cast<const T*>(data), static_cast<T*>(gradient)}.run(batch,
+                                                                                                            threads);
+  });
+}
+
+}  // namespace oder

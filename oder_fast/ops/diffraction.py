@@ -1,0 +1,682 @@
+"""Intensity diffraction tomography (first Born) and its data-fidelity gradient: transfer functions made on the fly."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import diffraction as reference
+from . import _checks, faces
+from ._library import LIBRARY, register
+
+_SCAN = "Tensor transfer, Tensor depths, Tensor support"
+LIBRARY.define(f"diffraction_forward(Tensor image, {_SCAN}, float[] optics, str backend) -> Tensor")
+LIBRARY.define(f"diffraction_adjoint(Tensor intensities, {_SCAN}, float[] optics, str backend) -> Tensor")
+LIBRARY.define(
+    f"diffraction_gradient(Tensor image, Tensor? spectra, {_SCAN}, Tensor? blocks, float[] optics, str backend) "
+    "-> Tensor"
+)
+LIBRARY.define(
+    "diffraction_gram(Tensor image, Tensor auto, Tensor pairs, Tensor? spectrum, str backend) -> Tensor"
+)
+
+
+class Optics(NamedTuple):
+    r"""Numbers that transfer functions are made of; lengths in one unit, frequencies in cycles of it.
+
+    The axial wavenumber at the transverse frequency `q` is
+    :math:`k_z(q) = 2 \pi s \sqrt{\nu^2 - |q|^2}`.
+
+    Attributes:
+        pixel_size: Of the images.
+        cutoff: :math:`\nu`, the largest frequency that propagates: index of the medium over the vacuum wavelength.
+        scale: `s`; 1 for exact wavenumbers.
+        amplitude: :math:`k_0^2 \Delta z / 2` with the vacuum wavenumber and the thickness of a slice.
+        first: Depth of the first slice.
+        spacing: Of evenly spaced slices, which cost two sines and cosines for all; 0 for the `depths` given.
+    """
+
+    pixel_size: float
+    cutoff: float
+    scale: float
+    amplitude: float
+    first: float = 0.0
+    spacing: float = 0.0
+
+
+# ------------------------------------------------------------------ what the compiled faces take
+
+
+# torch.compile knows no dtype.to_complex.
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def _pairs(value: Tensor | None) -> Tensor | None:
+    """Return a complex tensor as contiguous pairs of reals."""
+    return None if value is None else torch.view_as_real(value.resolve_conj().contiguous())
+
+
+def _transform(image: Tensor) -> Tensor:
+    # Equal bits for any strides.
+    spectrum: Tensor = torch.fft.fft2(image.contiguous(), norm="ortho")
+    return spectrum
+
+
+def _back(spectrum: Tensor) -> Tensor:
+    image: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
+    return image
+
+
+def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Tensor:
+    return like.new_empty(like.shape[0], n_illuminations, height, width // 2 + 1)
+
+
+def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
+    code = faces.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
+    faces.face(backend).launch(name, like, code, *args)
+
+
+def _scan(
+    image: Tensor,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: list[float],
+) -> list[Any]:
+    """Return the arguments that describe a scan, the same for every compiled kernel."""
+    stored = transfer.is_complex()
+    return [
+        _pairs(transfer) if stored else transfer.contiguous(),
+        stored,
+        depths.contiguous(),
+        support.contiguous(),
+        None if blocks is None else blocks.contiguous(),
+        transfer.shape[0] if blocks is None else blocks.shape[0],
+        *optics,
+        image.shape[0],
+        transfer.shape[0],
+        *image.shape[1:],
+    ]
+
+
+# ------------------------------------------------------------------ forward
+
+
+def _forward_impl(
+    image: Tensor, transfer: Tensor, depths: Tensor, support: Tensor, optics: list[float], backend: str
+) -> Tensor:
+    if image.numel() == 0:
+        return _forward_fake(image, transfer)
+    half = _new_half(image, transfer.shape[0], *image.shape[2:])
+    scan = _scan(image, transfer, depths, support, None, optics)
+    _launch("diffraction_forward", image, backend, _pairs(_transform(image)), _pairs(half), *scan)
+    intensities: Tensor = torch.fft.irfft2(half, image.shape[2:], norm="ortho")
+    return intensities
+
+
+def _forward_fake(image: Tensor, transfer: Tensor, *_: Any) -> Tensor:
+    return image.new_empty(image.shape[0], transfer.shape[0], *image.shape[2:], dtype=image.real.dtype)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, transfer, depths, support, ctx.optics, ctx.backend = inputs
+    ctx.save_for_backward(transfer, depths, support)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    back = torch.ops.oder_fast.diffraction_adjoint
+    return back(grad, *ctx.saved_tensors, ctx.optics, ctx.backend), *[None] * 5
+
+
+register("diffraction_forward", _forward_impl, _forward_fake, _forward_backward, _linear_setup)
+
+
+# ------------------------------------------------------------------ adjoint
+
+
+def _adjoint_fake(intensities: Tensor, transfer: Tensor, depths: Tensor, *_: Any) -> Tensor:
+    shape = (intensities.shape[0], len(depths), *intensities.shape[2:])
+    return intensities.new_empty(shape, dtype=_COMPLEX[intensities.dtype])
+
+
+def _adjoint_impl(
+    intensities: Tensor, transfer: Tensor, depths: Tensor, support: Tensor, optics: list[float], backend: str
+) -> Tensor:
+    spectrum = _adjoint_fake(intensities, transfer, depths)
+    if spectrum.numel() == 0:
+        return spectrum
+    half = torch.fft.rfft2(intensities.contiguous(), norm="ortho")
+    scan = _scan(spectrum, transfer, depths, support, None, optics)
+    _launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
+    return _back(spectrum)
+
+
+def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    forward = torch.ops.oder_fast.diffraction_forward
+    return forward(grad, *ctx.saved_tensors, ctx.optics, ctx.backend), *[None] * 5
+
+
+register("diffraction_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _linear_setup)
+
+
+# ------------------------------------------------------------------ gradient
+
+
+def _gradient_impl(
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: list[float],
+    backend: str,
+) -> Tensor:
+    if image.numel() == 0:
+        return torch.empty_like(image)
+    spectrum = _transform(image)
+    gradient = torch.empty_like(spectrum)
+    scan = _scan(image, transfer, depths, support, blocks, optics)
+    pairs = (_pairs(spectrum), _pairs(spectra), _pairs(gradient))
+    _launch("diffraction_gradient", image, backend, *pairs, *scan)
+    return _back(gradient)
+
+
+def _like_image(image: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(image, memory_format=torch.contiguous_format)
+
+
+def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, spectra, transfer, depths, support, blocks, ctx.optics, ctx.backend = inputs
+    ctx.with_data = spectra is not None
+    ctx.save_for_backward(transfer, depths, support, blocks)
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    transfer, depths, support, blocks = ctx.saved_tensors
+    scan, rest = (transfer, depths, support), (ctx.optics, ctx.backend)
+    normal = torch.ops.oder_fast.diffraction_gradient(grad, None, *scan, blocks, *rest)
+    projected = None
+    if ctx.with_data and ctx.needs_input_grad[1]:
+        used = (transfer, depths, support)
+        if blocks is not None:
+            used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
+        intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
+        # Half a spectrum stands for a whole one: its inner columns count twice.
+        projected = torch.fft.rfft2(intensities, norm="ortho") * -(len(transfer) / used[0].shape[0])
+        projected = projected * _weights(grad.shape[-1], projected)
+        if blocks is not None:
+            empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
+            projected = empty.index_add(1, blocks, projected)
+    return normal, projected, *[None] * 6
+
+
+def _weights(width: int, like: Tensor) -> Tensor:
+    """Return how often each column of half a spectrum stands in the whole one."""
+    weights = torch.full((width // 2 + 1,), 2.0, dtype=like.real.dtype, device=like.device)
+    weights[0] = 1.0
+    if width % 2 == 0:
+        weights[-1] = 1.0
+    return weights
+
+
+register("diffraction_gradient", _gradient_impl, _like_image, _gradient_backward, _gradient_setup)
+
+
+# ------------------------------------------------------------------ Gram matrices
+
+
+def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str) -> Tensor:
+    if image.numel() == 0:
+        return torch.empty_like(image)
+    transformed = _transform(image)
+    gradient = torch.empty_like(transformed)
+    _launch(
+        "diffraction_gram",
+        image,
+        backend,
+        _pairs(transformed),
+        _pairs(spectrum),
+        _pairs(gradient),
+        _pairs(auto),
+        _pairs(pairs),
+        *image.shape,
+        *pairs.shape[2:],
+    )
+    return _back(gradient)
+
+
+def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, auto, pairs, spectrum, ctx.backend = inputs
+    ctx.with_data = spectrum is not None
+    ctx.save_for_backward(auto, pairs)
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    auto, pairs = ctx.saved_tensors
+    normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, ctx.backend)
+    return normal, None, None, -_transform(grad) if ctx.with_data else None, None
+
+
+register("diffraction_gram", _gram_impl, _like_image, _gram_backward, _gram_setup)
+
+
+# ------------------------------------------------------------------ matrices
+
+
+def transfer_at(
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    optics: Optics,
+    width: int,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Return the transfer functions at some frequencies, complex128, shape (L, Z) and that of the frequencies.
+
+    Args:
+        transfer: As in `diffraction_forward`.
+        depths: As there.
+        support: As there.
+        optics: As there.
+        width: Columns of the images.
+        rows: Row frequency numbers, int64, signed or as indices of the transform.
+        columns: Column frequency numbers, which are broadcast with `rows`.
+    """
+    shape = (support.shape[1], width)
+    rows, columns = torch.broadcast_tensors(
+        reference.signed(rows, shape[0]), reference.signed(columns, width)
+    )
+    ends = support[:, rows]
+    inside = ((columns >= ends[..., 0]) & (columns < ends[..., 1]))[:, None]
+    if transfer.is_complex():
+        return torch.where(inside, transfer[:, :, rows, columns].to(torch.complex128), 0)
+    return torch.where(inside, reference.waves(transfer, depths, list(optics), rows, columns, shape), 0)
+
+
+def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
+    """Return the rows and columns of the pairs of `diffraction_gram`.
+
+    They are of the frequencies that pass, with one illumination, at both signs.
+    """
+    height = support.shape[1]
+    begin, end = support[..., 0].long(), support[..., 1].long()
+    mirror = -torch.arange(height, device=support.device) % height
+    begin, end = torch.maximum(begin, 1 - end[:, mirror]), torch.minimum(end, 1 - begin[:, mirror])
+    both = begin < end
+    if not bool(both.any()):
+        return 1, 1
+    number = reference.signed_frequencies(height, support.device).abs()
+    largest_row = int(torch.where(both.any(0), number, 0).max())
+    return 2 * largest_row + 1, int(torch.where(both, end, 1).max())
+
+
+def gram_matrices(
+    transfer: Tensor, depths: Tensor, support: Tensor, optics: Optics, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return the matrices that `diffraction_gram` takes, complex128.
+
+    Illumination after illumination, so that no more than one's transfer functions are in memory.
+
+    Args:
+        transfer: As in `diffraction_forward`.
+        depths: As there, evenly spaced.
+        support: As there.
+        optics: As there.
+        width: Columns of the images.
+    """
+    height, device, n = support.shape[1], support.device, len(depths)
+    auto = torch.zeros(n, height, width, dtype=torch.complex128, device=device)
+    rows, columns = gram_shape(support, width)
+    pairs = torch.zeros(n, n, rows, columns, dtype=torch.complex128, device=device)
+    i = torch.arange(-(rows // 2), rows // 2 + 1, device=device)[:, None]
+    j = torch.arange(1 - columns, columns, device=device)
+    numbers = reference.signed_frequencies(height, device)
+    for frequency, ends in zip(transfer, support, strict=True):
+        one = (frequency[None], depths, ends[None], optics, width)
+        used = ends[:, 0] < ends[:, 1]
+        if not bool(used.any()):
+            continue
+        k = numbers[used][:, None]
+        m = torch.arange(int(ends[used, 0].min()), int(ends[used, 1].max()), device=device)
+        h = transfer_at(*one, k, m)[0]
+        auto[:, k, m] += 2 * h[:1] * h.conj()
+        box = transfer_at(*one, i, j)[0].conj()
+        here, there = box[..., columns - 1 :], box.flip(1, 2)[..., columns - 1 :]
+        pairs += 2 * here[:, None] * there[None]
+    return auto, pairs
+
+
+def normal_matrices(
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    optics: Optics,
+    width: int,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Return A^T A at some frequencies u: Hermitian matrices (n, 2 Z, 2 Z) for (X(u), conj X(-u)), complex128.
+
+    Args:
+        transfer: As in `diffraction_forward`.
+        depths: As there.
+        support: As there.
+        optics: As there.
+        width: Columns of the images.
+        rows: Row frequency numbers (n,), int64, signed or as indices of the transform.
+        columns: Column frequency numbers (n,).
+    """
+    scan = (transfer, depths, support, optics, width)
+    h = torch.cat((transfer_at(*scan, rows, columns), transfer_at(*scan, -rows, -columns).conj()), 1)
+    h = h.permute(2, 0, 1)  # (n, L, 2 Z)
+    return 2 * h.mH @ h
+
+
+# ------------------------------------------------------------------ what users call
+
+
+def _check_scan(
+    op: str,
+    like_name: str,
+    like: Tensor,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    optics: Optics,
+    backend: str,
+) -> tuple[list[float], str]:
+    """Check all but the number of slices or intensities; return the numbers and the face."""
+    height, width = like.shape[2:]
+    for name, value, ndim in (
+        ("transfer", transfer, None),
+        ("depths", depths, 1),
+        ("support", support, 3),
+    ):
+        _checks.tensor(op, name, value, ndim=ndim)
+        if value.requires_grad:
+            raise ValueError(f"{op}: {name} is not differentiable; detach it")
+        if value.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of {like_name} ({like.device}), got {value.device}"
+            )
+    kind = _COMPLEX.get(like.dtype, like.dtype)
+    if transfer.ndim == 2 and transfer.dtype == torch.float64:
+        if transfer.shape[1] != 2:
+            raise ValueError(f"{op}: transfer must have shape (L, 2), got {tuple(transfer.shape)}")
+    elif transfer.ndim == 4 and transfer.dtype == kind:
+        expected = (transfer.shape[0], len(depths), height, width)
+        _checks.shape(op, "transfer", transfer, expected, "illuminations, depths, H, W")
+    else:
+        raise TypeError(
+            f"{op}: transfer must be float64 illuminations (L, 2) or {kind} functions (L, Z, H, W), got "
+            f"{transfer.dtype} of shape {tuple(transfer.shape)}"
+        )
+    if depths.dtype != torch.float64:
+        raise TypeError(f"{op}: depths must be float64, got {depths.dtype}")
+    if support.dtype != torch.int32:
+        raise TypeError(f"{op}: support must be int32, got {support.dtype}")
+    _checks.shape(op, "support", support, (transfer.shape[0], height, 2), "illuminations, H, begin and end")
+    if min(transfer.shape[0], len(depths), height, width) < 1:
+        raise ValueError(f"{op}: needs at least one illumination, slice, row and column")
+    numbers = [float(v) for v in optics]
+    if len(numbers) != len(Optics._fields):
+        raise ValueError(f"{op}: optics must be {Optics._fields}, got {len(numbers)} numbers")
+    return numbers, faces.resolve(backend, like.device, kind)
+
+
+def _check_image(op: str, image: Tensor, depths: Tensor) -> None:
+    _checks.tensor(op, "image", image, ndim=4)
+    if image.dtype not in (torch.complex64, torch.complex128):
+        raise TypeError(f"{op}: image must be complex64 or complex128, got {image.dtype}")
+    if isinstance(depths, Tensor):
+        expected = (image.shape[0], depths.numel(), *image.shape[2:])
+        _checks.shape(op, "image", image, expected, "batch, depths, H, W")
+
+
+def diffraction_forward(
+    image: Tensor,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    optics: Optics,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the intensities of a weakly scattering volume under plane waves, minus 1 (first Born approximation).
+
+    .. math:: y_l = 2 \operatorname{Re} F^{-1} \Bigl( \sum_z h_{l,z} \, F x_z \Bigr), \qquad
+        h_{l,z}(u) = i \, a \, P(u + f_l) \, \frac{e^{-i z (k_z(u + f_l) - k_z(f_l))}}{k_z(u + f_l)}
+
+    for the incident wave :math:`e^{2 \pi i f_l r}`, the pupil `P` and the amplitude `a`. It is linear over the reals:
+    the real part of `x` shifts phases, the imaginary one absorbs. Written so, each illumination needs the slices'
+    spectra in one pupil only, and none of its transfer functions is ever in memory.
+
+    Args:
+        image: Permittivity contrast :math:`n^2 - n_0^2` of the slices, shape ``(B, Z, H, W)``, complex64 or
+            complex128.
+        transfer: Transverse frequencies :math:`f_l` of the illuminations, rows and columns, float64 ``(L, 2)``; or
+            transfer functions of one's own :math:`h_{l,z}`, ``(L, Z, H, W)``, dtype of `image`.
+        depths: Of the slices, float64 ``(Z,)``.
+        support: int32 ``(L, H, 2)``: the signed column frequencies, first and last plus one, for which
+            :math:`P(u + f_l)` is 1 in each row of the transform; 0 and 0 where none.
+        optics: See `Optics`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Shape ``(B, L, H, W)``, real; differentiable any number of times in `image`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape or device that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x = torch.full((1, 1, 4, 4), 0.01j, dtype=torch.complex64)  # an absorbing slice
+        >>> support = torch.tensor([[[0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.int32)
+        >>> f, z = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> diffraction_forward(x, f, z, support, Optics(0.2, 2.0, 1.0, 20.0))[0, 0, 0]
+        tensor([-0.0318, -0.0318, -0.0318, -0.0318])
+
+    References:
+        Ling, Tahir, Lin, Lee, Tian, "High-throughput intensity diffraction tomography with a computational microscope",
+        Biomedical Optics Express 9 (2018).
+    """
+    op = "diffraction_forward"
+    _check_image(op, image, depths)
+    numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
+    if chosen == "reference":
+        return reference.diffraction_forward(image, transfer, depths, support, numbers)
+    result: Tensor = torch.ops.oder_fast.diffraction_forward(
+        image, transfer, depths, support, numbers, chosen
+    )
+    return result
+
+
+def diffraction_adjoint(
+    intensities: Tensor,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    optics: Optics,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Bring intensities back to slices: the exact transpose of `diffraction_forward` over the reals.
+
+    .. math:: x_z = 2 F^{-1} \sum_l \overline{h_{l,z}} \, F y_l, \qquad
+        \langle A x, y \rangle = \operatorname{Re} \langle x, A^T y \rangle
+
+    Illuminations are summed in order, without atomics: equal bits from run to run.
+
+    Args:
+        intensities: Shape ``(B, L, H, W)``, float32 or float64.
+        transfer: As in `diffraction_forward`.
+        depths: As there.
+        support: As there.
+        optics: As there.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Shape ``(B, Z, H, W)``, complex; differentiable any number of times in `intensities`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape or device that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> y = torch.ones(1, 1, 4, 4)
+        >>> support = torch.tensor([[[0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.int32)
+        >>> f, z = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> diffraction_adjoint(y, f, z, support, Optics(0.2, 2.0, 1.0, 20.0))[0, 0, 0].imag
+        tensor([-3.1831, -3.1831, -3.1831, -3.1831])
+    """
+    op = "diffraction_adjoint"
+    _checks.tensor(op, "intensities", intensities, ndim=4)
+    if intensities.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: intensities must be float32 or float64, got {intensities.dtype}")
+    numbers, chosen = _check_scan(op, "intensities", intensities, transfer, depths, support, optics, backend)
+    if intensities.shape[1] != len(transfer):
+        raise ValueError(
+            f"{op}: intensities must have shape (B, {len(transfer)} illuminations, H, W), got "
+            f"{tuple(intensities.shape)}"
+        )
+    if chosen == "reference":
+        return reference.diffraction_adjoint(intensities, transfer, depths, support, numbers)
+    args = (intensities, transfer, depths, support, numbers)
+    result: Tensor = torch.ops.oder_fast.diffraction_adjoint(*args, chosen)
+    return result
+
+
+def diffraction_gradient(
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: Optics,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the gradient of the least-squares data fidelity over all illuminations or a minibatch of them.
+
+    .. math:: \frac{L}{|B|} \sum_{l \in B} A_l^T (A_l x - y_l)
+
+    By Parseval's theorem it is formed among the spectra: the slices are transformed once and back, whatever the
+    number of illuminations, and the data not at all. A RED step takes it as any other gradient (`red_update`).
+
+    Args:
+        image: Shape ``(B, Z, H, W)``, complex64 or complex128.
+        spectra: ``torch.fft.rfft2(y, norm="ortho")`` of the intensities of all illuminations, shape
+            ``(B, L, H, W // 2 + 1)``, dtype of `image`; None for zeros, which gives the normal operator. Gradients
+            in it are those among spectra of real images.
+        transfer: As in `diffraction_forward`.
+        depths: As there.
+        support: As there.
+        blocks: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of range
+            are not seen (that would cost a synchronisation) and those illuminations count as zero.
+        optics: As there.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Like `image`; differentiable any number of times in `image` and `spectra`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x = torch.full((1, 1, 4, 4), 0.01j, dtype=torch.complex64)
+        >>> support = torch.tensor([[[0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.int32)
+        >>> f, z = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> diffraction_gradient(x, None, f, z, support, None, Optics(0.2, 2.0, 1.0, 20.0))[0, 0, 0].imag
+        tensor([0.1013, 0.1013, 0.1013, 0.1013])
+    """
+    op = "diffraction_gradient"
+    _check_image(op, image, depths)
+    numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
+    if spectra is not None:
+        _checks.tensor(op, "spectra", spectra, ndim=4)
+        _checks.same(op, "spectra", spectra, "image", image)
+        expected = (image.shape[0], len(transfer), image.shape[2], image.shape[3] // 2 + 1)
+        _checks.shape(op, "spectra", spectra, expected, "batch, illuminations, H, W // 2 + 1")
+    if blocks is not None:
+        _checks.index(op, "blocks", blocks, len(transfer), image.device)
+    args = (image, spectra, transfer, depths, support, blocks, numbers)
+    if chosen == "reference":
+        return reference.diffraction_gradient(*args)
+    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
+    return result
+
+
+def diffraction_gram(
+    image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, *, backend: str = "auto"
+) -> Tensor:
+    r"""Compute the same gradient over all illuminations through the Gram matrices of the transfer functions.
+
+    .. math:: \nabla g(x) = F^{-1} \bigl( G \, F x - F A^T y \bigr), \qquad
+        (G X)_z(u) = \sum_{z'} g_{z - z'}(u) \, X_{z'}(u) + m_{z,z'}(u) \, \overline{X_{z'}(-u)}
+
+    With evenly spaced slices :math:`g_d = 2 \sum_l \overline{h_{l,z+d}} h_{l,z}` depends on the distance of
+    two slices alone, a Toeplitz matrix; :math:`m_{z,z'}(u) = 2 \sum_l \overline{h_{l,z}(u) h_{l,z'}(-u)}`
+    only exists where both signs of a frequency pass with one illumination. Its cost does not depend on the number of
+    illuminations.
+
+    Args:
+        image: Shape ``(B, Z, H, W)``, complex64 or complex128.
+        auto: :math:`g_d`, shape ``(Z, H, W)``, dtype of `image`.
+        pairs: :math:`m`, shape ``(Z, Z, 2 K + 1, M + 1)``: row frequencies -K to K, column frequencies 0 to M.
+        spectrum: ``torch.fft.fft2(A.adjoint(y), norm="ortho")``, like `image`; None for zeros (the normal operator).
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        Like `image`; differentiable any number of times in `image` and `spectrum`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape or device that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, auto = torch.ones(1, 1, 4, 4, dtype=torch.complex64), torch.full((1, 4, 4), 2 + 0j)
+        >>> diffraction_gram(x, auto, torch.zeros(1, 1, 1, 1, dtype=torch.complex64), None).real[0, 0, 0]
+        tensor([2., 2., 2., 2.])
+    """
+    op = "diffraction_gram"
+    _checks.tensor(op, "image", image, ndim=4)
+    if image.dtype not in (torch.complex64, torch.complex128):
+        raise TypeError(f"{op}: image must be complex64 or complex128, got {image.dtype}")
+    for name, value, ndim in (("auto", auto, 3), ("pairs", pairs, 4)):
+        _checks.tensor(op, name, value, ndim=ndim)
+        _checks.same(op, name, value, "image", image)
+        if value.requires_grad:
+            raise ValueError(f"{op}: {name} is not differentiable; detach it")
+    _checks.shape(op, "auto", auto, tuple(image.shape[1:]), "slices, H, W of image")
+    n, height, width = image.shape[1:]
+    _, _, rows, columns = pairs.shape
+    fits = 1 <= rows <= height and rows % 2 == 1 and 1 <= columns <= (width + 1) // 2
+    if tuple(pairs.shape[:2]) != (n, n) or not fits:
+        raise ValueError(
+            f"{op}: pairs must have shape ({n}, {n}, odd and at most {height}, at most {(width + 1) // 2}), got "
+            f"{tuple(pairs.shape)}"
+        )
+    if spectrum is not None:
+        _checks.tensor(op, "spectrum", spectrum, ndim=4)
+        _checks.same(op, "spectrum", spectrum, "image", image)
+        _checks.shape(op, "spectrum", spectrum, tuple(image.shape), "as image")
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    if chosen == "reference":
+        return reference.diffraction_gram(image, auto, pairs, spectrum)
+    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
+    return result
