@@ -308,7 +308,72 @@ def test_brain_like():
     assert data.brain_like(1, 1, texture=0.0).isfinite().all()
 
 
+def test_cell_like():
+    shape = (10, 40, 64)
+    contrast = data.cell_like(3, shape, seeded())
+    assert contrast.shape == (3, *shape)
+    assert contrast.dtype == torch.complex64
+    index = torch.sqrt(contrast.to(torch.complex128) + 1.33**2)
+    delta, kappa = index.real - 1.33, index.imag
+    assert delta.min() > -1e-6
+    assert 0.015 < delta.max() <= 0.03 + 1e-6
+    assert kappa.min() >= 0
+    assert 3e-4 < kappa.max() <= 1e-3 + 1e-8
+    # Granules alone absorb; most of a volume is medium, and its border is nothing else.
+    assert 0 < (kappa > 0).float().mean() < 0.05
+    assert 0.03 < (contrast != 0).float().mean() < 0.6
+    for face in (contrast[:, :, 0], contrast[:, :, -1], contrast[..., 0], contrast[..., -1]):
+        assert face.abs().max() == 0
+    # Slices show different parts of it, volumes different cells.
+    occupied = contrast.abs().amax((2, 3)) > 0
+    assert (occupied.sum(1) >= 5).all()
+    middle = contrast[:, 3:7]
+    assert (middle.diff(dim=1).abs().amax((2, 3)) > 1e-3).all()
+    assert not torch.equal(contrast[0], contrast[1])
+    assert torch.equal(contrast, data.cell_like(3, shape, seeded()))
+    assert not torch.equal(contrast, data.cell_like(3, shape, seeded(1)))
+
+
+def test_cells_have_edges_one_voxel_wide_and_scale_with_the_grid():
+    one = data.cell_like(1, (32, 64, 64), seeded(), cells=1, absorption=0.0)[0]
+    assert one.imag.abs().max() == 0
+    fine = data.cell_like(1, (64, 128, 128), seeded(), cells=1, absorption=0.0)[0]
+    pooled = torch.nn.functional.avg_pool3d(fine.real[None, None], 2)[0, 0]
+    assert (pooled - one.real).norm() < 0.1 * one.real.norm()
+    # From medium to membrane and back takes two voxels at most, wherever a line crosses the cell.
+    lines = one.real[one.real.amax(2) > 0.9 * one.real.max()]
+    assert len(lines) > 0
+    for line in lines:
+        rise = (line > 0).nonzero()[0].item()
+        assert line[rise : rise + 4].max() > 0.6 * line.max()
+
+
+def test_cells_in_other_media():
+    weak = data.cell_like(1, (4, 24, 24), seeded(), medium_index=1.0, index_contrast=0.01, absorption=0.02)
+    expected = data.cell_like(
+        1, (4, 24, 24), seeded(), medium_index=1.47, index_contrast=0.01, absorption=0.02
+    )
+    delta = torch.sqrt(weak.to(torch.complex128) + 1) - 1
+    torch.testing.assert_close(
+        torch.sqrt(expected.to(torch.complex128) + 1.47**2) - 1.47, delta, rtol=0, atol=1e-7
+    )
+    assert data.cell_like(1, (4, 24, 24), seeded(), cells=0).abs().max() == 0
+    assert data.cell_like(0, (4, 24, 24)).shape == (0, 4, 24, 24)
+    for shape in ((1, 1, 1), (1, 16, 9), (5, 1, 30)):
+        assert data.cell_like(2, shape, seeded()).isfinite().all()
+
+
 def test_phantom_arguments():
+    with pytest.raises(
+        ValueError, match=r"cell_like: shape must be \(Z, H, W\), all at least 1, got \(3, 0, 3\)"
+    ):
+        data.cell_like(1, (3, 0, 3))
+    with pytest.raises(ValueError, match="cell_like: cells must be at least 0, got -1"):
+        data.cell_like(1, (3, 3, 3), cells=-1)
+    with pytest.raises(ValueError, match="cell_like: medium_index must be a finite number above 0"):
+        data.cell_like(1, (3, 3, 3), medium_index=math.nan)
+    with pytest.raises(ValueError, match=r"cell_like: absorption must be finite and at least 0, got -1.0"):
+        data.cell_like(1, (3, 3, 3), absorption=-1.0)
     with pytest.raises(ValueError, match="size must be at least 1"):
         data.brain_like(1, 0)
     with pytest.raises(ValueError, match=r"shape must be \(H, W\), both at least 1, got \(0, 3\)"):

@@ -1,4 +1,4 @@
-"""Images made of ellipses, and patches cut from images."""
+"""Images made of ellipses, volumes made of ellipsoids, and patches cut from images."""
 
 from __future__ import annotations
 
@@ -256,6 +256,170 @@ def brain_like(
         for cells in (size // 16 + 2, size // 2 + 2):
             image = image + texture * _smooth_noise(n, (size, size), cells, generator)
     return torch.polar((image * head).clamp(0, 1), smooth_phase(n, (size, size), generator))
+
+
+def _rotation(angles: Tensor) -> Tensor:
+    """Return the rotation (3, 3) of axes z, y, x: by angles[0] within the slices, then out of them by angles[1]."""
+    a, b = angles.tolist()
+    within = torch.tensor([[1.0, 0, 0], [0, math.cos(a), math.sin(a)], [0, -math.sin(a), math.cos(a)]])
+    out_of = torch.tensor([[math.cos(b), 0, math.sin(b)], [0, 1.0, 0], [-math.sin(b), 0, math.cos(b)]])
+    return out_of @ within
+
+
+class _Volume:
+    """Voxels into which ellipsoids are painted, in units of half the depth and half the shorter side.
+
+    Args:
+        shape: Slices, rows and columns.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = torch.tensor(shape)
+        side = min(shape[1:])
+        self.extent = torch.tensor([1.0, shape[1] / side, shape[2] / side])
+        self.step = 2 * self.extent / self.shape
+        self.index = torch.zeros(shape)
+        self.absorption = torch.zeros(shape)
+
+    def paint(
+        self,
+        center: Tensor,
+        axes: Tensor,
+        rotation: Tensor,
+        index: float,
+        absorption: float = 0.0,
+    ) -> None:
+        """Paint an ellipsoid over what is there, its edge one voxel wide.
+
+        Args:
+            center: z, y, x.
+            axes: Half lengths.
+            rotation: From z, y, x to the axes, (3, 3).
+            index: Of refraction above the medium, in any unit.
+            absorption: Likewise, imaginary part.
+        """
+        reach = (rotation * axes[:, None]).square().sum(0).sqrt() + self.step
+        low = ((center - reach + self.extent) / self.step).floor().long().clamp_min(0)
+        high = ((center + reach + self.extent) / self.step).ceil().long().minimum(self.shape)
+        if (low >= high).any():
+            return
+        box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        to_unit = rotation / axes[:, None]
+        lines = [
+            (torch.arange(b.start, b.stop) + 0.5) * self.step[k] - self.extent[k] - center[k]
+            for k, b in enumerate(box)
+        ]
+        points = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1) @ to_unit.T
+        norm = torch.linalg.vector_norm(points, dim=-1)
+        # The distance to the ellipsoid, to first order, in voxels.
+        slope = torch.linalg.vector_norm(points @ (to_unit * self.step), dim=-1) / norm.clamp_min(1e-6)
+        cover = (0.5 - (norm - 1) / slope.clamp_min(1e-6)).clamp(0, 1)
+        for values, value in ((self.index, index), (self.absorption, absorption)):
+            values[box] += cover * (value - values[box])
+
+
+def _paint_cell(volume: _Volume, generator: torch.Generator | None) -> None:
+    """Paint a cell: membrane, plasm, nucleus with nucleolus, vacuoles and granules; the index at most 1."""
+
+    def uniform(low: float, high: float, *size: int) -> Tensor:
+        return low + (high - low) * torch.rand(*size, generator=generator)
+
+    def number(low: float, high: float) -> float:
+        return float(uniform(low, high, 1))
+
+    axes = torch.cat((uniform(0.25, 0.55, 1), uniform(0.2, 0.42, 2)))
+    rotation = _rotation(torch.cat((uniform(0, math.pi, 1), uniform(-0.3, 0.3, 1))))
+    reach = (rotation * axes[:, None]).square().sum(0).sqrt()
+    center = (2 * uniform(0, 1, 3) - 1) * (0.95 * volume.extent - reach).clamp_min(0)
+    dense = number(0.6, 1.0)
+    volume.paint(center, axes, rotation, 0.9 * dense)
+    inner = 0.93 * axes
+    volume.paint(center, inner, rotation, number(0.5, 0.65) * dense)
+
+    def place(share: float, around: Tensor, within: Tensor) -> Tensor:
+        """Return a point of the ellipsoid `within`, shrunk by a factor, around a point."""
+        direction = torch.randn(3, generator=generator)
+        radius = share * number(0, 1) ** (1 / 3)
+        point: Tensor = around + (direction / direction.norm() * radius * within) @ rotation
+        return point
+
+    nucleus = inner * uniform(0.35, 0.5, 3)
+    where = place(0.45, center, inner)
+    volume.paint(where, nucleus, rotation, 0.4 * dense)
+    volume.paint(place(0.5, where, nucleus), nucleus * uniform(0.25, 0.4, 3), rotation, dense)
+    for _ in range(int(number(2, 5))):
+        size = inner * number(0.08, 0.2)
+        volume.paint(place(0.75, center, inner), size, rotation, number(0.05, 0.25) * dense)
+    for _ in range(int(number(6, 14))):
+        pigment = number(-1, 1)
+        size = inner * number(0.04, 0.1)
+        volume.paint(place(0.85, center, inner), size, rotation, number(0.8, 1.0) * dense, max(pigment, 0.0))
+
+
+def cell_like(
+    n: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator | None = None,
+    *,
+    cells: int = 4,
+    medium_index: float = 1.33,
+    index_contrast: float = 0.03,
+    absorption: float = 1e-3,
+) -> Tensor:
+    r"""Draw the permittivity contrast of biological cells in a medium, as intensity diffraction tomography sees it.
+
+    .. math:: \varepsilon = (n_0 + \delta + i \kappa)^2 - n_0^2
+
+    A cell is an ellipsoid with a denser membrane, a nucleus lighter than the plasm around it and a dense nucleolus
+    in it, light vacuoles and dense granules, of which some absorb. Cells lie at all depths and may overlap; later
+    ones hide earlier ones. Edges are one voxel wide. Lengths across go with the shorter side, lengths along the light
+    with the depth of the volume.
+
+    Args:
+        n: How many volumes.
+        shape: Slices, rows and columns ``(Z, H, W)``.
+        generator: Source of the random numbers; the same seed gives the same volumes.
+        cells: Cells in each volume.
+        medium_index: Refractive index of the medium :math:`n_0`.
+        index_contrast: Largest :math:`\delta`, which is never negative.
+        absorption: Largest :math:`\kappa`, that of the darkest granules.
+
+    Returns:
+        Shape ``(n, Z, H, W)``, complex64, no unit, 0 in the medium.
+
+    Raises:
+        ValueError: For an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> contrast = cell_like(2, (8, 32, 48), torch.Generator().manual_seed(0))
+        >>> contrast.shape, contrast[0, :, 0].abs().max().item()
+        (torch.Size([2, 8, 32, 48]), 0.0)
+
+    References:
+        Schürmann et al., "Cell nuclei have lower refractive index and mass density than cytoplasm",
+        J. Biophotonics 9 (2016).
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"cell_like: shape must be (Z, H, W), all at least 1, got {tuple(shape)}")
+    if cells < 0:
+        raise ValueError(f"cell_like: cells must be at least 0, got {cells}")
+    if not (math.isfinite(medium_index) and medium_index > 0):
+        raise ValueError(f"cell_like: medium_index must be a finite number above 0, got {medium_index}")
+    for name, value in (("index_contrast", index_contrast), ("absorption", absorption)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"cell_like: {name} must be finite and at least 0, got {value}")
+    contrast = torch.zeros(n, *shape, dtype=torch.complex64)
+    for k in range(n):
+        volume = _Volume(shape)
+        for _ in range(cells):
+            _paint_cell(volume, generator)
+        delta, kappa = index_contrast * volume.index, absorption * volume.absorption
+        # Without the difference of two squares near 1, which would cost digits.
+        contrast[k] = torch.complex(
+            (2 * medium_index + delta) * delta - kappa**2, 2 * kappa * (medium_index + delta)
+        )
+    return contrast
 
 
 def patches(image: Tensor, size: int, n: int, generator: torch.Generator | None = None) -> Tensor:
