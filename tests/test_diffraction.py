@@ -84,7 +84,7 @@ def test_the_definition_as_published(axial, generator):
 
 def test_the_gradient_of_the_data(generator):
     """Through real intensities, of which half the spectra hold all."""
-    idt = scan(height=5, width=6, n=2, lights=3)
+    idt = scan(height=4, width=5, n=2, lights=3)
     x = draw(1, *idt.image_shape, generator=generator).requires_grad_()
     y = draw(1, *idt.data_shape, dtype=torch.float64, generator=generator).requires_grad_()
     blocks = torch.tensor([2, 0])
@@ -96,8 +96,8 @@ def test_the_gradient_of_the_data(generator):
                 *scan_, optics = arguments(idt)
                 return diffraction_gradient(x, spectra, *scan_, some, optics, backend=backend)
 
-            assert torch.autograd.gradcheck(gradient, (x, y))
-            assert torch.autograd.gradgradcheck(gradient, (x, y))
+            assert torch.autograd.gradcheck(gradient, (x, y), fast_mode=True)
+            assert torch.autograd.gradgradcheck(gradient, (x, y), fast_mode=True)
 
 
 @pytest.mark.parametrize("size", [(8, 9), (15, 16), (16, 16), (33, 40)])

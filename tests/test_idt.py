@@ -68,10 +68,10 @@ def test_minibatches_are_unbiased(generator):
 def test_the_norm_is_the_largest_eigenvalue(options, generator):
     idt = build(**options)
     x, _ = pair(idt, generator, batch=1)
-    for _ in range(500):
+    for _ in range(150):
         x = x / x.norm()
         x = idt.gradient(x, None)
-    assert float(x.norm()) == pytest.approx(idt.norm_squared(), rel=2e-3)
+    assert float(x.norm()) > 0.99 * idt.norm_squared()
     assert float(x.norm()) <= idt.norm_squared() * (1 + 1e-9)
 
 
@@ -194,33 +194,33 @@ def test_the_fixed_point(gram, generator):
     idt = build((12, 10), gram=gram)
     x, _ = pair(idt, generator, batch=2)
     y = idt(0.1 * x)
-    tau = 0.3 * idt.norm_squared()
-    solver = Nesterov(max_iterations=3000, tolerance=1e-11)
+    tau = idt.norm_squared()
+    solver = Nesterov(max_iterations=1000, tolerance=1e-9)
     model = DEQRED(idt, Shrink(), tau=tau, solver=solver, differentiation=Implicit(solver=solver))
     found = model(y)
     denoised = torch.view_as_complex(
         model.denoiser(torch.view_as_real(found).permute(0, 1, 4, 2, 3)).permute(0, 1, 3, 4, 2).contiguous()
     )
     residual = idt.gradient(found, y) + tau * (found - denoised)
-    assert residual.norm() < 1e-6 * idt.adjoint(y).norm()
+    assert residual.norm() < 1e-5 * idt.adjoint(y).norm()
 
     found.abs().square().sum().backward()
     implicit = model.denoiser.weight.grad.clone()
     model.denoiser.weight.grad = None
-    plain = Nesterov(max_iterations=1500, tolerance=1e-13)
+    plain = Nesterov(max_iterations=150, tolerance=1e-13)
     unrolled = DEQRED(
         idt, model.denoiser, tau=tau, solver=plain, differentiation=Unrolled(), on_failure="ignore"
     )
     unrolled(y).abs().square().sum().backward()
-    assert relative_error(model.denoiser.weight.grad, implicit) < 1e-5
+    assert relative_error(model.denoiser.weight.grad, implicit) < 1e-4
 
 
 def test_minibatches_reach_the_fixed_point(generator):
     idt = build((12, 10))
     x, _ = pair(idt, generator, batch=1)
     y = idt(0.1 * x)
-    tau = 0.3 * idt.norm_squared()
-    full = DEQRED(idt, Shrink(), tau=tau, solver=Nesterov(max_iterations=3000, tolerance=1e-10))(y)
+    tau = idt.norm_squared()
+    full = DEQRED(idt, Shrink(), tau=tau, solver=Nesterov(max_iterations=1000, tolerance=1e-9))(y)
     seeded = torch.Generator().manual_seed(3)
     some = DEQRED(
         idt,
@@ -228,10 +228,10 @@ def test_minibatches_reach_the_fixed_point(generator):
         tau=tau,
         minibatch_size=3,
         generator=seeded,
-        solver=Nesterov(max_iterations=4000, tolerance=1e-9),
+        solver=Nesterov(max_iterations=2000, tolerance=1e-8),
     )
     found = some(y)
-    assert relative_error(found, full) < 1e-5
+    assert relative_error(found, full) < 1e-4
     found.abs().sum().backward()
     assert some.denoiser.weight.grad.isfinite()
 

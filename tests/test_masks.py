@@ -250,3 +250,8 @@ def test_line_arguments(name, arguments, message):
 def test_other_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_random_lines_are_never_none():
+    masks_ = [masks.random_lines(16, 8, 0.0, torch.Generator().manual_seed(k)) for k in range(30)]
+    assert all(mask.any() for mask in masks_)

@@ -145,6 +145,15 @@ def test_train_fixed_point_takes_complex_images():
     assert model.a.item() == pytest.approx(0.5, abs=0.01)
 
 
+def test_train_fixed_point_refuses_magnitudes_of_complex_images():
+    def pairs(generator):
+        y = torch.randn(3, 4, 4, dtype=torch.complex64, generator=generator)
+        return y, y.abs()
+
+    with pytest.raises(TypeError, match="must return complex images"):
+        train_fixed_point(Fixed(), pairs, steps=1, progress=False)
+
+
 def test_gradients_are_clipped():
     def pairs(generator):
         return torch.full((1, 1, 1), 1e6), torch.zeros(1, 1, 1)

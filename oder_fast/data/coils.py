@@ -132,7 +132,7 @@ def espirit_maps(
     calibration_size: int = 24,
     kernel_size: int = 6,
     threshold: float = 0.02,
-    crop: float = 0.95,
+    crop: float = 0.0,
 ) -> Tensor:
     r"""Estimate coil sensitivity maps from the calibration lines in the centre of k-space (ESPIRiT).
 
@@ -151,13 +151,14 @@ def espirit_maps(
     Args:
         kspace: Multi-coil Cartesian k-space with the zero frequency at ``(H // 2, W // 2)``, shape
             ``(C, H, W)``, complex.
-        mask: Sampling mask, shape ``(W,)`` (lines along the columns) or ``(H, W)``, bool. Where None, a sample
-            counts as measured where any coil is not zero.
+        mask: Sampling mask, shape ``(W,)`` (lines along the columns), ``(H, 1)`` or ``(H, W)``, bool. Where None, a
+            sample counts as measured where any coil is not zero.
         calibration_size: Most rows and columns of the calibration region. The largest fully sampled
             rectangle within it is used.
         kernel_size: Rows and columns of a patch, :math:`k`.
         threshold: Singular values of the calibration matrix below this share of the largest are noise.
-        crop: Maps are 0 where the largest eigenvalue is below this: there is no object.
+        crop: Maps are 0 where the largest eigenvalue is below this (0.8 to 0.95 in other packages): there is no object.
+            A fixed point knows nothing of such pixels but what the denoiser makes of them; hence no crop by default.
 
     Returns:
         Coil sensitivity maps, shape ``(C, H, W)``, dtype and device of `kspace`; not differentiable.
@@ -198,9 +199,10 @@ def espirit_maps(
         sampled = (kspace != 0).any(0)
     elif mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, got {mask.dtype}")
-    elif mask.shape not in ((width,), (height, width)):
+    elif mask.shape not in ((width,), (height, 1), (height, width)):
         raise ValueError(
-            f"{name}: mask must be ({width},) or ({height}, {width}) as kspace is, got {tuple(mask.shape)}"
+            f"{name}: mask must be ({width},), ({height}, 1) or ({height}, {width}) as kspace is, got "
+            f"{tuple(mask.shape)}"
         )
     else:
         sampled = mask.expand(height, width)

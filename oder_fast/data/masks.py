@@ -58,7 +58,7 @@ def random_lines(
     .. math:: l = \mathrm{round}(n f), \qquad p = \frac{n / a - l}{n - l}
 
     so that :math:`l + (n - l) p = n / a` lines are expected for the acceleration :math:`a` and the centre
-    fraction :math:`f`; the number drawn varies around it.
+    fraction :math:`f`; the number drawn varies around it, and is never 0.
 
     Args:
         n: Lines along the phase encoding.
@@ -85,6 +85,8 @@ def random_lines(
     probability = (n / acceleration - lines) / (n - lines) if lines < n else 1.0
     mask = _uniform(n, generator) < probability
     mask[_center(n, lines)] = True
+    if not mask.any():
+        mask[n // 2] = True
     return mask
 
 

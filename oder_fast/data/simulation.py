@@ -63,8 +63,11 @@ def add_poisson_noise(sinogram: Tensor, photons: float, generator: torch.Generat
         Noisy line integrals, like `sinogram`.
 
     Raises:
+        TypeError: Where `sinogram` is not real.
         ValueError: Unless `photons` is finite and above 0.
     """
+    if not sinogram.is_floating_point():
+        raise TypeError(f"add_poisson_noise: sinogram must be real, got {sinogram.dtype}")
     if not (math.isfinite(photons) and photons > 0):
         raise ValueError(f"add_poisson_noise: photons must be a finite number above 0, got {photons}")
     device = sinogram.device if generator is None else generator.device

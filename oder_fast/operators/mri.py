@@ -25,7 +25,8 @@ class CartesianMRI(nn.Module):
 
     Args:
         coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch;
-            complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces.
+            complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces. Of
+            pixels where all of them are 0 nothing is measured: a fixed point has there what the denoiser keeps.
         mask: What is sampled, bool or 0 and 1: ``(W,)`` for lines with phase encoding along the last axis (as in
             fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; ``(B, 1, W)``,
             ``(B, H, 1)`` or ``(B, H, W)`` with a mask for each image of a batch.
@@ -248,7 +249,7 @@ class CartesianMRI(nn.Module):
             x: Images, shape ``(B, H, W)``.
             y: k-space of all coils, shape ``(B, C, H', W')``; None for zeros (the normal operator).
             blocks: int64 indices of the minibatch's coils, from `draw_blocks`.
-            prepared: Whether `y` comes from `prepare`; else it is prepared in each call.
+            prepared: Whether `y` comes from `prepare`; else it is converted in each call, and its values not checked.
         """
         self._check("image", x, self.image_shape)
         if y is not None and not prepared:

@@ -154,7 +154,8 @@ def train_fixed_point(
         The loss of each step.
 
     Raises:
-        ValueError: For a setting out of range.
+        TypeError: For real images where the model's are complex, or the reverse.
+        ValueError: For a setting out of range, or images of another shape.
         RuntimeError: Where the loss is no longer finite.
     """
 
@@ -166,6 +167,9 @@ def train_fixed_point(
                 f"train_fixed_point: make_batch must return true images of shape {tuple(image.shape)}, as the "
                 f"model does, got {tuple(truth.shape)}"
             )
+        if image.is_complex() != truth.is_complex():
+            kind = "complex" if image.is_complex() else "real"
+            raise TypeError(f"train_fixed_point: make_batch must return {kind} images, as the model does")
         difference = image - truth
         return (difference * difference.conj()).real.mean()
 
