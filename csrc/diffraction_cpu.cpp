@@ -219,21 +219,27 @@ struct Transfer {
   }
 };
 
+// What a thread works in. Rows are copied in and out whole: the slices' planes often lie a power of two apart, and
+// strided visits to all of them would meet in the same few lines of the cache.
 template <class T>
 struct Work {
+  int64_t slices, vectors;
   Cx<T>*h_here, *h_there;
-  Cx<T>*x_here, *x_there, *g_here, *g_there;  // [images, slices]
-  Work(int64_t images, int64_t slices) {
-    Cx<T>* next = static_cast<Cx<T>*>(kept<Work>(static_cast<size_t>((2 + 4 * images) * slices) * sizeof(Cx<T>)));
+  Cx<T>*x_here, *x_there, *g_here, *g_there;  // [images, vectors, slices]
+  Work(int64_t images, int64_t n_slices, int64_t n_vectors) : slices(n_slices), vectors(n_vectors) {
+    const int64_t rows = images * vectors * slices;
+    Cx<T>* next = static_cast<Cx<T>*>(kept<Work>(static_cast<size_t>(2 * slices + 4 * rows) * sizeof(Cx<T>)));
     for (Cx<T>** p : {&h_here, &h_there}) {
       *p = next;
       next += slices;
     }
     for (Cx<T>** p : {&x_here, &x_there, &g_here, &g_there}) {
       *p = next;
-      next += images * slices;
+      next += rows;
     }
   }
+  // Where the slices of an image and a vector of columns are.
+  int64_t at(int64_t image, int64_t j) const { return (image * vectors + j / lanes<T>)*slices; }
 };
 
 template <class T>
@@ -282,7 +288,7 @@ struct Diffraction {
     const int64_t groups = (batch + kImages - 1) / kImages;
 #pragma omp parallel num_threads(threads)
     {
-      Work<T> work(std::min(batch, kImages), scan.n_slices);
+      Work<T> work(std::min(batch, kImages), scan.n_slices, (columns + lanes<T> - 1) / lanes<T>);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < groups * scan.height; ++task) {
         const int64_t b = task / scan.height * kImages;
@@ -291,18 +297,37 @@ struct Diffraction {
     }
   }
 
-  void load_slices(const T* spectrum, const Row& row, const Columns& at, int64_t b, int64_t images, Work<T>& w) const {
+  void load_slices(const T* spectrum, const Row& row, int64_t b, int64_t images, Work<T>& w) const {
     for (int64_t n = 0; n < images; ++n) {
       for (int64_t z = 0; z < scan.n_slices; ++z) {
-        w.x_here[n * scan.n_slices + z] =
-            load_complex<T>(spectrum + spectrum_row(b + n, z, row.i) + 2 * at.j, at.valid);
-        w.x_there[n * scan.n_slices + z] = load_mirrored<T>(spectrum + spectrum_row(b + n, z, row.mirror), at);
+        const T* const here = spectrum + spectrum_row(b + n, z, row.i);
+        const T* const there = spectrum + spectrum_row(b + n, z, row.mirror);
+        for (int64_t j = 0; j < columns; j += lanes<T>) {
+          const Columns at = columns_at(j);
+          w.x_here[w.at(n, j) + z] = load_complex<T>(here + 2 * j, at.valid);
+          w.x_there[w.at(n, j) + z] = load_mirrored<T>(there, at);
+        }
+      }
+    }
+  }
+
+  void store_slices(T* spectrum, const Row& row, int64_t b, int64_t images, T factor, const Work<T>& w) const {
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t z = 0; z < scan.n_slices; ++z) {
+        T* const here = spectrum + spectrum_row(b + n, z, row.i);
+        T* const there = spectrum + spectrum_row(b + n, z, row.mirror);
+        for (int64_t j = 0; j < columns; j += lanes<T>) {
+          const Columns at = columns_at(j);
+          store_complex<T>(here + 2 * j, scaled<T>(w.g_here[w.at(n, j) + z], factor), at.valid);
+          store_mirrored<T>(there, at, scaled<T>(w.g_there[w.at(n, j) + z], factor));
+        }
+        if (columns < half) here[2 * columns] = here[2 * columns + 1] = T(0);
       }
     }
   }
 
   // t(u) + conj t(-u)
-  Cx<T> scattered(int64_t n, bool here, bool there, const Work<T>& w) const {
+  Cx<T> scattered(int64_t first, bool here, bool there, const Work<T>& w) const {
     // Products of real and of imaginary parts in sums of their own: shorter chains.
     Cx<T> sum{}, other{};
     const auto add = [&](const Cx<T>* h, const Cx<T>* x) {
@@ -313,8 +338,8 @@ struct Diffraction {
         other.im += h[z].im * x[z].re;
       }
     };
-    if (here) add(w.h_here, w.x_here + n * scan.n_slices);
-    if (there) add(w.h_there, w.x_there + n * scan.n_slices);
+    if (here) add(w.h_here, w.x_here + first);
+    if (there) add(w.h_there, w.x_there + first);
     return sum + other;
   }
 
@@ -329,16 +354,17 @@ struct Diffraction {
       }
       const std::vector<Active<T>> lights = active(row);
       if (lights.empty()) return;
+      load_slices(spectrum, row, b, images, w);
       for (int64_t j = 0; j < columns; j += lanes<T>) {
         const Columns at = columns_at(j);
-        load_slices(spectrum, row, at, b, images, w);
         for (const Active<T>& light : lights) {
           const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
           if (here) transfer.at(row, at, light, 1, w.h_here);
           if (there) transfer.at(row, at, light, -1, w.h_there);
           if (!here && !there) continue;
           for (int64_t n = 0; n < images; ++n) {
-            store_complex<T>(result + half_row(b + n, light.l, row.i) + 2 * j, scattered(n, here, there, w), at.valid);
+            store_complex<T>(result + half_row(b + n, light.l, row.i) + 2 * j, scattered(w.at(n, j), here, there, w),
+                             at.valid);
           }
         }
       }
@@ -352,50 +378,34 @@ struct Diffraction {
     const T factor = T(2) * static_cast<T>(scan.n_illuminations) / static_cast<T>(scan.n_used);
     for_rows(threads, [&](const Row& row, int64_t b, int64_t images, Work<T>& w) {
       const std::vector<Active<T>> lights = active(row);
-      for (int64_t j = 0; j < columns; j += lanes<T>) {
+      std::fill(w.g_here, w.g_here + w.at(images, 0), Cx<T>{});
+      std::fill(w.g_there, w.g_there + w.at(images, 0), Cx<T>{});
+      if (spectrum && !lights.empty()) load_slices(spectrum, row, b, images, w);
+      for (int64_t j = 0; j < columns && !lights.empty(); j += lanes<T>) {
         const Columns at = columns_at(j);
-        std::fill(w.g_here, w.g_here + images * slices, Cx<T>{});
-        std::fill(w.g_there, w.g_there + images * slices, Cx<T>{});
-        bool loaded = false;
         for (const Active<T>& light : lights) {
           const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
           if (!here && !there) continue;
-          if (spectrum && !loaded) load_slices(spectrum, row, at, b, images, w);
-          loaded = true;
           if (here) transfer.at(row, at, light, 1, w.h_here);
           if (there) transfer.at(row, at, light, -1, w.h_there);
           for (int64_t n = 0; n < images; ++n) {
+            const int64_t first = w.at(n, j);
             Cx<T> residual{};
-            if (data) residual = load_complex<T>(data + half_row(b + n, light.l, row.i) + 2 * j, at.valid);
-            if (spectrum) residual = scattered(n, here, there, w) - residual;
-            if (here) {
-              for (int64_t z = 0; z < slices; ++z) {
-                multiply_conjugate_add<T>(w.g_here[n * slices + z], w.h_here[z], residual);
-              }
+            if (data) {
+              const T* const p = data + half_row(b + n, light.l, row.i) + 2 * j;
+              residual = load_complex<T>(p, at.valid);
+              __builtin_prefetch(p + 4 * lanes<T>);
             }
-            if (there) {
-              for (int64_t z = 0; z < slices; ++z) {
-                multiply_conjugate_add<T>(w.g_there[n * slices + z], w.h_there[z], residual);
-              }
-            }
-          }
-        }
-        for (int64_t n = 0; n < images; ++n) {
-          for (int64_t z = 0; z < slices; ++z) {
-            store_complex<T>(result + spectrum_row(b + n, z, row.i) + 2 * j,
-                             scaled<T>(w.g_here[n * slices + z], factor), at.valid);
-            store_mirrored<T>(result + spectrum_row(b + n, z, row.mirror), at,
-                              scaled<T>(w.g_there[n * slices + z], factor));
+            if (spectrum) residual = scattered(first, here, there, w) - residual;
+            const auto add = [&](Cx<T>* g, const Cx<T>* h) {
+              for (int64_t z = 0; z < slices; ++z) multiply_conjugate_add<T>(g[z], h[z], residual);
+            };
+            if (here) add(w.g_here + first, w.h_here);
+            if (there) add(w.g_there + first, w.h_there);
           }
         }
       }
-      if (columns == half) return;
-      for (int64_t n = 0; n < images; ++n) {
-        for (int64_t z = 0; z < slices; ++z) {
-          T* const at_half = result + spectrum_row(b + n, z, row.i) + 2 * columns;
-          at_half[0] = at_half[1] = T(0);
-        }
-      }
+      store_slices(result, row, b, images, factor, w);
     });
   }
 };
@@ -412,55 +422,102 @@ struct Gram {
     return 2 * ((b * gram.n_slices + z) * gram.height + i) * gram.width;
   }
 
-  // Slices with slices at the same frequency: a Hermitian Toeplitz matrix.
-  void distances(int64_t b, int64_t i, Cx<T>* g, Cx<T>* x) const {
-    const int64_t slices = gram.n_slices;
-    const T* const first = static_cast<const T*>(gram.automatic) + 2 * i * gram.width;
-    for (int64_t j = 0; j < gram.width; j += lanes<T>) {
-      const int valid = static_cast<int>(std::min<int64_t>(lanes<T>, gram.width - j));
-      const auto load_at = [&](const T* p) { return load_complex<T>(p + 2 * j, valid); };
-      g[0] = load_at(first);
-      const auto used = (g[0].re != vec<T>{}) | (g[0].im != vec<T>{});
-      bool any = false;
-      for (int l = 0; l < lanes<T>; ++l) any |= used[l] != 0;
-      if (any) {
-        for (int64_t z = 1; z < slices; ++z) g[z] = load_at(first + 2 * z * gram.height * gram.width);
-        for (int64_t z = 0; z < slices; ++z) x[z] = load_at(spectrum + row_of(b, z, i));
-      }
-      for (int64_t y = 0; y < slices; ++y) {
-        Cx<T> sum{};
-        if (any) {
-          for (int64_t z = 0; z <= y; ++z) multiply_add<T>(sum, g[y - z], x[z]);
-          for (int64_t z = y + 1; z < slices; ++z) multiply_conjugate_add<T>(sum, g[z - y], x[z]);
-        }
-        if (data) sum = sum - load_at(data + row_of(b, y, i));
-        store_complex<T>(result + row_of(b, y, i) + 2 * j, sum, valid);
+  // Vectors of a row, the slices of each side by side: rows are copied whole, as in Work.
+  template <class Load>
+  void load_row(int64_t columns, Cx<T>* to, const Load& load_at) const {
+    for (int64_t z = 0; z < gram.n_slices; ++z) {
+      Cx<T>* p = to + z;
+      for (int64_t j = 0; j < columns; j += lanes<T>, p += gram.n_slices) {
+        *p = load_at(z, Columns{j, gram.width, static_cast<int>(std::min<int64_t>(lanes<T>, columns - j))});
       }
     }
   }
 
-  // What frequencies and their negatives bring to each other.
-  void mirror_images(int64_t b, int64_t k, Cx<T>* here, Cx<T>* there) const {
+  // Slices with slices at the same frequency: a Hermitian Toeplitz matrix. Vectors in no pupil are left out.
+  void distances(int64_t b, int64_t i, Cx<T>* g, Cx<T>* x, Cx<T>* out, std::vector<int64_t>& used) const {
+    const int64_t slices = gram.n_slices, plane = 2 * gram.height * gram.width;
+    const T* const first = static_cast<const T*>(gram.automatic) + 2 * i * gram.width;
+    used.clear();
+    for (int64_t j = 0; j < gram.width; j += lanes<T>) {
+      const T* const p = first + 2 * j;
+      if (std::any_of(p, p + 2 * std::min<int64_t>(lanes<T>, gram.width - j), [](T v) { return v != 0; })) {
+        used.push_back(j);
+      }
+    }
+    const auto valid = [&](int64_t j) { return static_cast<int>(std::min<int64_t>(lanes<T>, gram.width - j)); };
+    for (int64_t z = 0; z < slices; ++z) {
+      const T* const from = spectrum + row_of(b, z, i);
+      for (size_t v = 0; v < used.size(); ++v) {
+        g[v * slices + z] = load_complex<T>(first + z * plane + 2 * used[v], valid(used[v]));
+        x[v * slices + z] = load_complex<T>(from + 2 * used[v], valid(used[v]));
+      }
+    }
+    for (size_t v = 0; v < used.size(); ++v) {
+      const Cx<T>*const row = g + v * slices, *const in = x + v * slices;
+      for (int64_t y = 0; y < slices; ++y) {
+        // Products of real and of imaginary parts in sums of their own: shorter chains.
+        Cx<T> sum{}, below{}, above{};
+        const auto add = [&](const Cx<T>& a, const Cx<T>& value, Cx<T>& other) {
+          sum.re += a.re * value.re;
+          sum.im += a.re * value.im;
+          other.re += a.im * value.im;
+          other.im += a.im * value.re;
+        };
+        for (int64_t z = 0; z <= y; ++z) add(row[y - z], in[z], below);
+        for (int64_t z = y + 1; z < slices; ++z) add(row[z - y], in[z], above);
+        out[v * slices + y] = {sum.re - below.re + above.re, sum.im + below.im - above.im};
+      }
+    }
+    for (int64_t y = 0; y < slices; ++y) {
+      const T* const from = data ? data + row_of(b, y, i) : nullptr;
+      T* const to = result + row_of(b, y, i);
+      size_t v = 0;
+      for (int64_t j = 0; j < gram.width; j += lanes<T>) {
+        Cx<T> sum{};
+        if (v < used.size() && used[v] == j) sum = out[v++ * slices + y];
+        if (from) sum = sum - load_complex<T>(from + 2 * j, valid(j));
+        store_complex<T>(to + 2 * j, sum, valid(j));
+      }
+    }
+  }
+
+  // What frequencies and their negatives bring to each other: each matrix is read once for both.
+  void mirror_images(int64_t b, int64_t k, Cx<T>* here, Cx<T>* there, Cx<T>* sum) const {
     const int64_t slices = gram.n_slices, number = k - gram.rows / 2, plane = 2 * gram.rows * gram.columns;
     const int64_t i = number < 0 ? number + gram.height : number, mirror = mirrored(i, gram.height);
-    const T* const first = static_cast<const T*>(gram.pairs) + 2 * k * gram.columns;
-    for (int64_t j = 0; j < gram.columns; j += lanes<T>) {
-      const Columns at{j, gram.width, static_cast<int>(std::min<int64_t>(lanes<T>, gram.columns - j))};
-      for (int64_t z = 0; z < slices; ++z) {
-        here[z] = load_complex<T>(spectrum + row_of(b, z, i) + 2 * j, at.valid);
-        there[z] = load_mirrored<T>(spectrum + row_of(b, z, mirror), at);
+    const int64_t vectors = (gram.columns + lanes<T> - 1) / lanes<T>;
+    const auto columns_at = [&](int64_t v) {
+      const int64_t j = v * lanes<T>;
+      return Columns{j, gram.width, static_cast<int>(std::min<int64_t>(lanes<T>, gram.columns - j))};
+    };
+    for (int64_t z = 0; z < slices; ++z) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Columns at = columns_at(v);
+        here[z * vectors + v] = load_complex<T>(spectrum + row_of(b, z, i) + 2 * at.j, at.valid);
+        there[z * vectors + v] = load_mirrored<T>(spectrum + row_of(b, z, mirror), at);
       }
-      for (int64_t y = 0; y < slices; ++y) {
-        T* const p = result + row_of(b, y, i) + 2 * j;
-        T* const q = result + row_of(b, y, mirror);
-        Cx<T> sum = load_complex<T>(p, at.valid), mirror_sum = load_mirrored<T>(q, at);
-        for (int64_t z = 0; z < slices; ++z) {
-          const T* const m = first + 2 * j;
-          multiply_add<T>(sum, load_complex<T>(m + (y * slices + z) * plane, at.valid), there[z]);
-          multiply_conjugate_add<T>(mirror_sum, load_complex<T>(m + (z * slices + y) * plane, at.valid), here[z]);
+    }
+    Cx<T>* const mirror_sum = sum + slices * vectors;
+    std::fill(sum, mirror_sum + slices * vectors, Cx<T>{});
+    for (int64_t y = 0; y < slices; ++y) {
+      for (int64_t z = 0; z < slices; ++z) {
+        const T* const m = static_cast<const T*>(gram.pairs) + (y * slices + z) * plane + 2 * k * gram.columns;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const Columns at = columns_at(v);
+          const Cx<T> value = load_complex<T>(m + 2 * at.j, at.valid);
+          multiply_add<T>(sum[y * vectors + v], value, there[z * vectors + v]);
+          multiply_conjugate_add<T>(mirror_sum[z * vectors + v], value, here[y * vectors + v]);
         }
-        store_complex<T>(p, sum, at.valid);
-        store_mirrored<T>(q, at, mirror_sum);
+      }
+    }
+    for (int64_t y = 0; y < slices; ++y) {
+      T* const to = result + row_of(b, y, i);
+      T* const mirror_to = result + row_of(b, y, mirror);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Columns at = columns_at(v);
+        T* const p = to + 2 * at.j;
+        store_complex<T>(p, load_complex<T>(p, at.valid) + sum[y * vectors + v], at.valid);
+        store_mirrored<T>(mirror_to, at, load_mirrored<T>(mirror_to, at) + mirror_sum[y * vectors + v]);
       }
     }
   }
@@ -468,13 +525,17 @@ struct Gram {
   void run(int64_t batch, int threads) const {
 #pragma omp parallel num_threads(threads)
     {
-      Cx<T>* const a = static_cast<Cx<T>*>(kept<Gram>(static_cast<size_t>(2 * gram.n_slices) * sizeof(Cx<T>)));
-      Cx<T>* const b = a + gram.n_slices;
+      const int64_t row = (gram.width + lanes<T> - 1) / lanes<T> * gram.n_slices;
+      Cx<T>* const a = static_cast<Cx<T>*>(kept<Gram>(static_cast<size_t>(4 * row) * sizeof(Cx<T>)));
+      Cx<T>*const b = a + row, *const c = b + row;
+      std::vector<int64_t> used;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < batch * gram.height; ++task) distances(task / gram.height, task % gram.height, a, b);
+      for (int64_t task = 0; task < batch * gram.height; ++task) {
+        distances(task / gram.height, task % gram.height, a, b, c, used);
+      }
       // Two rows of opposite numbers write to different columns of both.
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < batch * gram.rows; ++task) mirror_images(task / gram.rows, task % gram.rows, a, b);
+      for (int64_t task = 0; task < batch * gram.rows; ++task) mirror_images(task / gram.rows, task % gram.rows, a, b, c);
     }
   }
 };

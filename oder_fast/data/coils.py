@@ -33,6 +33,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check_complex(name: str, argument: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(values).__name__}")
     if not values.is_complex():
         raise TypeError(f"{name}: {argument} must be complex, got {values.dtype}")
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 def check_size(operator: str, what: str, size: int, n: int) -> None:
     """Check the number of blocks of a minibatch."""
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= n:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{operator}: the size of a minibatch must be an int, got {type(size).__name__}")
+    if not 1 <= size <= n:
         raise ValueError(f"{operator}: a minibatch must have 1 to {n} {what}, got {size!r}")
 
 

@@ -397,8 +397,11 @@ def _read_mask(
             f"CartesianMRI: mask must have shape ({width},), ({height}, 1) or ({height}, {width}), as the images of "
             f"coil_maps, or (B, 1, {width}), (B, {height}, 1) or (B, {height}, {width}) for each of them; got {given}"
         )
-    if not bool(mask.flatten(1).any(1).all()):
-        raise ValueError("CartesianMRI: mask samples nothing")
+    empty = (~mask.flatten(1).any(1)).nonzero()
+    if len(empty):
+        raise ValueError(
+            f"CartesianMRI: mask samples nothing{f' of image {int(empty[0])}' if len(mask) > 1 else ''}"
+        )
     columns = mask.shape[1] > 1 and mask.shape[2] == 1
     for along in (-2, -1):
         first = mask.narrow(along, 0, 1)
