@@ -41,11 +41,11 @@ ODER_HD int64_t mirrored(int64_t i, int64_t n) { return i == 0 ? 0 : n - i; }
 // What one illumination brings to all frequencies of a row: the row's frequency is `sign` times that of row number k.
 template <class T>
 struct Illumination {
-  T row_term;           // u_row (u_row + 2 f_row)
-  T column, step;       // f_column, and sign times the distance of columns
-  T squared, root;      // |f|^2, sqrt(nu^2 - |f|^2)
-  T cutoff_squared;     // nu^2
-  T gain, scale;        // a / (2 pi s), s
+  T row_term;        // u_row (u_row + 2 f_row)
+  T column, step;    // f_column, and sign times the distance of columns
+  T squared, root;   // |f|^2, sqrt(nu^2 - |f|^2)
+  T cutoff_squared;  // nu^2
+  T gain, scale;     // a / (2 pi s), s
 
   Illumination() = default;
   ODER_HD Illumination(const DiffractionScan& scan, int64_t l, int64_t k, int sign) {

@@ -1,8 +1,8 @@
 // C++ face of diffraction: intensity diffraction tomography among spectra.
 //
 // Computes        half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z; the conjugate
-//                 transpose G_z = 2 sum_l conj(h_lz) S_l; and (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the same with all
-//                 illuminations through Gram matrices.
+//                 transpose G_z = 2 sum_l conj(h_lz) S_l; and (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the same with
+//                 all illuminations through Gram matrices.
 // Thread mapping  rows of the half plane of frequencies, the rows in turn to the next free thread. A vector of
 //                 frequencies u is kept with its mirror image -u, through all illuminations.
 // Shared memory   per thread the slices' X and G of two vectors, and one illumination's h: they stay in L1.
@@ -122,8 +122,7 @@ __attribute__((noinline, cold)) Cx<T> gather_mirrored(const T* row, const Column
 // The conjugates of a row of negative frequencies.
 template <class T>
 ODER_INLINE Cx<T> load_mirrored(const T* row, const Columns& at) {
-  return conjugate<T>(at.whole<T>() ? reversed<T>(load_complex<T>(row + 2 * at.last<T>()))
-                                    : gather_mirrored(row, at));
+  return conjugate<T>(at.whole<T>() ? reversed<T>(load_complex<T>(row + 2 * at.last<T>())) : gather_mirrored(row, at));
 }
 
 template <class T>
@@ -153,14 +152,6 @@ struct Interval {
   bool meets(int64_t j, int n) const { return begin < j + n && j < end && begin < end; }
 };
 
-// An illumination whose pupil meets a row, or with its mirror image the row of the negative frequencies.
-template <class T>
-struct Active {
-  int64_t l;
-  Interval here, there;
-  Illumination<T> light_here, light_there;
-};
-
 template <class T>
 ODER_INLINE index_vec<T> columns_of(int64_t j) {
   index_vec<T> columns;
@@ -176,47 +167,86 @@ ODER_INLINE Cx<T> keep(index_vec<T> inside, const Cx<T>& v) {
   return {keep<T>(inside, v.re), keep<T>(inside, v.im)};
 }
 
+// What the h of all slices at some columns follow from: amplitude and kappa, or with evenly spaced slices that of the
+// first and the factor from one to the next.
+template <class T>
+struct Start {
+  vec<T> gain, kappa;
+  Cx<T> first, step;
+};
+
+// An illumination whose pupil meets a row, or with its mirror image the row of the negative frequencies.
+template <class T>
+struct Active {
+  int64_t l;
+  Interval here, there;
+  Illumination<T> light_here, light_there;
+  Start<T> start_here, start_there;
+
+  index_vec<T> inside(index_vec<T> column, int sign) const {
+    const Interval& interval = sign > 0 ? here : there;
+    using Index = std::remove_reference_t<decltype(column[0])>;
+    return (column >= static_cast<Index>(interval.begin)) & (column < static_cast<Index>(interval.end));
+  }
+};
+
 template <class T>
 struct Transfer {
   const DiffractionScan& scan;
 
-  // The h of all slices at the frequencies of some columns (sign 1), or the conjugates of h at their negatives (-1).
-  void at(const Row& row, const Columns& columns, const Active<T>& light, int sign, Cx<T>* h) const {
-    const Interval& interval = sign > 0 ? light.here : light.there;
+  // Makes what the h at some columns follow from. All illuminations' come first, as they wait for nothing; the products
+  // that use them wait for each other.
+  void start(const Columns& columns, Active<T>& light, int sign) const {
+    if (scan.stored) return;
     const index_vec<T> column = columns_of<T>(columns.j);
-    using Index = std::remove_reference_t<decltype(column[0])>;
-    const index_vec<T> inside = (column >= static_cast<Index>(interval.begin)) & (column < static_cast<Index>(interval.end));
+    vec<T> j;
+    for (int l = 0; l < lanes<T>; ++l) j[l] = static_cast<T>(column[l]);
+    vec<T> kappa, gain;
+    wave_at(sign > 0 ? light.light_here : light.light_there, j, [](vec<T> a) { return sqrt_of(a); }, kappa, gain);
+    // conj(i e^{i p}) is -i e^{-i p}.
+    const index_vec<T> inside = light.inside(column, sign);
+    gain = keep<T>(inside, gain) * static_cast<T>(sign);
+    kappa = keep<T>(inside, kappa) * static_cast<T>(sign);
+    Start<T>& s = sign > 0 ? light.start_here : light.start_there;
+    s.gain = gain;
+    s.kappa = kappa;
+    if (scan.spacing == 0) return;
+    s.first = with_gain(gain, wave<T>(kappa * static_cast<T>(scan.first)));
+    s.step = wave<T>(kappa * static_cast<T>(scan.spacing));
+  }
+
+  // The h of all slices (sign 1), or the conjugates of h at the negative frequencies (-1).
+  void fill(const Row& row, const Columns& columns, const Active<T>& light, int sign, Cx<T>* h) const {
+    const int64_t n = scan.n_slices;
     if (scan.stored) {
+      const index_vec<T> inside = light.inside(columns_of<T>(columns.j), sign);
       const int64_t plane = 2 * scan.height * scan.width;
-      const T* const first = static_cast<const T*>(scan.transfer) + light.l * scan.n_slices * plane +
-                             2 * scan.width * (sign > 0 ? row.i : row.mirror);
-      for (int64_t z = 0; z < scan.n_slices; ++z) {
-        const T* const p = first + z * plane;
+      const T* p =
+          static_cast<const T*>(scan.transfer) + light.l * n * plane + 2 * scan.width * (sign > 0 ? row.i : row.mirror);
+      for (int64_t z = 0; z < n; ++z, p += plane) {
         const Cx<T> v = sign > 0 ? load_complex<T>(p + 2 * columns.j, columns.valid) : load_mirrored<T>(p, columns);
         h[z] = keep<T>(inside, v);
       }
       return;
     }
-    vec<T> j;
-    for (int l = 0; l < lanes<T>; ++l) j[l] = static_cast<T>(column[l]);
-    vec<T> kappa, gain;
-    wave_at(sign > 0 ? light.light_here : light.light_there, j, [](vec<T> a) { return sqrt_of(a); }, kappa, gain);
-    gain = keep<T>(inside, gain);
-    // conj(i e^{i p}) is -i e^{-i p}.
-    const T turn = static_cast<T>(sign);
-    kappa = keep<T>(inside, kappa) * turn;
-    const auto with_gain = [&](const Cx<T>& w) { return Cx<T>{-turn * gain * w.im, turn * gain * w.re}; };
+    const Start<T>& s = sign > 0 ? light.start_here : light.start_there;
     if (scan.spacing == 0) {
-      for (int64_t z = 0; z < scan.n_slices; ++z) h[z] = with_gain(wave<T>(kappa * static_cast<T>(scan.depths[z])));
+      for (int64_t z = 0; z < n; ++z) h[z] = with_gain(s.gain, wave<T>(s.kappa * static_cast<T>(scan.depths[z])));
       return;
     }
-    const Cx<T> step = wave<T>(kappa * static_cast<T>(scan.spacing));
-    Cx<T> w = with_gain(wave<T>(kappa * static_cast<T>(scan.first)));
-    for (int64_t z = 0; z < scan.n_slices; ++z) {
-      h[z] = w;
-      w = times<T>(w, step);
+    // Every other slice in a chain of its own.
+    const Cx<T> two = times<T>(s.step, s.step);
+    Cx<T> even = s.first, odd = times<T>(s.first, s.step);
+    for (int64_t z = 0; z + 1 < n; z += 2) {
+      h[z] = even;
+      h[z + 1] = odd;
+      even = times<T>(even, two);
+      odd = times<T>(odd, two);
     }
+    if (n % 2) h[n - 1] = even;
   }
+
+  static Cx<T> with_gain(vec<T> gain, const Cx<T>& w) { return {-gain * w.im, gain * w.re}; }
 };
 
 // What a thread works in. Rows are copied in and out whole: the slices' planes often lie a power of two apart, and
@@ -273,11 +303,13 @@ struct Diffraction {
       if (l < 0 || l >= scan.n_illuminations) continue;
       const Interval here = support(l, row.i, false), there = support(l, row.mirror, true);
       if (here.begin >= here.end && there.begin >= there.end) continue;
-      if (scan.stored) {
-        result.push_back({l, here, there, {}, {}});
-      } else {
-        result.push_back({l, here, there, {scan, l, row.number, 1}, {scan, l, row.number, -1}});
-      }
+      Active<T>& light = result.emplace_back();
+      light.l = l;
+      light.here = here;
+      light.there = there;
+      if (scan.stored) continue;
+      light.light_here = Illumination<T>(scan, l, row.number, 1);
+      light.light_there = Illumination<T>(scan, l, row.number, -1);
     }
     return result;
   }
@@ -326,6 +358,13 @@ struct Diffraction {
     }
   }
 
+  static void start(const Transfer<T>& transfer, const Columns& at, std::vector<Active<T>>& lights) {
+    for (Active<T>& light : lights) {
+      if (light.here.meets(at.j, at.valid)) transfer.start(at, light, 1);
+      if (light.there.meets(at.j, at.valid)) transfer.start(at, light, -1);
+    }
+  }
+
   // t(u) + conj t(-u)
   Cx<T> scattered(int64_t first, bool here, bool there, const Work<T>& w) const {
     // Products of real and of imaginary parts in sums of their own: shorter chains.
@@ -352,16 +391,17 @@ struct Diffraction {
           std::fill(to, to + 2 * half, T(0));
         }
       }
-      const std::vector<Active<T>> lights = active(row);
+      std::vector<Active<T>> lights = active(row);
       if (lights.empty()) return;
       load_slices(spectrum, row, b, images, w);
       for (int64_t j = 0; j < columns; j += lanes<T>) {
         const Columns at = columns_at(j);
+        start(transfer, at, lights);
         for (const Active<T>& light : lights) {
           const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
-          if (here) transfer.at(row, at, light, 1, w.h_here);
-          if (there) transfer.at(row, at, light, -1, w.h_there);
           if (!here && !there) continue;
+          if (here) transfer.fill(row, at, light, 1, w.h_here);
+          if (there) transfer.fill(row, at, light, -1, w.h_there);
           for (int64_t n = 0; n < images; ++n) {
             store_complex<T>(result + half_row(b + n, light.l, row.i) + 2 * j, scattered(w.at(n, j), here, there, w),
                              at.valid);
@@ -377,17 +417,18 @@ struct Diffraction {
     const int64_t slices = scan.n_slices;
     const T factor = T(2) * static_cast<T>(scan.n_illuminations) / static_cast<T>(scan.n_used);
     for_rows(threads, [&](const Row& row, int64_t b, int64_t images, Work<T>& w) {
-      const std::vector<Active<T>> lights = active(row);
+      std::vector<Active<T>> lights = active(row);
       std::fill(w.g_here, w.g_here + w.at(images, 0), Cx<T>{});
       std::fill(w.g_there, w.g_there + w.at(images, 0), Cx<T>{});
       if (spectrum && !lights.empty()) load_slices(spectrum, row, b, images, w);
       for (int64_t j = 0; j < columns && !lights.empty(); j += lanes<T>) {
         const Columns at = columns_at(j);
+        start(transfer, at, lights);
         for (const Active<T>& light : lights) {
           const bool here = light.here.meets(j, at.valid), there = light.there.meets(j, at.valid);
           if (!here && !there) continue;
-          if (here) transfer.at(row, at, light, 1, w.h_here);
-          if (there) transfer.at(row, at, light, -1, w.h_there);
+          if (here) transfer.fill(row, at, light, 1, w.h_here);
+          if (there) transfer.fill(row, at, light, -1, w.h_there);
           for (int64_t n = 0; n < images; ++n) {
             const int64_t first = w.at(n, j);
             Cx<T> residual{};
@@ -535,7 +576,8 @@ struct Gram {
       }
       // Two rows of opposite numbers write to different columns of both.
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < batch * gram.rows; ++task) mirror_images(task / gram.rows, task % gram.rows, a, b, c);
+      for (int64_t task = 0; task < batch * gram.rows; ++task)
+        mirror_images(task / gram.rows, task % gram.rows, a, b, c);
     }
   }
 };
@@ -577,7 +619,7 @@ void diffraction_gram(int dtype, const void* spectrum, const void* data, void* g
   with_dtype(dtype, [&](auto value) {
     using T = decltype(value);
     Gram<T>{gram, static_cast<const T*>(spectrum), static_cast<const T*>(data), static_cast<T*>(gradient)}.run(batch,
-                                                                                                            threads);
+                                                                                                               threads);
   });
 }
 
