@@ -3,12 +3,15 @@
 
 #include <limits>
 
+#include "diffraction_cuda.h"
 #include "fourier_cuda.h"
 #include "radon_cuda.h"
 
 namespace {
 
 namespace py = pybind11;
+using oder::DiffractionGram;
+using oder::DiffractionScan;
 using oder::FourierScan;
 using oder::RadonScan;
 using oder::RedOperands;
@@ -61,6 +64,36 @@ void def_fourier(py::module_& m, const char* name, Launch launch) {
                                narrow(n, "n"),
                                narrow(width, "width")};
         launch(first..., scan, at(stream));
+      },
+      release());
+}
+
+// The same of a scan in diffraction tomography.
+template <class... First, class Launch>
+void def_diffraction(py::module_& m, const char* name, Launch launch) {
+  m.def(
+      name,
+      [launch](int dtype, First... first, Address transfer, bool stored, Address depths, Address support,
+               Address blocks, int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude,
+               double first_depth, double spacing, int64_t batch, int64_t n_illuminations, int64_t n_slices,
+               int64_t height, int64_t width, Address stream) {
+        const DiffractionScan scan{at(transfer),
+                                   stored,
+                                   at<double>(depths),
+                                   at<int32_t>(support),
+                                   at<int64_t>(blocks),
+                                   narrow(n_used, "n_used"),
+                                   pixel_size,
+                                   cutoff,
+                                   scale,
+                                   amplitude,
+                                   first_depth,
+                                   spacing,
+                                   narrow(n_illuminations, "n_illuminations"),
+                                   narrow(n_slices, "n_slices"),
+                                   narrow(height, "height"),
+                                   narrow(width, "width")};
+        launch(dtype, at(first)..., narrow(batch, "batch"), scan, at(stream));
       },
       release());
 }
@@ -160,4 +193,22 @@ PYBIND11_MODULE(ODER_MODULE, m) {
             n_partials};
         oder::fourier_red_update(dtype, at(image), at(samples), red, scan, stream);
       });
+
+  def_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
+  def_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);
+  def_diffraction<Address, Address, Address>(m, "diffraction_gradient", oder::diffraction_gradient);
+  m.def(
+      "diffraction_gram",
+      [](int dtype, Address spectrum, Address data, Address gradient, Address automatic, Address pairs, int64_t batch,
+         int64_t n_slices, int64_t height, int64_t width, int64_t rows, int64_t columns, Address stream) {
+        const DiffractionGram gram{at(automatic),
+                                   at(pairs),
+                                   narrow(n_slices, "n_slices"),
+                                   narrow(height, "height"),
+                                   narrow(width, "width"),
+                                   narrow(rows, "rows"),
+                                   narrow(columns, "columns")};
+        oder::diffraction_gram(dtype, at(spectrum), at(data), at(gradient), gram, narrow(batch, "batch"), at(stream));
+      },
+      release());
 }

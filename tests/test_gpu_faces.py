@@ -119,6 +119,16 @@ FOURIER_TILED = (
     {"image": (1, 3, 1600), "coils": 2, "points": True},
     {"image": (2, 2, 323), "coils": 2, "points": True, "own": True},
 )
+# Two blocks across a row and two chunks of illuminations; one group of slices, two, and three parts of them; depths of
+# their own and functions in memory, all of them and parts.
+DIFFRACTION_TILED = (
+    {"image": (1, 3, 4, 300), "lights": 70},
+    {"image": (2, 8, 9, 12), "lights": 5},
+    {"image": (1, 34, 5, 11), "lights": 3},
+    {"image": (1, 5, 7, 10), "lights": 3, "uneven": True},
+    {"image": (1, 20, 6, 11), "lights": 2, "uneven": True},
+    {"image": (1, 18, 10, 7), "lights": 2, "stored": True},
+)
 
 
 SHAPES = pytest.mark.parametrize(
@@ -143,7 +153,10 @@ def tiled(stem, shapes):
     ]
 
 
-@pytest.mark.parametrize(("case", "shape"), tiled("radon", TILED) + tiled("fourier", FOURIER_TILED))
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    tiled("radon", TILED) + tiled("fourier", FOURIER_TILED) + tiled("diffraction", DIFFRACTION_TILED),
+)
 def test_cuda_tiles(case, shape, face, generator):
     compare(case, shape, case.dtype, face.backend, generator)
     if shape is COPIED_BY_FOURS:
@@ -158,6 +171,12 @@ def test_cuda_refuses_what_exceeds_shared_memory(face):
     mask = torch.ones(1, 1, 9000, dtype=torch.bool)
     with pytest.raises(ValueError, match="length 9000 does not fit into shared memory"):
         oder_fast.ops.fourier_gradient(image.mT, None, image.mT[None], mask, backend=face.backend)
+    volume, depths = torch.zeros(1, 8193, 1, 1, dtype=torch.complex64), torch.zeros(8193).double()
+    light, support = torch.zeros(1, 2).double(), torch.tensor([[[0, 1]]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="at most 8192 unevenly spaced slices, got 8193"):
+        oder_fast.ops.diffraction_forward(
+            volume, light, depths, support, oder_fast.ops.Optics(0.4, 2.0, 1.0, 1.0), backend=face.backend
+        )
 
 
 def test_cuda_white_noise_at_full_size(face, generator):
@@ -210,6 +229,12 @@ TINY = {
         {"image": (2, 3, 60), "coils": 11, "axis": -1},
         {"image": (2, 29, 5), "coils": 3, "own": True},
         {"image": (2, 15, 12), "coils": 2, "points": True, "own": True},
+    ),
+    # Two chunks of illuminations; two blocks across a row and two parts of the slices; depths of their own.
+    "diffraction": (
+        {"image": (2, 5, 6, 10), "lights": 70},
+        {"image": (1, 17, 5, 140), "lights": 3},
+        {"image": (1, 9, 7, 6), "lights": 2, "uneven": True},
     ),
 }
 
@@ -268,6 +293,24 @@ SPOILED = (
     ("first_column + j >= width", "first_column + j >= width - 1"),
     ("m < width", "m < width - 1"),
     ("row < lanes && first_row + row < n", "row < lanes && first_row + row < n - 1"),
+    ("j < common.columns", "j < common.columns - 1"),
+    ("j + 1 == common.columns", "j + 2 == common.columns"),
+    ("mirrored(j, scan.width)", "mirrored(j, scan.width) - (j > 1)"),
+    ("mirrored(j, gram.width)", "mirrored(j, gram.width) - (j > 1)"),
+    ("first + thread < n_used", "first + thread < n_used - 1"),
+    ("m < count", "m < count - 1"),
+    ("z < n_depths", "z < n_depths - 1"),
+    ("group >= n", "group >= n - 1"),
+    ("group >= slices", "group >= slices - 1"),
+    ("z >= 0", "z > 0"),
+    ("k < slices", "k < slices - 1"),
+    ("k >= slices", "k >= slices - 1"),
+    ("i >= height", "i >= height - 1"),
+    ("j < gram.columns", "j < gram.columns - 1"),
+    ("k < gram.rows", "k < gram.rows - 1"),
+    ("apart < n", "apart < n - 1"),
+    ("y < n && z < n", "y < n && z < n - 1"),
+    ("y0 + y >= n", "y0 + y >= n - 1"),
 )
 PLANTED = """
 inline void wait_in_vain() { __syncthreads(); }
@@ -306,7 +349,7 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
         return text
 
     module = cuda_host.build(change)
-    assert len(sites) == len(SPOILED) + 21
+    assert len(sites) == len(SPOILED) + 23
     right = {stem: outcomes(module, monkeypatch, ORDERS[0], [stem]) for stem in TINY}
     assert not any(isinstance(r, Exception) for found in right.values() for r in found)
     missed = []
@@ -325,7 +368,9 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: nothing to compile with")
-@pytest.mark.parametrize(("stem", "kernels"), [("radon", 27), ("red_update", 4), ("fourier", 3)])
+@pytest.mark.parametrize(
+    ("stem", "kernels"), [("radon", 27), ("red_update", 4), ("fourier", 3), ("diffraction", 6)]
+)
 def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
     command = ["nvcc", "--threads=2", "-std=c++17", "-O3", "-Xptxas=-v", *architectures]
@@ -340,8 +385,13 @@ def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
     assert len(registers) >= 3 * kernels
     assert set(spills) == {("0", "0")}
     assert "warning" not in report
-    # Three blocks of 256 threads share the 65536 registers of a multiprocessor; two of one kernel with long radices.
-    if stem != "red_update":
+    # Blocks of 512 threads in all share the 65536 registers of a multiprocessor; 384 where parts of the slices are
+    # summed.
+    if stem == "diffraction":
+        assert sum(n > 128 for n in registers) <= 9
+        assert max(registers) <= 168
+    # Three blocks of 256 threads do; two of one kernel with long radices.
+    elif stem != "red_update":
         assert sum(n > 80 for n in registers) == (3 if stem == "fourier" else 0)
         assert max(registers) <= 128
 
@@ -389,6 +439,8 @@ def test_triton_compiles_ahead_of_time(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["kernel"] for row in rows} == {
+        "_diffraction_kernel",
+        "_diffraction_gram_kernel",
         "_radon_views_kernel",
         "_radon_project_kernel",
         "_radon_gather_kernel",
@@ -491,6 +543,47 @@ def test_coils_and_lines_out_of_range_count_as_nothing(axis, backend, use, gener
         assert relative_error(step, image - 0.1 * alone) < 2e-6
         assert relative_error(forward, oder_fast.ops.fourier_forward(image, maps, sampling, **options)) < 2e-6
         assert relative_error(back, oder_fast.ops.fourier_adjoint(data, maps, sampling, **options)) < 2e-6
+
+
+@BOTH
+def test_illuminations_out_of_range_count_as_zero(backend, use, generator):
+    case = next(c for c in CASES if c.name == "diffraction_gradient")
+    args, _ = case.make_inputs({"image": (2, 2, 6, 8), "lights": 3}, torch.complex64, "cpu", generator)
+    image, spectra, transfer, depths, support, _, optics = args
+    blocks = torch.tensor([7, 2, -1, 10**12])
+    with use(backend):
+        got = torch.ops.oder_fast.diffraction_gradient(
+            image, spectra, transfer, depths, support, blocks, optics, backend
+        )
+    wide = (image.to(torch.complex128), spectra.to(torch.complex128), transfer, depths, support)
+    alone = oder_fast.ops.diffraction_gradient(*wide, blocks[1:2], optics, backend="reference") / 4
+    assert relative_error(got, alone) < 2e-6
+
+
+@BOTH
+def test_gram_matrices_of_any_numbers(backend, use, generator):
+    """Whole planes of them, half the sampling rate included, which no pupil would hold."""
+
+    def draw(*size):
+        return torch.randn(*size, dtype=torch.complex64, generator=generator)
+
+    for n, height, width, rows, columns in (
+        (3, 6, 8, 5, 4),
+        (9, 5, 7, 5, 4),
+        (1, 4, 6, 1, 1),
+        (2, 1, 5, 1, 3),
+        (2, 6, 1, 3, 1),
+    ):
+        args = (
+            draw(2, n, height, width),
+            draw(n, height, width),
+            draw(n, n, rows, columns),
+            draw(2, n, height, width),
+        )
+        with use(backend):
+            got = oder_fast.ops.diffraction_gram(*args, backend=backend)
+        expected = oder_fast.ops.diffraction_gram(*map(operators.widen, args), backend="reference")
+        assert relative_error(got, expected) < 2e-6
 
 
 @BOTH

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import triton
-from oder_fast.kernels import fourier, radon, red_update
+from oder_fast.kernels import diffraction, fourier, radon, red_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -16,6 +16,7 @@ INTEGERS = dict.fromkeys(
     ("n_views", "n_used", "height", "width", "n_bins", "reach", "n_partials", "n", "n_coils", "n_lines"),
     "i32",
 )
+INTEGERS |= dict.fromkeys(("n_illuminations", "n_slices", "rows", "columns"), "i32")
 FOURIER = dict.fromkeys(
     ("maps_batch", "lines_batch", "mask_batch", "image_row", "image_column", "source_row", "source_column"),
     "i32",
@@ -27,8 +28,11 @@ TYPES = {
     **dict.fromkeys(("angles", "table", "step_size", "tau", "momentum", "partials", "reductions"), "*fp64"),
     **FOURIER,
     **dict.fromkeys(("views", "coils", "lines"), "*i64"),
+    **dict.fromkeys(("row_step", "column_step", "cutoff_squared", "gain", "scale", "factor"), "fp32"),
+    "depths": "*fp64",
+    "support": "*i32",
+    "blocks": "*i64",
     "mask": "*u8",
-    "scale": "fp32",
 }
 # Launching makes sizes of one constants; they must compile too.
 ONES = {name: 1 for name in INTEGERS if name != "reach"}
@@ -85,6 +89,15 @@ def main() -> None:
             rows.append(
                 compile_one(fourier._fourier_combine_kernel, "*fp32", taken | RED, fourier.STAGES, **types)
             )
+        for n_slices in (1, 8):
+            edges = diffraction.edges(n_slices) | sizes
+            # Forward, adjoint and gradient; frequencies of illuminations, and functions in memory.
+            for image, data, stored in ((True, False, False), (False, True, True), (True, True, False)):
+                taken = {"IMAGE": image, "DATA": data, "FORWARD": not data, "STORED": stored, "ALL": stored}
+                types = {"transfer": "*fp32" if stored else "*fp64"}
+                rows.append(compile_one(diffraction._diffraction_kernel, "*fp32", edges | taken, **types))
+            taken = edges | {"DATA": True}
+            rows.append(compile_one(diffraction._diffraction_gram_kernel, "*fp32", taken))
         for storage in ("*fp32", "*bf16", "*fp16"):
             data = {"DATA": True, "ALL": False}
             rows.append(compile_one(radon._radon_project_kernel, storage, shared | sizes | data))
