@@ -409,8 +409,9 @@ def _diffraction_gram_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     image = _draw(shape["image"], dtype, device, generator)
-    scan = _diffraction_scan({**shape, "stored": False, "uneven": False}, dtype, device, generator)
-    auto, pairs = ops.gram_matrices(*scan, image.shape[-1])
+    even = {**shape, "stored": False, "uneven": False}
+    transfer, depths, support, optics = _diffraction_scan(even, dtype, device, generator)
+    auto, pairs = ops.gram_matrices(transfer, depths, support, optics, image.shape[-1])
     spectrum = _draw(shape["image"], dtype, device, generator)
     return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
 

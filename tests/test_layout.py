@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": {"deqred", "denoisers", "data", "fixed_point"},
     "cli": {"_demo", "training", "deqred", "fixed_point", "operators", "denoisers", "data"},
     "_demo": {"training", "deqred", "fixed_point", "operators", "denoisers", "data"},
-    "testing": {"ops"},
+    "testing": {"ops", "operators", "reference"},
 }
 
 
