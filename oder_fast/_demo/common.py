@@ -433,17 +433,18 @@ def _figure(result: Result) -> Any:
         name = row.name if row.converged else f"{row.name} (not converged)"
         quality.plot(range(len(row.trace)), row.trace, label=name, **style)
         convergence.semilogy(*row.residuals, label=name, **style)
+        # Steps are of different lengths, and residuals are as long as a step.
+        convergence.axhline(row.tolerance, color=style["color"], linestyle=":")
     quality.axhline(direct.psnr, color="gray", linestyle=":", label=direct.name)
     quality.set(
         xlabel="iteration",
         ylabel="PSNR (dB)",
         title="Quality along the iterations (it may peak before the fixed point)",
     )
-    convergence.axhline(oder.tolerance, color="gray", linestyle=":", label="tolerance")
     convergence.set(
         xlabel="iteration",
         ylabel="|T(x) - x| / |T(x)|",
-        title="Distance from the fixed point, all measurements",
+        title="Distance from the fixed point, all measurements (dotted: wanted)",
     )
     for axis in (quality, convergence):
         axis.grid(alpha=0.3)
