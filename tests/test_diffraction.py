@@ -116,6 +116,21 @@ def test_gram_matrices_give_the_full_gradient(size, n, face, generator):
         assert relative_error(result.cpu(), expected) < (1e-12 if dtype == torch.complex128 else 2e-6)
 
 
+def test_a_spacing_and_any_support_mean_the_same_on_all_faces(face, generator):
+    """Depths follow from the spacing; half the sampling rate and what lies beyond is in no pupil."""
+    idt = scan(16, 18)
+    dtype = next(d for d in face.dtypes if d.is_complex)
+    x = draw(1, *idt.image_shape, dtype=dtype, generator=generator)
+    support = idt.support.clone()
+    support[0, 0], support[1, 3] = torch.tensor([-1000, 1000]), torch.tensor([-9, 9])
+    transfer = 0.1 * idt.transfer
+    args = (transfer, 2 * idt.depths, support)
+    expected = diffraction_forward(x.to(torch.complex128), *args, idt.optics, backend="reference")
+    args = [t.to(face.device) for t in args]
+    result = diffraction_forward(x.to(face.device), *args, idt.optics, backend=face.backend)
+    assert relative_error(result.cpu(), expected) < 2e-6
+
+
 def test_frequencies_in_no_pupil_give_zero(face, generator):
     idt = scan(20, 24, lights=1)
     dtype = next(d for d in face.dtypes if d.is_complex)
@@ -159,6 +174,8 @@ def test_indices_out_of_range_are_refused():
         ({"support": torch.zeros(5, 16, 2)}, TypeError, "support must be int32"),
         ({"support": torch.zeros(4, 16, 2, dtype=torch.int32)}, ValueError, "support must have shape"),
         ({"optics": (1.0, 2.0)}, ValueError, "optics must be"),
+        ({"optics": (1.0, 2.0, 1.0, float("nan"), 0.0, 0.0)}, ValueError, "optics must be finite"),
+        ({"optics": (0.0, 2.0, 1.0, 1.0, 0.0, 0.0)}, ValueError, "optics must be finite"),
     ],
 )
 def test_bad_arguments(change, error, reason):

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -245,6 +246,8 @@ def test_minibatches_reach_the_fixed_point(generator):
         ({"depths": [1.0, float("nan")]}, ValueError, "depths must be finite"),
         ({"depths": [1.0, 0.0]}, ValueError, "depths must grow"),
         ({"depths": [1.0]}, ValueError, "needs a thickness"),
+        ({"lights": (torch.zeros(2, 2), torch.zeros(2))}, TypeError, "of a tuple of two give the first"),
+        ({"depths": torch.tensor([1j, 2j])}, TypeError, "depths must be real numbers"),
         ({"depths": "deep"}, TypeError, "depths must be numbers"),
         ({"thickness": 0.0}, ValueError, "thickness must be a finite number above 0"),
         ({"lights": torch.zeros(3)}, ValueError, "illuminations must have shape"),
@@ -261,7 +264,11 @@ def test_minibatches_reach_the_fixed_point(generator):
         ({"numerical_aperture": 1.4}, ValueError, "numerical_aperture must be below medium_index"),
         ({"axial": "paper"}, ValueError, "axial must be"),
         ({"gram": "yes"}, ValueError, "gram must be"),
-        ({"transfer_functions": torch.zeros(9, 3, 20, 18)}, TypeError, "must be a complex"),
+        (
+            {"transfer_functions": torch.zeros(9, 3, 20, 18)},
+            TypeError,
+            "must be a complex64 or complex128 tensor",
+        ),
         ({"transfer_functions": torch.zeros(9, 3, 20, 17) * 1j}, ValueError, "must have shape"),
     ],
 )
@@ -289,6 +296,39 @@ def test_bad_data(generator):
     for call in (idt.prepare, idt.prepare_full_batch, idt.initial):
         with pytest.raises(ValueError, match="must be finite"):
             call(y)
+
+
+def test_data_of_another_form_are_refused(generator):
+    idt = build()
+    x, y = pair(idt, generator)
+    for bad in (y, x[:, :1], y.numpy()):
+        with pytest.raises(ValueError, match="y must come from prepare"):
+            idt.gradient(x, bad, prepared=True)
+    with pytest.raises(ValueError, match="at least one image"):
+        idt.prepare(y[:0])
+    with pytest.raises(TypeError, match="single or double precision"):
+        idt.prepare(y.half())
+    with pytest.raises(ValueError, match="weight is too small"):
+        idt.tikhonov(y, 1e-300)
+    stored = build(transfer_functions=torch.ones(9, 3, 20, 18, dtype=torch.complex128))
+    with pytest.raises(TypeError, match=r"call \.to\(torch.float32\) on the operator"):
+        stored.adjoint(y.float())
+    for name in ("refractive_index", "contrast"):
+        with pytest.raises(TypeError, match="must be a real or complex"):
+            getattr(idt, name)(1.33)
+    assert idt.refractive_index(torch.tensor(-3.0)).imag > 0
+
+
+def test_numbers_of_numpy_are_numbers():
+    expected = build()
+    options = {name: np.float32(value) for name, value in OPTICS.items()}
+    idt = DiffractionTomography((np.int64(20), 18), np.array([-3.0, 0.0, 3.0]), led_ring(6, 0.3), **options)
+    assert idt.optics == pytest.approx(expected.optics, rel=1e-6)
+
+
+def test_mixed_units_are_noticed():
+    with pytest.warns(UserWarning, match="in micrometres"):
+        build(wavelength=600.0)
 
 
 def test_coarse_pixels_are_noticed():

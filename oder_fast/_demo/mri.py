@@ -167,7 +167,9 @@ def _maps(settings: Settings, kspace: Tensor, mask: Tensor) -> Tensor:
     try:
         return espirit_maps(kspace, mask)
     except ValueError as error:
-        raise common.BadInputError(f"--estimate-maps: {error}; lower --acceleration or raise --size") from error
+        raise common.BadInputError(
+            f"--estimate-maps: {error}; lower --acceleration or raise --size"
+        ) from error
 
 
 def _model(

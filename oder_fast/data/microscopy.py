@@ -102,6 +102,7 @@ def led_ring(n: int, numerical_aperture: float, *, start: float = 0.0) -> Tensor
         Direction sines in air, rows and columns (no unit), shape ``(n, 2)``, float64.
 
     Raises:
+        TypeError: Where `n` is no int.
         ValueError: For an argument out of range.
 
     Example:
@@ -111,6 +112,8 @@ def led_ring(n: int, numerical_aperture: float, *, start: float = 0.0) -> Tensor
                 [0.0000, 0.5000],
                 [0.5000, 0.0000]], dtype=torch.float64)
     """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"led_ring: n must be an int, got {type(n).__name__}")
     if n < 1:
         raise ValueError(f"led_ring: n must be at least 1, got {n}")
     _check_positive("led_ring", numerical_aperture=numerical_aperture)

@@ -193,6 +193,9 @@ def beam_propagation(
         Optica 7 (2020): scattering by slices with the obliquity of Green's function, here to all orders.
     """
     op = "beam_propagation"
+    # Plain numbers: of NumPy's in single precision torch drops the imaginary part of what they make.
+    pixel_size, wavelength = float(pixel_size), float(wavelength)
+    numerical_aperture, medium_index = float(numerical_aperture), float(medium_index)
     lengths = {
         "pixel_size": pixel_size,
         "wavelength": wavelength,
@@ -208,6 +211,7 @@ def beam_propagation(
                 f"{depths.tolist()}"
             )
         thickness = sum(gaps) / len(gaps)
+    thickness = float(thickness)
     if not (math.isfinite(thickness) and thickness > 0):
         raise ValueError(f"{op}: thickness must be a finite number above 0, got {thickness}")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +109,17 @@ class DiffractionTomography(nn.Module):
         height, width = _read_size(image_size)
         z = _read_numbers("depths", depths, (None,))
         s = _read_numbers("illuminations", illuminations, (None, 2))
-        for name, value in (
-            ("pixel_size", pixel_size),
-            ("wavelength", wavelength),
-            ("numerical_aperture", numerical_aperture),
-            ("medium_index", medium_index),
-            ("magnification", magnification),
-        ):
-            _check_positive(name, value)
+        pixel_size = _positive("pixel_size", pixel_size)
+        wavelength = _positive("wavelength", wavelength)
+        numerical_aperture = _positive("numerical_aperture", numerical_aperture)
+        medium_index = _positive("medium_index", medium_index)
+        magnification = _positive("magnification", magnification)
         if bool((z.diff() <= 0).any()):
-            raise ValueError("DiffractionTomography: depths must grow from slice to slice")
+            at = int((z.diff() <= 0).nonzero()[0])
+            raise ValueError(
+                f"DiffractionTomography: depths must grow from slice to slice, got {float(z[at]):g} before "
+                f"{float(z[at + 1]):g}"
+            )
         if numerical_aperture >= medium_index:
             raise ValueError(
                 f"DiffractionTomography: numerical_aperture must be below medium_index, {medium_index}, got "
@@ -138,7 +140,7 @@ class DiffractionTomography(nn.Module):
             if len(z) == 1:
                 raise ValueError("DiffractionTomography: one slice alone needs a thickness")
             thickness = float(z[-1] - z[0]) / (len(z) - 1)
-        _check_positive("thickness", thickness)
+        thickness = _positive("thickness", thickness)
         spacing = float(z[-1] - z[0]) / (len(z) - 1) if len(z) > 1 else thickness
         even = bool((z.diff() - spacing).abs().max() <= 1e-6 * spacing) if len(z) > 1 else True
         sample = pixel_size / magnification
@@ -150,14 +152,14 @@ class DiffractionTomography(nn.Module):
             first=float(z[0]),
             spacing=spacing if even else 0.0,
         )
-        self.medium_index = float(medium_index)
+        self.medium_index = medium_index
         self.image_shape = (len(z), height, width)
         self.backend = backend
         radius = numerical_aperture * (1 + ROUNDING) / wavelength
         if transfer_functions is None:
             support = _pupils(s / wavelength, radius, height, width, sample)
             transfer = s / wavelength
-            _warn_of_aliases(s / wavelength, radius, sample)
+            _warn_of_sampling(s / wavelength, radius, sample, support)
         else:
             transfer = _read_functions(transfer_functions, (len(s), *self.image_shape))
             support = _extent(transfer)
@@ -180,6 +182,10 @@ class DiffractionTomography(nn.Module):
             self._buffers[name] = value.to(like.device, dtype)
         self._matrices = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gram matrices are large, and built again when they are needed.
+        return self.__dict__ | {"_matrices": None}
 
     def extra_repr(self) -> str:
         """Tell the sizes."""
@@ -217,6 +223,16 @@ class DiffractionTomography(nn.Module):
         if value.is_complex() != is_complex or not (is_complex or value.is_floating_point()):
             kind = "complex" if is_complex else "real"
             raise TypeError(f"DiffractionTomography: {name} must be {kind}, got {value.dtype}")
+        precision = value.real.dtype
+        if precision not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"DiffractionTomography: {name} must be in single or double precision, got {value.dtype}"
+            )
+        if self.transfer.is_complex() and self.transfer.real.dtype != precision:
+            raise TypeError(
+                f"DiffractionTomography: {name} is {value.dtype} and transfer_functions {self.transfer.dtype}; "
+                f"call .to({precision}) on the operator"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Image contrasts ``(B, Z, H, W)``: intensities ``(B, L, H, W)`` minus 1."""
@@ -261,6 +277,10 @@ class DiffractionTomography(nn.Module):
 
     def _check_data(self, y: Tensor) -> None:
         self._check("intensities", y, self.data_shape, is_complex=False)
+        if y.shape[0] == 0:
+            raise ValueError(
+                f"DiffractionTomography: intensities must hold at least one image, got {tuple(y.shape)}"
+            )
         if not torch.compiler.is_compiling() and not bool(y.detach().isfinite().all()):
             raise ValueError("DiffractionTomography: intensities must be finite, got NaN or infinite ones")
 
@@ -278,15 +298,28 @@ class DiffractionTomography(nn.Module):
         self._check("image", x, self.image_shape, is_complex=True)
         if y is not None and not prepared:
             y = self.prepare_full_batch(y) if blocks is None else self.prepare(y)
-        of_adjoint = y is not None and y.shape[-1] == x.shape[-1]
+        of_adjoint = self._is_of_adjoint(y)
         if blocks is None and self.gram and (y is None or of_adjoint):
             return ops.diffraction_gram(x, *self._gram_matrices(x), y, backend=self.backend)
         if of_adjoint:
             raise ValueError(
-                "DiffractionTomography: data from prepare_full_batch are for all illuminations; minibatches need "
-                "those of prepare"
+                "DiffractionTomography: data from prepare_full_batch are for Gram matrices and all illuminations; "
+                "minibatches need those of prepare"
             )
         return ops.diffraction_gradient(x, y, *self._scan, blocks, self.optics, backend=self.backend)
+
+    def _is_of_adjoint(self, y: Tensor | None) -> bool:
+        """Tell prepared data for full batches from those for minibatches."""
+        if y is None:
+            return False
+        n, height, width = self.image_shape
+        of_adjoint, spectra = (n, height, width), (self.n_blocks, height, width // 2 + 1)
+        if not isinstance(y, Tensor) or not y.is_complex() or tuple(y.shape[1:]) not in (of_adjoint, spectra):
+            got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"DiffractionTomography: y must come from prepare or prepare_full_batch, got {got}"
+            )
+        return tuple(y.shape[1:]) == of_adjoint
 
     def _gram_matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Gram matrices, built when they are first needed."""
@@ -383,7 +416,7 @@ class DiffractionTomography(nn.Module):
             ValueError: For a shape that does not fit, or a weight that is not above 0.
         """
         self._check_data(y)
-        _check_positive("weight", weight)
+        weight = _positive("weight", weight)
         right = torch.fft.fft2(self.adjoint(y), norm="ortho")
         n, height, width = self.image_shape
         half = (width + 1) // 2
@@ -397,7 +430,13 @@ class DiffractionTomography(nn.Module):
             both = torch.cat((right[:, :, i, j], right[:, :, mirror_i, mirror_j].conj()), 1)
             matrix = self._normal_matrices(i, j)
             matrix = matrix + weight * torch.eye(2 * n, dtype=matrix.dtype, device=matrix.device)
-            solved = torch.linalg.solve(matrix, both.permute(2, 1, 0).to(matrix.dtype)).to(right.dtype)
+            try:
+                solved = torch.linalg.solve(matrix, both.permute(2, 1, 0).to(matrix.dtype)).to(right.dtype)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"DiffractionTomography: weight is too small for the matrices to be inverted, got {weight:g}; "
+                    f"compare norm_squared(), {self.norm_squared():.3g}"
+                ) from error
             here, there = solved.permute(2, 1, 0).split(n, 1)
             solution = solution.index_put(_at(solution, mirror_i, mirror_j), there.conj())
             solution = solution.index_put(_at(solution, i, j), here)
@@ -406,14 +445,18 @@ class DiffractionTomography(nn.Module):
 
     def refractive_index(self, contrast: Tensor) -> Tensor:
         r"""Return the complex refractive index :math:`n = \sqrt{n_0^2 + x}` of permittivity contrasts."""
-        return (self.medium_index**2 + contrast).sqrt()
+        return (self.medium_index**2 + _complex("contrast", contrast)).sqrt()
 
     def contrast(self, refractive_index: Tensor) -> Tensor:
         r"""Return the permittivity contrast :math:`n^2 - n_0^2` of refractive indices, complex."""
-        index = refractive_index
-        if not index.is_complex():
-            index = torch.complex(index, torch.zeros_like(index))
-        return index**2 - self.medium_index**2
+        return _complex("refractive_index", refractive_index) ** 2 - self.medium_index**2
+
+
+def _complex(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or not (value.is_complex() or value.is_floating_point()):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"DiffractionTomography: {name} must be a real or complex torch.Tensor, got {got}")
+    return value if value.is_complex() else torch.complex(value, torch.zeros_like(value))
 
 
 def _at(spectrum: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
@@ -422,21 +465,29 @@ def _at(spectrum: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
     return b[:, None, None], z[:, None], rows, columns
 
 
-def _read_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    whole = isinstance(size, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in size)
+def _read_size(image_size: Any) -> tuple[int, int]:
+    size = (image_size, image_size) if isinstance(image_size, numbers.Integral) else image_size
+    whole = isinstance(size, Sequence) and all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in size
+    )
     if not whole or len(size) != 2 or min(size) < 4:
         raise ValueError(
             f"DiffractionTomography: image_size must be rows and columns, at least 4 each, got {image_size!r}"
         )
-    return size[0], size[1]
+    return int(size[0]), int(size[1])
 
 
 def _read_numbers(name: str, values: Sequence[float] | Tensor, shape: tuple[int | None, ...]) -> Tensor:
     try:
-        result = torch.as_tensor(values, dtype=torch.float64).detach().clone()
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"DiffractionTomography: {name} must be numbers, got {values!r}") from error
+        result = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        hint = "; of a tuple of two give the first" if isinstance(values, tuple) and len(values) == 2 else ""
+        raise TypeError(
+            f"DiffractionTomography: {name} must be numbers, got {type(values).__name__}{hint}"
+        ) from error
+    if result.is_complex() or result.dtype == torch.bool:
+        raise TypeError(f"DiffractionTomography: {name} must be real numbers, got {result.dtype}")
+    result = result.to(torch.float64).clone()
     wanted = ", ".join("at least 1" if n is None else str(n) for n in shape)
     fits = result.ndim == len(shape) and len(result) > 0
     if not fits or any(n is not None and n != m for n, m in zip(shape, result.shape, strict=True)):
@@ -448,18 +499,21 @@ def _read_numbers(name: str, values: Sequence[float] | Tensor, shape: tuple[int 
     return result
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _positive(name: str, value: Any) -> float:
+    """Return a plain number, checked: one of NumPy's in single precision would spoil what it is multiplied with."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"DiffractionTomography: {name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"DiffractionTomography: {name} must be a finite number above 0, got {value}")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"DiffractionTomography: {name} must be a finite number above 0, got {number}")
+    return number
 
 
 def _read_functions(functions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(functions, Tensor) or not functions.is_complex():
+    if not isinstance(functions, Tensor) or functions.dtype not in (torch.complex64, torch.complex128):
         got = functions.dtype if isinstance(functions, Tensor) else type(functions).__name__
         raise TypeError(
-            f"DiffractionTomography: transfer_functions must be a complex torch.Tensor, got {got}"
+            f"DiffractionTomography: transfer_functions must be a complex64 or complex128 tensor, got {got}"
         )
     if tuple(functions.shape) != shape:
         raise ValueError(
@@ -468,7 +522,7 @@ def _read_functions(functions: Tensor, shape: tuple[int, ...]) -> Tensor:
         )
     functions = functions.detach().resolve_conj().clone()
     if not bool(torch.view_as_real(functions).isfinite().all()):
-        raise ValueError("DiffractionTomography: transfer_functions must be finite")
+        raise ValueError("DiffractionTomography: transfer_functions must be finite, got NaN or infinite ones")
     # Half the sampling rate is its own negative: it has no place in a pupil.
     for axis in (-2, -1):
         if functions.shape[axis] % 2 == 0:
@@ -500,7 +554,13 @@ def _extent(functions: Tensor) -> Tensor:
     return torch.stack((begin, end), -1).masked_fill(~used.any(-1)[..., None], 0).to(torch.int32)
 
 
-def _warn_of_aliases(f: Tensor, radius: float, pixel_size: float) -> None:
+def _warn_of_sampling(f: Tensor, radius: float, pixel_size: float, support: Tensor) -> None:
+    if int((support[..., 1] - support[..., 0]).sum(1).max()) <= 1:
+        warnings.warn(
+            "DiffractionTomography: no pupil holds more than one frequency of the images: are pixel_size and "
+            "wavelength in micrometres?",
+            stacklevel=3,
+        )
     reach = float(f.abs().max()) + radius
     if reach > 0.5 / pixel_size * (1 + ROUNDING):
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class Optics(NamedTuple):
         scale: `s`; 1 for exact wavenumbers.
         amplitude: :math:`k_0^2 \Delta z / 2` with the vacuum wavenumber and the thickness of a slice.
         first: Depth of the first slice.
-        spacing: Of evenly spaced slices, which cost two sines and cosines for all; 0 for the `depths` given.
+        spacing: Of evenly spaced slices, which cost two sines and cosines for all and whose depths follow from `first`;
+            0 for the depths given.
     """
 
     pixel_size: float
@@ -426,6 +428,10 @@ def _check_scan(
     numbers = [float(v) for v in optics]
     if len(numbers) != len(Optics._fields):
         raise ValueError(f"{op}: optics must be {Optics._fields}, got {len(numbers)} numbers")
+    if not all(math.isfinite(v) for v in numbers) or min(numbers[:3]) <= 0:
+        raise ValueError(
+            f"{op}: optics must be finite, and its first three numbers above 0, got {tuple(numbers)}"
+        )
     return numbers, faces.resolve(backend, like.device, kind)
 
 
@@ -461,9 +467,10 @@ def diffraction_forward(
             complex128.
         transfer: Transverse frequencies :math:`f_l` of the illuminations, rows and columns, float64 ``(L, 2)``; or
             transfer functions of one's own :math:`h_{l,z}`, ``(L, Z, H, W)``, dtype of `image`.
-        depths: Of the slices, float64 ``(Z,)``.
+        depths: Of the slices, float64 ``(Z,)``; where `optics` has a spacing, only their number counts.
         support: int32 ``(L, H, 2)``: the signed column frequencies, first and last plus one, for which
-            :math:`P(u + f_l)` is 1 in each row of the transform; 0 and 0 where none.
+            :math:`P(u + f_l)` is 1 in each row of the transform; 0 and 0 where none. Half the sampling rate is never
+            among them.
         optics: See `Optics`.
         backend: ``"auto"`` or the name of a face.
 

@@ -21,9 +21,13 @@ def signed_frequencies(n: int, device: torch.device | None = None) -> Tensor:
 
 
 def pupils(support: Tensor, width: int) -> Tensor:
-    """Return which frequencies pass with each illumination, bool (L, H, W), from the intervals of each row."""
-    k = signed_frequencies(width, support.device)
-    return (k >= support[..., :1]) & (k < support[..., 1:])
+    """Return which frequencies pass with each illumination, bool (L, H, W), from the intervals of each row.
+
+    Half the sampling rate is its own negative: it is in no pupil.
+    """
+    k, i = signed_frequencies(width, support.device), signed_frequencies(support.shape[1], support.device)
+    inner = (2 * k != -width) & (2 * i[:, None] != -support.shape[1])
+    return (k >= support[..., :1]) & (k < support[..., 1:]) & inner
 
 
 def _axial(squared: Tensor, optics: Sequence[float]) -> Tensor:
@@ -50,7 +54,9 @@ def waves(
         columns: Column frequency numbers; the two are broadcast.
         shape: Rows and columns of the images.
     """
-    pixel_size, _, _, amplitude, *_ = optics
+    pixel_size, _, _, amplitude, first, spacing = optics
+    if spacing != 0:
+        depths = first + spacing * torch.arange(len(depths), dtype=torch.float64, device=depths.device)
     f = illuminations.to(torch.float64).reshape(-1, 2, *[1] * max(rows.ndim, columns.ndim))
     row = rows.to(torch.float64) / (shape[0] * pixel_size) + f[:, 0]
     column = columns.to(torch.float64) / (shape[1] * pixel_size) + f[:, 1]
