@@ -43,15 +43,17 @@ def _acceleration(text: str) -> float:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from ._demo import common, ct, mri
+    from ._demo import common, ct, idt, mri
     from .fixed_point import FixedPointError
 
     settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "what")}
     try:
         if arguments.what == "ct":
             ct.run(ct.Settings(**settings))
-        else:
+        elif arguments.what == "mri":
             mri.run(mri.Settings(**settings))
+        else:
+            idt.run(idt.Settings(input=None, array=None, **settings))
     except common.BadInputError as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 2
@@ -92,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="reconstruct a CT or MR slice from few noisy measurements",
+        help="reconstruct a CT or MR slice, or a volume of cells, from few noisy measurements",
         epilog="oder-fast demo [options] is oder-fast demo ct [options].",
     )
     _add_demos(demo.add_subparsers(required=True, metavar="what", dest="what"))
@@ -121,6 +123,16 @@ def _add_demos(demos: Any) -> None:
             "denoiser.pt."
         ),
     )
+    idt = demos.add_parser(
+        "idt",
+        help="intensity diffraction tomography of cells",
+        description=(
+            "Simulate images of cells in a microscope under light from many sides, train a denoiser of volumes on "
+            "noise and then through the fixed point, reconstruct the refractive index by Tikhonov, RED (all "
+            "illuminations a step) and ODER (a minibatch of illuminations a step), print a table, and write "
+            "figure.png, arrays.npz and denoiser.pt."
+        ),
+    )
 
     def option(
         to: argparse.ArgumentParser,
@@ -139,8 +151,13 @@ def _add_demos(demos: Any) -> None:
     mri.add_argument("--phantom", action="store_true", help="image a brain-like phantom instead")
     option(mri, "--slice", _whole_number(0), "N", "slice of a NIfTI volume (default: the middle one)")
     option(mri, "--size", _whole_number(16), "N", "longest side in pixels; larger images are reduced", 256)
-    for demo, folder in ((ct, "oder-fast-demo"), (mri, "oder-fast-demo-mri")):
+    for demo in (ct, mri):
         option(demo, "--array", str, "NAME", "array of an NPZ file that holds several")
+    for demo, folder in (
+        (ct, "oder-fast-demo"),
+        (mri, "oder-fast-demo-mri"),
+        (idt, "oder-fast-demo-idt"),
+    ):
         option(demo, "--output", Path, "FOLDER", "where to write", Path(folder))
     option(ct, "--views", _whole_number(1), "N", "views, spread over 180 degrees", 45)
     option(ct, "--minibatch", _whole_number(1), "N", "views a step in ODER (default: a third of the views)")
@@ -153,7 +170,19 @@ def _add_demos(demos: Any) -> None:
     )
     option(mri, "--minibatch", _whole_number(1), "N", "of the 8 coils a step in ODER", 2)
     option(mri, "--snr", _decibels, "DB", "signal-to-noise ratio of fully sampled k-space", 30.0)
-    for demo, steps, through in ((ct, 1200, 60), (mri, 600, 20)):
+    option(idt, "--size", _whole_number(16), "N", "rows and columns", 96)
+    option(idt, "--slices", _whole_number(2), "N", "slices, 2 um apart", 6)
+    option(idt, "--illuminations", _whole_number(1), "N", "directions of the light", 64)
+    option(
+        idt, "--minibatch", _whole_number(1), "N", "illuminations a step in ODER (default: an eighth of all)"
+    )
+    option(idt, "--snr", _decibels, "DB", "signal-to-noise ratio of what light scatters", 10.0)
+    idt.add_argument(
+        "--beam-propagation",
+        action="store_true",
+        help="measure by beam propagation, not by the model that reconstructs",
+    )
+    for demo, steps, through in ((ct, 1200, 60), (mri, 600, 20), (idt, 600, 20)):
         option(demo, "--steps", _whole_number(1), "N", "training steps on noise", steps)
         option(
             demo,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from oder_fast import DnCNN, __version__
-from oder_fast._demo import common, ct, mri
+from oder_fast._demo import common, ct, idt, mri
 from oder_fast.cli import main
 from oder_fast.data import write_nifti
 
@@ -159,7 +159,7 @@ def never_computed(monkeypatch):
     def fail(*_):
         raise AssertionError("the input should have been refused")
 
-    for module in (ct, mri):
+    for module in (ct, mri, idt):
         monkeypatch.setattr(module, "_compute", fail)
 
 
@@ -425,6 +425,105 @@ def test_bad_input_of_mri_is_refused(tmp_path, capsys, monkeypatch, never_comput
     assert out == ""
     assert reason in err
     assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ diffraction tomography
+
+
+@pytest.fixture(scope="module")
+def idt_demo(tmp_path_factory):
+    """Two runs of the demonstration in the same seed, and one of data from beam propagation."""
+    folder = tmp_path_factory.mktemp("idt")
+    tiny = [
+        "--steps",
+        "2",
+        "--fixed-point-steps",
+        "1",
+        "--size",
+        "24",
+        "--slices",
+        "3",
+        "--illuminations",
+        "9",
+    ]
+    extras = [[], [], ["--beam-propagation"]]
+    outputs = [folder / str(k) for k in range(3)]
+    runs = [
+        call("demo", "idt", "--output", output, *tiny, *extra)
+        for output, extra in zip(outputs, extras, strict=True)
+    ]
+    return outputs, runs
+
+
+def test_idt_prints_the_table(idt_demo):
+    for run in idt_demo[1]:
+        assert run.returncode == 0, run.stderr
+        lines = run.stdout.splitlines()
+        assert [line.split(",")[0] for line in lines[1:8]] == ["Tikhonov"] * 5 + ["RED", "ODER"]
+        assert lines[7].startswith("ODER, 1 of 9 illuminations")
+        for line in lines[1:8]:
+            quality, similarity, _, iterations = line.split()[-4:]
+            assert -20 < float(quality) < 60
+            assert -1 <= float(similarity) <= 1
+            assert iterations == "-" if line.startswith("Tikhonov") else int(iterations) > 0
+        assert "dB from the best Tikhonov" in lines[8]
+        assert "The absorption is at" in lines[9]
+        assert "A gradient of the data fidelity takes" in lines[10]
+        assert "24 x 24 pixels, 3 slices, 9 illuminations, 10 dB; 1 illuminations a step" in run.stderr
+        assert "Warning" not in run.stderr
+    assert "measured by the linear model" in idt_demo[1][0].stderr
+    assert "measured by beam propagation" in idt_demo[1][2].stderr
+    assert "of what beam propagation says" in idt_demo[1][2].stdout
+
+
+def test_idt_writes_whole_files_and_the_same_numbers_by_the_same_seed(idt_demo):
+    (first, second, propagated), _ = idt_demo
+    for folder in idt_demo[0]:
+        assert {path.name for path in folder.iterdir()} == FILES
+    values = []
+    for folder in (first, second, propagated):
+        with np.load(folder / "arrays.npz") as arrays:
+            values.append({name: arrays[name] for name in arrays.files})
+    assert {name: value.shape for name, value in values[0].items()} == {
+        **dict.fromkeys(("truth", "tikhonov", "red", "oder"), (3, 24, 24)),
+        "intensities": (9, 24, 24),
+    }
+    assert all(np.isfinite(value).all() for value in values[0].values())
+    assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
+    assert np.array_equal(values[0]["truth"], values[2]["truth"])
+    assert not np.array_equal(values[0]["intensities"], values[2]["intensities"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 64, 89])
+def test_illuminations_are_spread_over_the_aperture(number):
+    sines = idt._illuminations(number)
+    assert sines.shape == (number, 2)
+    assert sines.norm(dim=1).max() == pytest.approx(0.9)
+    assert len(torch.unique(sines.round(decimals=6), dim=0)) == number
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--minibatch", "65"], "--minibatch must be at most the number of illuminations, 64, got 65"),
+        (["--size", "15"], "--size: must be at least 16"),
+        (["--slices", "1"], "--slices: must be at least 2"),
+        (["--illuminations", "0"], "--illuminations: must be at least 1"),
+        (["--snr", "nan"], "--snr: must be a finite number"),
+        (["--input", "cell.tif"], "unrecognized arguments: --input cell.tif"),
+    ],
+)
+def test_bad_input_of_idt_is_refused(tmp_path, capsys, monkeypatch, never_computed, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["demo", "idt", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert reason in err
     assert list(tmp_path.iterdir()) == []
 
 

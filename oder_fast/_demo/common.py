@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..data import atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
 from ..denoisers import DnCNN
-from ..deqred import DEQRED
+from ..deqred import DEQRED, from_channels
 from ..fixed_point import Implicit, Nesterov, NotConvergedWarning
 from ..training import train_denoiser, train_fixed_point
 
@@ -25,7 +26,6 @@ FILES = ("figure.png", "arrays.npz", "denoiser.pt")
 SMALLEST = 16
 # Training images are small: scans of them are those of the slice at a fraction of the cost.
 PATCH = 64
-FULL_BATCH = 8
 FIXED_POINT_BATCH = 4
 # Decibels by which a curve must lie above its end for the summary to say so.
 NOTABLE = 0.1
@@ -59,11 +59,15 @@ class Recipe:
             noisy, as well as the original.
         sigma: Least and largest noise of its training.
         learning_rates: On noise, and through the fixed point.
+        kind: `DnCNN` or what derives from it.
+        batches: Images a step on noise, and through the fixed point.
     """
 
     network: dict[str, Any]
     sigma: tuple[float, float]
     learning_rates: tuple[float, float]
+    kind: type[DnCNN] = DnCNN
+    batches: tuple[int, int] = (8, FIXED_POINT_BATCH)
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        image: What is shown and compared with the truth; real.
+        image: What is shown and compared with the truth; real, one slice or several.
         value: The reconstruction, `image` itself or complex.
         trace: PSNR of the point at each iteration.
         residuals: Iterations at which the full map's residual was taken, and its values.
@@ -97,6 +101,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class View:
+    """How an image is shown.
+
+    Attributes:
+        name: What is said of it.
+        pick: From the image, of one slice or several, to rows and columns.
+        aspect: Height of a pixel over its width.
+    """
+
+    name: str
+    pick: Callable[[Tensor], Tensor]
+    aspect: float = 1.0
+
+
+@dataclass(frozen=True)
 class Result:
     """All that is told and written.
 
@@ -109,6 +128,7 @@ class Result:
         remarks: Sentences of the demonstration's own.
         arrays: What arrays.npz holds.
         recipe: Of the denoiser.
+        views: Of the images; errors are shown in the first.
     """
 
     title: str
@@ -120,6 +140,7 @@ class Result:
     arrays: dict[str, Tensor]
     recipe: Recipe
     denoiser: DnCNN
+    views: tuple[View, ...] = field(default=(View("", lambda image: image),))
 
     @property
     def direct(self) -> Row:
@@ -278,13 +299,14 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed + 1)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        denoiser = DnCNN(**recipe.network)
+        denoiser = recipe.kind(**recipe.network)
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     on_noise, through_fixed_point = recipe.learning_rates
+    full_batch, fixed_point_batch = recipe.batches
     say("1/3 Training the denoiser on noise")
     train_denoiser(
         denoiser,
-        lambda g: clean(FULL_BATCH, g).contiguous(memory_format=torch.channels_last),
+        lambda g: clean(full_batch, g).contiguous(memory_format=torch.channels_last),
         steps=settings.steps,
         sigma=recipe.sigma,
         learning_rate=on_noise,
@@ -297,7 +319,7 @@ def train(
         warnings.simplefilter("ignore", NotConvergedWarning)
         train_fixed_point(
             model,
-            lambda g: scans(FIXED_POINT_BATCH, g),
+            lambda g: scans(fixed_point_batch, g),
             steps=settings.fixed_point_steps,
             learning_rate=through_fixed_point,
             generator=generator,
@@ -305,24 +327,41 @@ def train(
     return denoiser
 
 
-def direct_row(name: str, reconstruct: Callable[[], Tensor], truth: Tensor) -> Row:
-    """Time a reconstruction without iterations; compare its magnitude with the truth."""
+def similarity(image: Tensor, truth: Tensor) -> float:
+    """Return the SSIM of a slice, or the mean of several slices', relative to the range of all."""
+    pairs = zip(image.reshape(-1, *image.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True)
+    span = float(truth.max() - truth.min())
+    values = [ssim(one, other, span) for one, other in pairs]
+    return sum(values) / len(values)
+
+
+def direct_row(
+    name: str,
+    reconstruct: Callable[[], Tensor],
+    truth: Tensor,
+    show: Callable[[Tensor], Tensor] = torch.abs,
+) -> Row:
+    """Time a reconstruction without iterations; compare what is shown of it with the truth."""
     start = time.perf_counter()
     value = reconstruct()
     seconds = time.perf_counter() - start
-    image = value.abs()
-    return Row(name, image, value, psnr(image, truth), ssim(image, truth), seconds)
+    image = show(value)
+    return Row(name, image, value, psnr(image, truth), similarity(image, truth), seconds)
 
 
-def solved_row(name: str, model: DEQRED, y: Tensor, truth: Tensor) -> Row:
-    """Solve for one image; compare its magnitude with the truth, also along the iterations."""
+def solved_row(
+    name: str, model: DEQRED, y: Tensor, truth: Tensor, show: Callable[[Tensor], Tensor] = torch.abs
+) -> Row:
+    """Solve for one image; compare what is shown of it with the truth, also along the iterations."""
     assert isinstance(model.denoiser, DnCNN)
     trace: list[float] = []
+    shape = model.operator.image_shape
 
     def record(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        channels = arguments[0][0]
-        image = channels[0] if len(channels) == 1 else torch.linalg.vector_norm(channels, dim=0)
-        error = (image - truth).square().mean()
+        channels = arguments[0]
+        is_complex = channels[0].numel() == 2 * math.prod(shape)
+        like = torch.empty(1, *shape, dtype=channels.dtype.to_complex() if is_complex else channels.dtype)
+        error = (show(from_channels(channels, like)[0]) - truth).square().mean()
         trace.append(float(-10 * torch.log10(error / (truth.max() - truth.min()) ** 2)))
 
     hook = model.denoiser.register_forward_pre_hook(record)
@@ -332,13 +371,13 @@ def solved_row(name: str, model: DEQRED, y: Tensor, truth: Tensor) -> Row:
     seconds = time.perf_counter() - start
     hook.remove()
     value = solution.value[0]
-    image = value.abs()
+    image = show(value)
     return Row(
         name,
         image,
         value,
         psnr(image, truth),
-        ssim(image, truth),
+        similarity(image, truth),
         seconds,
         iterations=int(solution.iterations[0]),
         trace=tuple(trace),
@@ -395,34 +434,41 @@ def _figure(result: Result) -> Any:
 
     truth, direct = result.truth, result.direct
     red, oder = result.rows[-2:]
-    figure = Figure(figsize=(14, 11), layout="constrained")
+    views = result.views
+    # Images fill a row each as far as they are square; cuts through few slices are low.
+    heights = [4.0]
+    for view in views[1:]:
+        height, width = view.pick(truth).shape
+        heights.append(0.6 + 3.4 * min(height * view.aspect / width, 1.0))
+    figure = Figure(figsize=(14, 7 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(result.title, fontsize=15)
-    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 0.9))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4 + sum(heights), 3.4))
     images, curves = parts
-    axes = images.subplots(2, 4)
+    axes = images.subplots(len(views) + 1, 4, height_ratios=(*heights, 4.0))
     quality, convergence = curves.subplots(1, 2)
     low, high = (float(torch.quantile(truth.flatten(), q)) for q in (0.005, 0.995))
     grey: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high, "interpolation": "nearest"}
     rows = (direct, red, oder)
-    errors = [(row.image - truth).abs() for row in rows]
+    errors = [(views[0].pick(row.image) - views[0].pick(truth)).abs() for row in rows]
     largest = float(torch.quantile(errors[0].flatten(), 0.98))
 
-    shown = axes[0, 0].imshow(truth.numpy(), **grey)
-    axes[0, 0].set_title("Truth")
-    for axis, row in zip(axes[0, 1:], rows, strict=True):
-        axis.imshow(row.image.numpy(), **grey)
-        axis.set_title(f"{row.name}\nPSNR {row.psnr:.2f} dB, SSIM {row.ssim:.3f}")
-    images.colorbar(shown, ax=axes[0], label=result.unit, shrink=0.9, pad=0.01)
+    for k, (view, line) in enumerate(zip(views, axes[:-1], strict=True)):
+        for axis, image in zip(line, (truth, *(row.image for row in rows)), strict=True):
+            shown = axis.imshow(view.pick(image).numpy(), aspect=view.aspect, **grey)
+            axis.set(title=view.name, xticks=[], yticks=[])
+        if k == 0:
+            line[0].set_title(f"Truth, {view.name}" if view.name else "Truth")
+            for axis, row in zip(line[1:], rows, strict=True):
+                axis.set_title(f"{row.name}\nPSNR {row.psnr:.2f} dB, SSIM {row.ssim:.3f}")
+            images.colorbar(shown, ax=line, label=result.unit, shrink=0.9, pad=0.01)
 
-    result.draw_data(axes[1, 0])
-    for axis, row, error in zip(axes[1, 1:], rows, errors, strict=True):
+    last = axes[-1]
+    result.draw_data(last[0])
+    for axis, row, error in zip(last[1:], rows, errors, strict=True):
         shown = axis.imshow(error.numpy(), cmap="inferno", vmin=0, vmax=largest, interpolation="nearest")
-        axis.set_title(f"|{row.short} - truth|")
-    images.colorbar(shown, ax=axes[1], label="absolute error", shrink=0.9, pad=0.01, extend="max")
-    for axis in (*axes[0], *axes[1, 1:]):
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(title=f"|{row.short} - truth|", xticks=[], yticks=[])
+    images.colorbar(shown, ax=last, label="absolute error", shrink=0.9, pad=0.01, extend="max")
 
     # RED in a broad pale line under ODER's: the two often lie on each other.
     styles: tuple[dict[str, Any], ...] = (

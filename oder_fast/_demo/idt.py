@@ -1,0 +1,337 @@
+"""Noisy images of cells under light from many sides, reconstructed slice by slice by Tikhonov, RED and ODER."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import add_gaussian_noise, beam_propagation, cell_like, led_ring, psnr
+from ..denoisers import DnCNN
+from ..deqred import DEQRED, as_channels
+from ..fixed_point import Nesterov
+from ..operators import DiffractionTomography
+from . import common
+
+# Lengths in micrometres: a dry objective over cells in water. Pixels just resolve it, slices twice as thick as its
+# axial resolution at most.
+OPTICS: dict[str, Any] = {
+    "pixel_size": 0.14,
+    "wavelength": 0.515,
+    "numerical_aperture": 0.9,
+    "medium_index": 1.33,
+}
+MEDIUM: float = OPTICS["medium_index"]
+SPACING = 2.0
+# Weak enough for the first Born approximation: the largest of the refractive index above the medium, and of the
+# absorption.
+INDEX_CONTRAST, ABSORPTION = 0.01, 2e-3
+# Contrasts are solved for in this unit: to the linear model and to a denoiser without biases it makes no difference,
+# to Adam, whose smallest gradient is absolute, it does.
+UNIT = 2 * MEDIUM * INDEX_CONTRAST
+# Shares of |A|^2.
+WEIGHTS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+START = 1e-3
+# The share of |A|^2 that the prior's weight is at 10 dB; it follows the amplitude of the noise.
+TAU = 0.006
+# The prior goes on at the expense of what is out of focus long after: training and use stop at the same distance.
+SOLVER = Nesterov(max_iterations=300, tolerance=1e-4, check_every=5)
+TRAINING_SOLVER = Nesterov(max_iterations=100, tolerance=1e-4)
+ADJOINT_SOLVER = Nesterov(max_iterations=80, tolerance=1e-2)
+TRAINING_VOLUMES = 100
+LARGEST_TRAINING_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    """What the user chose; see the command's help."""
+
+    size: int
+    slices: int
+    illuminations: int
+    beam_propagation: bool
+
+
+class AboveBackground(DnCNN):
+    """Denoise what differs from each slice's background, its median.
+
+    The measurements do not hold the mean of a slice's real part: this prior makes the background 0, that of the
+    medium, wherever the mean starts.
+    """
+
+    def network(self, image: Tensor) -> Tensor:
+        """Return the denoised image."""
+        return super().network(image - image.flatten(2).median(2).values[:, :, None, None])
+
+
+class Microscope(DiffractionTomography):
+    """A scan whose direct reconstructions have the medium's index where nothing is."""
+
+    def initial(self, y: Tensor) -> Tensor:
+        """Start from Tikhonov's."""
+        return self.direct(y, START)
+
+    def direct(self, y: Tensor, share: float) -> Tensor:
+        """Reconstruct by Tikhonov, the median of each slice's real part 0, with a share of the squared norm."""
+        contrast = self.tikhonov(y, share * self.norm_squared())
+        return contrast - contrast.real.flatten(2).median(2).values[:, :, None, None]
+
+    def above_medium(self, value: Tensor) -> Tensor:
+        """Return the refractive index above the medium's, of contrasts in their unit."""
+        return self.refractive_index(UNIT * value).real - self.medium_index
+
+
+def run(settings: Settings) -> None:
+    """Do it all; write the three files at the end.
+
+    Raises:
+        BadInputError: Before anything long starts.
+        DivergenceError: Where a fixed point cannot be found.
+    """
+    minibatch = settings.minibatch or max(1, settings.illuminations // 8)
+    common.check_minibatch(minibatch, settings.illuminations, "illuminations")
+    with common.working(settings):
+        common.report(settings.output, _compute(settings, minibatch))
+
+
+def _seeded(settings: Settings, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed + number)
+
+
+def _recipe(slices: int) -> common.Recipe:
+    # The network sees all slices at once, which helps where the data do not tell them apart; it predicts the image,
+    # simpler here than the noise of twice as many channels as slices.
+    return common.Recipe(
+        network={"depth": 4, "width": 48, "in_channels": 2 * slices, "predicts": "image", "bias": False},
+        sigma=(0.0, 0.1),
+        learning_rates=(1.5e-3, 1e-4),
+        kind=AboveBackground,
+        batches=(4, 1),
+    )
+
+
+def _illuminations(number: int) -> Tensor:
+    """Spread illuminations evenly over the aperture: rings, as many on each as its radius says."""
+    rings = max(1, round(math.sqrt(number / 3)))
+    parts, left = [], number
+    for k in range(rings, 0, -1):
+        n = round(2 * left / (k + 1))
+        left -= n
+        # Turned against each other, or rings would repeat each other's directions.
+        parts.append(led_ring(n, OPTICS["numerical_aperture"] * k / rings, start=0.5 * k) if n else None)
+    return torch.cat([part for part in parts if part is not None])
+
+
+def _microscope(settings: Settings, size: int, gram: Any) -> Microscope:
+    middle = (settings.slices - 1) / 2
+    depths = [SPACING * (k - middle) for k in range(settings.slices)]
+    return Microscope(
+        size, depths, _illuminations(settings.illuminations), thickness=SPACING, gram=gram, **OPTICS
+    )
+
+
+def _phantoms(settings: Settings, n: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw contrasts (n, Z, size, size), in their unit."""
+    drawn = cell_like(
+        n,
+        (settings.slices, size, size),
+        generator,
+        medium_index=MEDIUM,
+        index_contrast=INDEX_CONTRAST,
+        absorption=ABSORPTION,
+    )
+    return drawn / UNIT
+
+
+def _measure(settings: Settings, idt: Microscope, truth: Tensor) -> tuple[Tensor, float]:
+    """Return noisy intensities (L, H, W) in the unit of contrasts, and the model's relative error without noise."""
+    linear = idt(truth[None])
+    if settings.beam_propagation:
+        exact = beam_propagation(
+            UNIT * truth[None], idt.illuminations, depths=idt.depths, thickness=SPACING, **OPTICS
+        )
+        measured = exact / UNIT
+    else:
+        measured = linear
+    error = float((linear - measured).norm() / measured.norm())
+    return add_gaussian_noise(measured, settings.snr, _seeded(settings, 0))[0], error
+
+
+def _model(
+    settings: Settings, idt: Microscope, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
+) -> DEQRED:
+    tau = TAU * idt.norm_squared() * 10 ** ((10 - settings.snr) / 20)
+    # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
+    # the fixed point.
+    smooth = idt.minibatch_norm_squared(minibatch or idt.n_blocks)
+    shorter = (idt.norm_squared() + 2 * tau) / (smooth + 2 * tau)
+    return common.build_model(
+        settings,
+        idt,
+        denoiser,
+        tau=tau,
+        minibatch=minibatch,
+        solver=replace(solver, tolerance=solver.tolerance * shorter),
+        adjoint_solver=ADJOINT_SOLVER,
+        nonnegative=False,
+    )
+
+
+def _cut(volumes: Tensor, n: int, size: int, g: torch.Generator | None) -> Tensor:
+    """Cut so many parts of (size, size) out of volumes, all slices, each in one of 16 orientations."""
+    parts = []
+    room = volumes.shape[-1] - size + 1
+    for k in torch.randint(len(volumes), (n,), generator=g).tolist():
+        i, j = torch.randint(room, (2,), generator=g).tolist()
+        turns, across, along = torch.randint(4, (3,), generator=g).tolist()
+        part = torch.rot90(volumes[k, :, i : i + size, j : j + size], turns, (1, 2))
+        part = part.flip(2) if across % 2 else part
+        parts.append(part.flip(0) if along % 2 else part)
+    return torch.stack(parts)
+
+
+def _train(settings: Settings) -> DnCNN:
+    """Train on other phantoms, through the fixed point on whole ones: parts have another background."""
+    size = min(settings.size, LARGEST_TRAINING_SIZE)
+    volumes = _phantoms(settings, TRAINING_VOLUMES, size, _seeded(settings, 6))
+    idt = _microscope(settings, size, gram="auto")
+    patch = min(size, common.PATCH)
+
+    def scans(n: int, g: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        drawn = _cut(volumes, n, size, g)
+        return add_gaussian_noise(idt(drawn), settings.snr, g), drawn
+
+    # All illuminations a step: through Gram matrices that is as cheap as a minibatch, and gradients are exact.
+    return common.train(
+        settings,
+        _recipe(settings.slices),
+        lambda n, g: as_channels(_cut(volumes, n, patch, g)),
+        lambda denoiser: _model(settings, idt, denoiser, None, TRAINING_SOLVER),
+        scans,
+    )
+
+
+def _compute(settings: Settings, minibatch: int) -> common.Result:
+    number = settings.illuminations
+    truth = _phantoms(settings, 1, settings.size, _seeded(settings, 4))[0]
+    idt = _microscope(settings, settings.size, gram=False)
+    intensities, error = _measure(settings, idt, truth)
+    setting = (
+        f"{settings.size} x {settings.size} pixels, {settings.slices} slices, {number} illuminations, "
+        f"{settings.snr:g} dB"
+    )
+    how = "beam propagation" if settings.beam_propagation else "the linear model"
+    common.say(
+        f"Truth: a cell-like phantom, measured by {how}. Scan: {setting}; {minibatch} illuminations a step in ODER."
+    )
+    common.say("The denoiser learns from other such phantoms, measured by the linear model.")
+    denoiser = _train(settings)
+    common.say("3/3 Reconstructing")
+    shown, y = idt.above_medium(truth), intensities[None]
+    rows = []
+    for share in WEIGHTS:
+        reconstruct = partial(lambda share: idt.direct(y, share)[0], share)
+        rows.append(common.direct_row(f"Tikhonov, {share:g}", reconstruct, shown, idt.above_medium))
+    for name, size in (
+        (f"RED, all {number} illuminations a step", None),
+        (f"ODER, {minibatch} of {number} illuminations a step", minibatch),
+    ):
+        model = _model(settings, idt, denoiser, size, SOLVER)
+        rows.append(common.solved_row(name, model, y, shown, idt.above_medium))
+    remarks = [*_compare(rows, truth), *_time_gradients(settings, idt, y, minibatch)]
+    if settings.beam_propagation:
+        remarks.append(
+            f"The linear model errs by {100 * error:.1f} % of what beam propagation says, without noise."
+        )
+    return _result(setting, rows, truth, shown, intensities, denoiser, remarks)
+
+
+def _compare(rows: list[common.Row], truth: Tensor) -> list[str]:
+    *direct, red, oder = rows
+    best = max(direct, key=lambda row: row.psnr)
+    absorbing = [psnr(row.value.imag, truth.imag) for row in (best, oder)]
+    return [
+        f"ODER is {oder.psnr - best.psnr:+.2f} dB from the best Tikhonov (its weight {best.name[10:]} |A|^2, the "
+        f"background of each slice set to the medium's) and {oder.psnr - red.psnr:+.2f} dB from RED, over the whole "
+        "volume of the refractive index.",
+        f"The absorption is at {absorbing[1]:.2f} dB, that of Tikhonov at {absorbing[0]:.2f} dB.",
+    ]
+
+
+def _time_gradients(settings: Settings, idt: Microscope, y: Tensor, minibatch: int) -> list[str]:
+    """Say what a minibatch saves, and what Gram matrices would."""
+    x, number = idt.initial(y), idt.n_blocks
+    everything = _microscope(settings, settings.size, gram="auto")
+
+    def seconds(operator: Microscope, data: Tensor, blocks: Tensor | None) -> float:
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            operator.gradient(x, data, blocks, prepared=True)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    few, one = (idt.draw_blocks(size, _seeded(settings, 7)) for size in (minibatch, 1))
+    data = idt.prepare(y)
+    full, part, single = (seconds(idt, data, blocks) for blocks in (None, few, one))
+    text = (
+        f"A gradient of the data fidelity takes {1e3 * part:.2f} ms with {minibatch} illuminations, "
+        f"{1e3 * full:.2f} ms with all {number}"
+    )
+    if not everything.gram:
+        return [f"{text}; Gram matrices do not pay: {everything.gram_reason}."]
+    gram = seconds(everything, everything.prepare_full_batch(y), None)
+    each = max((full - single) / max(number - 1, 1), 1e-9)
+    as_many = min(max(round(1 + (gram - single) / each), 1), number)
+    return [
+        f"{text}, and {1e3 * gram:.2f} ms with all through Gram matrices (gram=True), about as much as a minibatch of "
+        f"{as_many}."
+    ]
+
+
+def _result(
+    setting: str,
+    rows: list[common.Row],
+    truth: Tensor,
+    shown: Tensor,
+    intensities: Tensor,
+    denoiser: DnCNN,
+    remarks: list[str],
+) -> common.Result:
+    *direct, red, oder = rows
+    best = max(direct, key=lambda row: row.psnr)
+    slices = len(truth)
+    row = int(shown.square().sum((0, 2)).argmax())
+    # The slice nearest the plane in focus; pixels of cuts along the light are as high as slices are far apart.
+    views = (
+        common.View(f"slice {slices // 2 + 1} of {slices}", lambda volume: volume[slices // 2]),
+        common.View(f"x-z cut, row {row}", lambda volume: volume[:, row], SPACING / OPTICS["pixel_size"]),
+    )
+
+    def draw_data(axis: Any) -> None:
+        axis.imshow(UNIT * intensities[0].numpy(), cmap="gray", interpolation="nearest")
+        axis.set(title="Measured intensity - 1, illumination 1", xticks=[], yticks=[])
+
+    return common.Result(
+        title=f"Intensity diffraction tomography: {setting}",
+        unit="refractive index - medium's",
+        truth=shown,
+        rows=rows,
+        draw_data=draw_data,
+        remarks=remarks,
+        arrays={
+            "truth": UNIT * truth,
+            "intensities": UNIT * intensities,
+            "tikhonov": UNIT * best.value,
+            "red": UNIT * red.value,
+            "oder": UNIT * oder.value,
+        },
+        recipe=_recipe(slices),
+        denoiser=denoiser,
+        views=views,
+    )
