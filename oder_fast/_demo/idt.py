@@ -270,7 +270,7 @@ def _time_gradients(settings: Settings, idt: Microscope, y: Tensor, minibatch: i
 
     def seconds(operator: Microscope, data: Tensor, blocks: Tensor | None) -> float:
         taken = []
-        for _ in range(10):
+        for _ in range(50):
             start = time.perf_counter()
             operator.gradient(x, data, blocks, prepared=True)
             taken.append(time.perf_counter() - start)
