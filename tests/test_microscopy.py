@@ -72,7 +72,7 @@ def test_led_ring():
     [
         (
             lambda: data.led_grid(0, 3, 1.0, 1.0),
-            "led_grid: n_rows and n_columns must be at least 1, got 0 and 3",
+            "led_grid: n_rows must be at least 1, got 0",
         ),
         (lambda: data.led_grid(3, 3, -1.0, 1.0), "led_grid: pitch must be a finite number above 0, got -1.0"),
         (lambda: data.led_grid(3, 3, 1.0, math.inf), "led_grid: distance must be a finite number above 0"),
@@ -92,6 +92,21 @@ def test_led_ring():
 )
 def test_led_arguments(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: data.led_grid(3.5, 3, 1.0, 1.0), "led_grid: n_rows must be an int, got float"),
+        (lambda: data.led_grid(3, 3, "4 mm", 1.0), "led_grid: pitch must be a number, got str"),
+        (lambda: data.led_ring(True, 0.5), "led_ring: n must be an int, got bool"),
+        (lambda: data.read_led_stack(7), "read_led_stack: source must be a folder or files, got int"),
+        (lambda: data.normalize_background([[1.0]]), "images must be a tensor of floating point, got list"),
+    ],
+)
+def test_types(call, message):
+    with pytest.raises(TypeError, match=message):
         call()
 
 
@@ -203,7 +218,7 @@ def test_brightness_of_an_led_drops_out(generator):
 
 def test_backgrounds_that_are_refused():
     images = torch.ones(2, 6, 6)
-    with pytest.raises(TypeError, match=r"images must be of floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"images must be a tensor of floating point, got torch.int64"):
         data.normalize_background(images.long())
     with pytest.raises(ValueError, match=r"images must be \(..., H, W\), got \(6,\)"):
         data.normalize_background(images[0, 0])

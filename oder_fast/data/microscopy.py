@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterable
@@ -20,8 +21,18 @@ APERTURE_TOLERANCE = 1 + 1e-9
 """An LED on the edge of the aperture is kept, whatever the rounding of its sines."""
 
 
+def _check_count(name: str, **values: int) -> None:
+    for argument, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
+
+
 def _check_positive(name: str, **values: float) -> None:
     for argument, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: {argument} must be a finite number above 0, got {value}")
 
@@ -56,6 +67,7 @@ def led_grid(
         each LED on the board, shape ``(L, 2)``, int64. Sorted by row, then by column.
 
     Raises:
+        TypeError: For an argument of the wrong type.
         ValueError: For an argument out of range, or where no LED is left.
 
     Example:
@@ -63,8 +75,7 @@ def led_grid(
         >>> illuminations.shape, index[0].tolist()
         (torch.Size([89, 2]), [11, 15])
     """
-    if min(n_rows, n_columns) < 1:
-        raise ValueError(f"led_grid: n_rows and n_columns must be at least 1, got {n_rows} and {n_columns}")
+    _check_count("led_grid", n_rows=n_rows, n_columns=n_columns)
     _check_positive("led_grid", pitch=pitch, distance=distance)
     if center is None:
         center = ((n_rows - 1) / 2, (n_columns - 1) / 2)
@@ -102,7 +113,7 @@ def led_ring(n: int, numerical_aperture: float, *, start: float = 0.0) -> Tensor
         Direction sines in air, rows and columns (no unit), shape ``(n, 2)``, float64.
 
     Raises:
-        TypeError: Where `n` is no int.
+        TypeError: For an argument of the wrong type.
         ValueError: For an argument out of range.
 
     Example:
@@ -112,10 +123,7 @@ def led_ring(n: int, numerical_aperture: float, *, start: float = 0.0) -> Tensor
                 [0.0000, 0.5000],
                 [0.5000, 0.0000]], dtype=torch.float64)
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"led_ring: n must be an int, got {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"led_ring: n must be at least 1, got {n}")
+    _check_count("led_ring", n=n)
     _check_positive("led_ring", numerical_aperture=numerical_aperture)
     if not math.isfinite(start):
         raise ValueError(f"led_ring: start must be finite, got {start}")
@@ -149,6 +157,7 @@ def read_led_stack(source: PathLike | Iterable[PathLike], pattern: str = LED_NAM
 
     Raises:
         OSError: Where a file or the folder is missing or unreadable.
+        TypeError: For a source that is neither a folder nor files.
         ValueError: For names that say no LED, or the same one twice; images that differ in size; a file that is
             truncated, not an image, not grey, or holds NaN or Inf; a pattern that cannot be used. The message names
             the file and the reason.
@@ -162,6 +171,8 @@ def read_led_stack(source: PathLike | Iterable[PathLike], pattern: str = LED_NAM
         >>> images.shape, index.tolist()
         (torch.Size([2, 4, 6]), [[16, 9], [16, 12]])
     """
+    if not isinstance(source, str | os.PathLike | Iterable):
+        raise TypeError(f"read_led_stack: source must be a folder or files, got {type(source).__name__}")
     try:
         compiled = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
@@ -241,8 +252,9 @@ def normalize_background(images: Tensor, window: int | tuple[int, int] | None = 
         Ling, Tahir, Lin, Lee, Tian, "High-throughput intensity diffraction tomography with a computational
         microscope", Biomed. Opt. Express 9 (2018).
     """
-    if not images.is_floating_point():
-        raise TypeError(f"normalize_background: images must be of floating point, got {images.dtype}")
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"normalize_background: images must be a tensor of floating point, got {got}")
     if images.ndim < 2 or min(images.shape[-2:]) < 1:
         raise ValueError(f"normalize_background: images must be (..., H, W), got {tuple(images.shape)}")
     if window is None:
