@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
-from oder_fast.denoisers import Denoiser, DnCNN, UNet, folded, frozen
+from oder_fast.denoisers import Denoiser, DnCNN, DRUNet, UNet, folded, frozen
 
 SMALL = (4, 8, 12)
 
@@ -148,7 +148,10 @@ def test_unet_takes_any_size(shape):
         torch.testing.assert_close(denoised, unet(padded)[..., : shape[0], : shape[1]])
 
 
-@pytest.mark.parametrize("build", [lambda **k: UNet(SMALL, **k), lambda **k: DnCNN(3, 8, **k)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda **k: UNet(SMALL, **k), lambda **k: DnCNN(3, 8, **k), lambda **k: small_drunet(**k)],
+)
 def test_the_call_returns_the_image_whatever_is_predicted(build):
     torch.manual_seed(0)
     residual, image = build(predicts="residual").eval(), build(predicts="image").eval()
@@ -181,6 +184,16 @@ def test_dncnn_without_bias_is_homogeneous():
         (lambda: UNet(SMALL, out_channels=2), "UNet: a residual has the channels of the image"),
         (lambda: UNet(SMALL, in_channels=0), "UNet: channels must be at least 1"),
         (lambda: DnCNN(1), "DnCNN: depth must be at least 2"),
+        (
+            lambda: DRUNet((8,)),
+            r"DRUNet: channels must name at least two levels, each of at least 1, got \(8,\)",
+        ),
+        (lambda: small_drunet(sigma=-1.0), "DRUNet: sigma must be finite and at least 0, got -1.0"),
+        (
+            lambda: small_drunet(sigma=torch.ones(2)),
+            "DRUNet: sigma must be a float or a 0-d floating-point tensor",
+        ),
+        (lambda: DRUNet((4, 8), blocks=0), "DRUNet: blocks must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_named(build, message):
@@ -200,6 +213,133 @@ def test_bad_settings_are_named(build, message):
 def test_bad_images_are_named(image, error, message):
     with pytest.raises(error, match=message):
         DnCNN(2, 4)(image)
+
+
+# ------------------------------------------------------------------ DRUNet
+
+
+def drunet_state(in_channels=1, prefix=""):
+    """State dict of the public DRUNet, built from its description: shapes and names alone."""
+    state = {}
+
+    def conv(name, *shape):
+        state[f"{prefix}{name}.weight"] = torch.randn(*shape) / (shape[1] * shape[2] * shape[3]) ** 0.5
+
+    def blocks(name, first, width):
+        for block in range(first, first + 4):
+            for layer in (0, 2):
+                conv(f"{name}.{block}.res.{layer}", width, width, 3, 3)
+
+    widths = [64, 128, 256, 512]
+    conv("m_head", 64, in_channels + 1, 3, 3)
+    for level in (1, 2, 3):
+        blocks(f"m_down{level}", 0, widths[level - 1])
+        conv(f"m_down{level}.4", widths[level], widths[level - 1], 2, 2)
+    blocks("m_body", 0, 512)
+    for level in (3, 2, 1):
+        conv(f"m_up{level}.0", widths[level], widths[level - 1], 2, 2)
+        blocks(f"m_up{level}", 1, widths[level - 1])
+    conv("m_tail", in_channels, 64, 3, 3)
+    return state
+
+
+def drunet_forward(state, x, sigma):
+    """The public network from its state dict alone."""
+
+    def blocks(name, first, x):
+        for block in range(first, first + 4):
+            inside = F.conv2d(x, state[f"{name}.{block}.res.0.weight"], padding=1).relu()
+            x = x + F.conv2d(inside, state[f"{name}.{block}.res.2.weight"], padding=1)
+        return x
+
+    x = F.conv2d(torch.cat((x, torch.full_like(x[:, :1], sigma)), 1), state["m_head.weight"], padding=1)
+    skips = [x]
+    for level in (1, 2, 3):
+        x = F.conv2d(blocks(f"m_down{level}", 0, x), state[f"m_down{level}.4.weight"], stride=2)
+        skips.append(x)
+    x = blocks("m_body", 0, x)
+    for level in (3, 2, 1):
+        x = F.conv_transpose2d(x + skips.pop(), state[f"m_up{level}.0.weight"], stride=2)
+        x = blocks(f"m_up{level}", 1, x)
+    return F.conv2d(x + skips.pop(), state["m_tail.weight"], padding=1)
+
+
+@pytest.fixture(scope="module")
+def public_drunet():
+    torch.manual_seed(0)
+    return DRUNet(sigma=0.2), drunet_state()
+
+
+def test_public_drunet_weights_give_the_public_network(public_drunet):
+    net, state = public_drunet
+    net.load_official_state_dict({f"module.{k}": v for k, v in state.items()})
+    assert sum(p.numel() for p in net.parameters()) == 32_638_656
+    x = torch.rand(1, 1, 16, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), drunet_forward(state, x, 0.2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda s: s.pop("m_body.3.res.2.weight"),
+            "DRUNet: the checkpoint does not fit: missing m_body.3.res.2",
+        ),
+        (lambda s: s.update({"m_head.bias": torch.ones(64)}), "unexpected m_head.bias"),
+        (lambda s: s.update({"sigma": torch.ones(())}), "unexpected sigma"),
+        (
+            lambda s: s.update({"m_head.weight": torch.ones(64, 4, 3, 3)}),
+            r"m_head.weight has shape \(64, 4, 3, 3\), not \(64, 2, 3, 3\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_drunet_load_nothing(public_drunet, spoil, message):
+    net, state = public_drunet
+    spoiled = dict(state)
+    spoil(spoiled)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        net.load_official_state_dict(spoiled)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def small_drunet(**options):
+    return DRUNet((4, 6, 8), blocks=1, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 31), (8, 8), (13, 16)])
+@pytest.mark.parametrize("sigma", [None, 0.1])
+def test_drunet_takes_any_size(shape, sigma):
+    net = small_drunet(in_channels=2, sigma=sigma)
+    denoised = net(torch.randn(2, 2, *shape))
+    assert denoised.shape == (2, 2, *shape)
+    assert denoised.isfinite().all()
+
+
+def test_drunet_scales_with_image_and_noise_level():
+    torch.manual_seed(0)
+    net, blind = small_drunet(sigma=0.1), small_drunet(sigma=None)
+    louder = small_drunet(sigma=0.3)
+    louder.load_state_dict(net.state_dict())
+    x = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(louder(3 * x), 3 * net(x))
+    assert not torch.allclose(louder(x), net(x))
+    torch.testing.assert_close(blind(3 * x), 3 * blind(x))
+
+
+def test_drunet_noise_level_can_be_trained_and_kept():
+    torch.manual_seed(0)
+    trained = small_drunet(sigma=nn.Parameter(torch.tensor(0.1)))
+    trained(torch.randn(1, 1, 8, 8)).square().sum().backward()
+    assert trained.sigma.grad.abs() > 0
+    fixed, buffer = small_drunet(sigma=0.1), small_drunet(sigma=torch.tensor(0.2))
+    assert "sigma" not in fixed.state_dict()
+    buffer.load_official_state_dict(fixed.state_dict())
+    assert float(buffer.sigma) == pytest.approx(0.2)
+    assert "sigma" in buffer.state_dict()
+    assert buffer.double().sigma.dtype == torch.float64
+    assert "sigma=0.1" in repr(fixed)
 
 
 # ------------------------------------------------------------------ frozen, folded

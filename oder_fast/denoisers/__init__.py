@@ -2,7 +2,19 @@
 
 from .base import Denoiser
 from .dncnn import DnCNN
+from .drunet import DRUNet
 from .freeze import folded, frozen
+from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
 from .unet import UNet
 
-__all__ = ["Denoiser", "DnCNN", "UNet", "folded", "frozen"]
+__all__ = [
+    "DRUNet",
+    "Denoiser",
+    "DnCNN",
+    "LipschitzEstimate",
+    "UNet",
+    "bound_lipschitz",
+    "estimate_lipschitz",
+    "folded",
+    "frozen",
+]

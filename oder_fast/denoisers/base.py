@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Predicts = Literal["residual", "image"]
@@ -44,20 +46,70 @@ class Denoiser(nn.Module):
         """Return the raw prediction N(x), shape ``(B, C, H, W)``."""
         raise NotImplementedError
 
+    def network_lipschitz_bound(self) -> float:
+        """Return an upper bound of the Lipschitz constant of `network`, see `bound_lipschitz`."""
+        raise NotImplementedError
+
+    def lipschitz_bound(self) -> float:
+        """Return an upper bound of the Lipschitz constant of the denoiser, see `bound_lipschitz`."""
+        bound = self.network_lipschitz_bound()
+        return 1 + bound if self.predicts == "residual" else bound
+
     def forward(self, image: Tensor) -> Tensor:
         """Return the denoised image D(x), shape ``(B, C, H, W)``, of an image of that shape."""
-        name = type(self).__name__
-        if not isinstance(image, Tensor):
-            raise TypeError(f"{name}: image must be a torch.Tensor, got {type(image).__name__}")
-        if not torch.is_floating_point(image):
-            raise TypeError(f"{name}: image must be floating-point, got {image.dtype}")
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{name}: image must have shape (B, {self.in_channels}, H, W), got {tuple(image.shape)}"
-            )
+        check_image(type(self).__name__, image, self.in_channels)
         prediction = self.network(image)
         return image - prediction if self.predicts == "residual" else prediction
 
     def extra_repr(self) -> str:
         """Say what the network predicts."""
         return f"predicts={self.predicts!r}"
+
+
+def check_image(name: str, image: Tensor, channels: int | None = None) -> None:
+    """Refuse what is no real image ``(B, C, H, W)``, or one with other channels."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name}: image must be a torch.Tensor, got {type(image).__name__}")
+    if not torch.is_floating_point(image):
+        raise TypeError(f"{name}: image must be floating-point, got {image.dtype}")
+    if image.ndim != 4 or (channels is not None and image.shape[1] != channels):
+        wanted = "C" if channels is None else channels
+        raise ValueError(f"{name}: image must have shape (B, {wanted}, H, W), got {tuple(image.shape)}")
+
+
+def set_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
+    """Give a module a nonnegative setting: a float, a 0-d tensor (a buffer) or a parameter.
+
+    Raises:
+        TypeError: For anything else.
+        ValueError: For a tensor of another shape or dtype, a negative value, NaN or infinity.
+    """
+    owner = type(module).__name__
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{owner}: {name} must be a float or a 0-d floating-point tensor, got {value.dtype} "
+                f"of shape {tuple(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    number = float(value.detach()) if isinstance(value, Tensor) else float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{owner}: {name} must be finite and at least 0, got {number}")
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Extend images at their lower and right border until their sides are multiples.
+
+    By reflection, or by replication where the image is too small to be reflected.
+    """
+    height, width = image.shape[-2:]
+    pad_height, pad_width = -height % multiple, -width % multiple
+    if not (pad_height or pad_width):
+        return image
+    mode = "reflect" if pad_height < height and pad_width < width else "replicate"
+    return F.pad(image, (0, pad_width, 0, pad_height), mode=mode)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from .base import Denoiser, Predicts
+from .lipschitz import bound_lipschitz
 
 
 class DnCNN(Denoiser):
@@ -56,3 +57,7 @@ class DnCNN(Denoiser):
         """Return the raw prediction; the residual ``x - D(x)`` by default."""
         prediction: Tensor = self.layers(image)
         return prediction
+
+    def network_lipschitz_bound(self) -> float:
+        """Return an upper bound of the network's Lipschitz constant, see `bound_lipschitz`."""
+        return bound_lipschitz(self.layers)
