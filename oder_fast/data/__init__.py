@@ -1,17 +1,49 @@
-"""Real images and k-space, phantoms, simulated measurements, and how good a reconstruction is."""
+"""Real images and k-space, phantoms, datasets, simulated measurements, and how good a reconstruction is."""
 
 from .coils import birdcage_maps, espirit_maps, noise_covariance, remove_oversampling, whiten
-from .images import ImageFile, atomic, read_image, save_npz
-from .kspace import KSpaceFile, read_kspace, read_nifti, write_nifti
+from .datasets import ImageFolder, Phantoms
+from .files import atomic, save_npz
+from .images import ImageFile, read_image
+from .kspace import KSpaceFile, read_kspace
 from .masks import equispaced_lines, gaussian_lines, poisson_disc, radial, random_lines
 from .metrics import psnr, snr, ssim
 from .microscopy import led_grid, led_ring, normalize_background, read_led_stack
-from .phantoms import brain_like, cell_like, patches, random_ellipses, shepp_logan, smooth_phase
+from .nifti import read_nifti, write_nifti
+from .phantoms import (
+    brain_like,
+    cell_like,
+    patches,
+    random_ellipses,
+    random_shepp_logan,
+    shepp_logan,
+    smooth_phase,
+)
+from .samples import Batch, Sample, Samples, Subset, collate, common_shape, seeded_generator, split
 from .simulation import add_gaussian_noise, add_poisson_noise, beam_propagation
+from .transforms import (
+    Compose,
+    Patches,
+    RandomFlip,
+    RandomRotate90,
+    RandomRotation,
+    RandomScaleIntensity,
+)
 
 __all__ = [
+    "Batch",
+    "Compose",
     "ImageFile",
+    "ImageFolder",
     "KSpaceFile",
+    "Patches",
+    "Phantoms",
+    "RandomFlip",
+    "RandomRotate90",
+    "RandomRotation",
+    "RandomScaleIntensity",
+    "Sample",
+    "Samples",
+    "Subset",
     "add_gaussian_noise",
     "add_poisson_noise",
     "atomic",
@@ -19,6 +51,8 @@ __all__ = [
     "birdcage_maps",
     "brain_like",
     "cell_like",
+    "collate",
+    "common_shape",
     "equispaced_lines",
     "espirit_maps",
     "gaussian_lines",
@@ -32,15 +66,18 @@ __all__ = [
     "radial",
     "random_ellipses",
     "random_lines",
+    "random_shepp_logan",
     "read_image",
     "read_kspace",
     "read_led_stack",
     "read_nifti",
     "remove_oversampling",
     "save_npz",
+    "seeded_generator",
     "shepp_logan",
     "smooth_phase",
     "snr",
+    "split",
     "ssim",
     "whiten",
     "write_nifti",

@@ -13,7 +13,8 @@ LEAST_SHIFTS = 5
 """Positions of the ESPIRiT kernel along each axis without which the maps of smooth coils come out wrong."""
 
 
-def _centered_fft(values: Tensor, dim: int, *, inverse: bool) -> Tensor:
+def centered_fft(values: Tensor, dim: int, *, inverse: bool) -> Tensor:
+    """Transform along an axis, orthonormally, with the zero frequency and the origin at index ``n // 2``."""
     transform = torch.fft.ifft if inverse else torch.fft.fft
     shifted: Tensor = torch.fft.fftshift(
         transform(torch.fft.ifftshift(values, dim), dim=dim, norm="ortho"), dim
@@ -22,7 +23,7 @@ def _centered_fft(values: Tensor, dim: int, *, inverse: bool) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run on one CPU thread: LAPACK splits even a tiny matrix, which on busy cores cost 7 to 50 times more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -211,7 +212,7 @@ def espirit_maps(
     if not bool((kspace != 0).any()):
         raise ValueError(f"{name}: kspace must not be zero everywhere")
     rows, columns = _calibration_region(sampled, calibration_size, kernel_size)
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         calibration = kspace[:, rows, columns]
         return _espirit(kspace, calibration / calibration.abs().amax(), kernel_size, threshold, crop)
 
@@ -386,5 +387,5 @@ def remove_oversampling(kspace: Tensor, axis: int, factor: float = 2) -> Tensor:
     kept = round(n / factor)
     if kept < 1 or not math.isclose(kept * factor, n, rel_tol=1e-9):
         raise ValueError(f"{name}: factor must divide the {n} samples of axis {axis}, got {factor}")
-    image = _centered_fft(kspace, axis, inverse=True).narrow(axis, n // 2 - kept // 2, kept)
-    return _centered_fft(image, axis, inverse=False)
+    image = centered_fft(kspace, axis, inverse=True).narrow(axis, n // 2 - kept // 2, kept)
+    return centered_fft(image, axis, inverse=False)

@@ -1,10 +1,8 @@
-"""Read images of real formats whole or not at all; write files whole or not at all."""
+"""Read images of real formats whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PathLike = str | os.PathLike[str]
+from .files import PathLike, first_bad, naming, npz_name, read_npz
 
 WATER_ATTENUATION = 0.02
 """Linear attenuation coefficient of water in 1/mm, at about 66 keV."""
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+# What the header of a slice is read for.
+DICOM_TAGS = [
+    "ImageType",
+    "Modality",
+    "NumberOfFrames",
+    "PatientID",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "SOPClassUID",
+    "StudyInstanceUID",
+]
 
 
 class ImageFile(NamedTuple):
@@ -34,7 +45,28 @@ class ImageFile(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _format(path: Path) -> str:
+class ImageHeader(NamedTuple):
+    """What a file says of its images before they are read.
+
+    Attributes:
+        format: Kind of the file.
+        shape: Rows and columns of an image.
+        frames: Number of images, None for one alone.
+        patient: Whom it shows, or else the study it belongs to, where the file says so.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    frames: int | None
+    patient: str | None = None
+
+
+class NoImageError(ValueError):
+    """A file in good order that is made to hold no image to learn from."""
+
+
+def format_of(path: Path) -> str:
+    """Tell the kind of an image file from its content."""
     with path.open("rb") as file:
         head = file.read(132)
     if not head:
@@ -54,24 +86,95 @@ def _format(path: Path) -> str:
     raise ValueError("not a DICOM, TIFF, PNG, NPY or NPZ file")
 
 
-def _read_dicom(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
-    import pydicom
-    from pydicom.pixels import apply_modality_lut
+def _layout(shape: tuple[int, ...]) -> tuple[int | None, tuple[int, int]]:
+    """Return the number of frames, None for one image alone, and the rows and columns of stored values."""
+    grey = shape[:-1] if len(shape) > 2 and shape[-1] in (2, 3, 4) else shape
+    if len(grey) not in (2, 3) or 0 in grey:
+        raise ValueError(f"it holds an array of shape {shape}, not images")
+    return (grey[0] if len(grey) == 3 else None), (grey[-2], grey[-1])
 
-    dataset = pydicom.dcmread(path, force=True)
-    if "PixelData" not in dataset:
-        raise ValueError("it holds no pixel data (not an image, or truncated)")
-    values = apply_modality_lut(dataset.pixel_array, dataset)
+
+def _check_frame(frames: int | None, frame: int) -> None:
+    if frames is None:
+        raise ValueError(f"it holds one image alone, no frame {frame}")
+    if not 0 <= frame < frames:
+        raise ValueError(f"it holds {frames} frames, frame {frame} is not among them")
+
+
+def _pick(values: NDArray[Any], frame: int | None) -> NDArray[Any]:
+    if frame is None:
+        return values
+    _check_frame(_layout(values.shape)[0], frame)
+    picked: NDArray[Any] = values[frame]
+    return picked
+
+
+def _functional(dataset: Any, group: str, frame: int) -> Any:
+    """Return the part of a DICOM header that speaks of a frame's `group`: its own, the shared one, or the header."""
+    for name, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        groups = dataset.get(name)
+        if groups and index < len(groups) and groups[index].get(group):
+            return groups[index][group][0]
+    return dataset
+
+
+def _read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, Any]]:
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, pixel_array
+
+    dataset = pydicom.dcmread(path, force=True, stop_before_pixels=frame is not None)
+    if frame is None:
+        if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+            raise ValueError("it holds no pixel data (not an image, or truncated)")
+        values = dataset.pixel_array
+    else:
+        _check_frame(_dicom_frames(dataset), frame)
+        values = pixel_array(path, index=frame)
+    values = apply_modality_lut(values, _functional(dataset, "PixelValueTransformationSequence", frame or 0))
     metadata: dict[str, Any] = {"unit": "as stored"}
-    if "PixelSpacing" in dataset:
-        metadata["pixel_spacing"] = tuple(float(s) for s in dataset.PixelSpacing)
+    measures = _functional(dataset, "PixelMeasuresSequence", frame or 0)
+    if "PixelSpacing" in measures:
+        metadata["pixel_spacing"] = tuple(float(s) for s in measures.PixelSpacing)
     if dataset.get("Modality") == "CT":
         values = np.maximum(WATER_ATTENUATION * (1 + values / 1000), 0)
         metadata["unit"] = "1/mm"
     return values, metadata
 
 
-def _read_png(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
+def _dicom_frames(dataset: Any) -> int | None:
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    return frames if frames > 1 else None
+
+
+def _dicom_header(path: Path) -> ImageHeader:
+    import pydicom
+
+    dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=DICOM_TAGS)
+    patient = str(dataset.get("PatientID") or dataset.get("StudyInstanceUID") or "") or None
+    kind = dataset.get("SOPClassUID") or getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID")
+    if kind is not None and kind.name != kind and "Image" not in kind.name:
+        raise NoImageError(f"a DICOM file of the kind {kind.name}, not an image")
+    if "LOCALIZER" in (dataset.get("ImageType") or ()) and dataset.get("Modality") == "CT":
+        raise NoImageError("a CT localizer: a projection, not a slice")
+    if not (dataset.get("Rows") and dataset.get("Columns")):
+        raise ValueError("it holds no image size (not an image, or truncated)")
+    _check_decoder(dataset.file_meta.get("TransferSyntaxUID"))
+    shape = (int(dataset.Rows), int(dataset.Columns))
+    return ImageHeader("DICOM", shape, _dicom_frames(dataset), patient)
+
+
+def _check_decoder(syntax: Any) -> None:
+    from pydicom.pixels import get_decoder
+
+    if syntax is None or not syntax.is_compressed or syntax.name == "Deflated Explicit VR Little Endian":
+        return
+    decoder = get_decoder(syntax)
+    if not decoder.is_available:
+        needed = "; ".join(decoder.missing_dependencies)
+        raise ValueError(f"its pixels are compressed ({syntax.name}), which needs another package: {needed}")
+
+
+def _read_png(path: Path) -> NDArray[Any]:
     from PIL import Image
 
     with Image.open(path, formats=["PNG"]) as image:
@@ -79,30 +182,88 @@ def _read_png(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
             depth, colour = file.read(26)[24:26]
         if depth == 16 and colour != 0:
             raise ValueError("a PNG of 16 bits with colours or transparency; convert it to greyscale")
-        values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    return values, {"unit": "as stored"}
+        return np.asarray(image.convert("RGB") if image.mode == "P" else image)
 
 
-def _read_tiff(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
+def _read_tiff(path: Path, frame: int | None) -> NDArray[Any]:
     import tifffile
 
-    return tifffile.imread(path), {"unit": "as stored"}
+    if frame is None:
+        return np.asarray(tifffile.imread(path))
+    with tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        frames = _layout(series.shape)[0]
+        _check_frame(frames, frame)
+        # Some stacks are described as one page.
+        if len(series.pages) != frames:
+            return _pick(series.asarray(), frame)
+        try:
+            return np.asarray(file.asarray(key=frame, series=0))
+        except IndexError:
+            raise ValueError(f"its pages end before frame {frame} (truncated)") from None
 
 
-def _read_npy(path: Path) -> tuple[NDArray[Any], dict[str, Any]]:
-    return np.load(path, allow_pickle=False), {"unit": "as stored"}
+def read_values(path: Path, array: str | None, frame: int | None) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Read what an image file holds, or one of several frames, colours and kinds of numbers as stored."""
+    kind = format_of(path)
+    if array is not None and kind != "NPZ":
+        raise ValueError(f"a {kind} file has no named arrays")
+    metadata: dict[str, Any] = {"unit": "as stored"}
+    if kind == "DICOM":
+        values, metadata = _read_dicom(path, frame)
+    elif kind == "PNG":
+        values = _pick(_read_png(path), frame)
+    elif kind == "TIFF":
+        values = _read_tiff(path, frame)
+    elif kind == "NPY":
+        values = _pick(np.load(path, allow_pickle=False, mmap_mode=None if frame is None else "r"), frame)
+    else:
+        values = _pick(read_npz(path, array), frame)
+    return grey(values), {"format": kind, **metadata}
 
 
-def _read_npz(path: Path, array: str | None) -> tuple[NDArray[Any], dict[str, Any]]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        if array is None and len(archive.files) != 1:
-            raise ValueError(f"it holds {len(archive.files)} arrays, name one of: {', '.join(archive.files)}")
-        if array is not None and array not in archive.files:
-            raise ValueError(f"it holds no array {array!r}, only: {', '.join(archive.files)}")
-        return archive[array or archive.files[0]], {"unit": "as stored"}
+def _npz_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        with archive.open(npz_name(names, array) + ".npy") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+            return shape, dtype
 
 
-def _grey(values: NDArray[Any]) -> NDArray[Any]:
+def read_header(path: Path, array: str | None = None) -> ImageHeader:
+    """Read what a DICOM, TIFF, PNG, NPY or NPZ file says of its images, not the images.
+
+    Raises:
+        OSError: Where the file is missing or unreadable.
+        NoImageError: For a DICOM file that is made to hold no image, or a CT localizer.
+        ValueError: For a header that is damaged, or of something else than images.
+    """
+    kind = format_of(path)
+    if kind == "DICOM":
+        return _dicom_header(path)
+    if kind == "PNG":
+        from PIL import Image
+
+        with Image.open(path, formats=["PNG"]) as image:
+            return ImageHeader(kind, (image.height, image.width), None)
+    if kind == "TIFF":
+        import tifffile
+
+        with tifffile.TiffFile(path) as file:
+            shape, dtype = file.series[0].shape, file.series[0].dtype
+    elif kind == "NPY":
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        shape, dtype = values.shape, values.dtype
+    else:
+        shape, dtype = _npz_layout(path, array)
+    if dtype is None or dtype.kind not in "biufc":
+        raise ValueError(f"its values are {dtype}, not numbers")
+    frames, (height, width) = _layout(shape)
+    return ImageHeader(kind, (height, width), frames)
+
+
+def grey(values: NDArray[Any]) -> NDArray[Any]:
     """Return the one channel of a grey image that is stored as RGB, or with an opaque alpha channel."""
     if values.ndim != 3 or values.shape[2] not in (2, 3, 4):
         return values
@@ -115,7 +276,7 @@ def _grey(values: NDArray[Any]) -> NDArray[Any]:
     return values[..., 0]
 
 
-def read_image(path: PathLike, array: str | None = None) -> ImageFile:
+def read_image(path: PathLike, array: str | None = None, frame: int | None = None) -> ImageFile:
     r"""Read a two-dimensional image from a DICOM, TIFF, PNG, NPY or NPZ file.
 
     The kind of file is told from its content. A CT slice in DICOM becomes the linear attenuation coefficient
@@ -128,14 +289,16 @@ def read_image(path: PathLike, array: str | None = None) -> ImageFile:
     Args:
         path: The file.
         array: Which array of an NPZ file; needed only where there are several.
+        frame: Which one of several, counted from 0: frame of a DICOM file, page of a TIFF file, entry along the first
+            axis of an array. None for a file with one image alone.
 
     Returns:
         The image ``(H, W)``, float32, and what the file says about it.
 
     Raises:
         OSError: Where the file is missing or unreadable.
-        ValueError: For a file that is truncated, not an image, not two-dimensional, or holds NaN or Inf;
-            the message names the file and the reason.
+        ValueError: For a file that is truncated, not an image, not two-dimensional, or holds NaN or Inf; for a frame
+            that is not there. The message names the file and the reason.
 
     Example:
         >>> import pydicom.data
@@ -144,64 +307,15 @@ def read_image(path: PathLike, array: str | None = None) -> ImageFile:
         ((128, 128), '1/mm')
     """
     path = Path(path)
-    try:
-        kind = _format(path)
-        if array is not None and kind != "NPZ":
-            raise ValueError(f"a {kind} file has no named arrays")
-        if kind == "NPZ":
-            values, metadata = _read_npz(path, array)
-        else:
-            read = {"DICOM": _read_dicom, "PNG": _read_png, "TIFF": _read_tiff, "NPY": _read_npy}[kind]
-            values, metadata = read(path)
-        values = _grey(values)
+    with naming(path):
+        values, metadata = read_values(path, array, frame)
         if values.ndim != 2 or 0 in values.shape:
             raise ValueError(f"it holds an array of shape {values.shape}, not a two-dimensional image")
         if values.dtype.kind not in "biuf":
             raise ValueError(f"its values are {values.dtype}, not real numbers")
         with np.errstate(over="ignore"):
             image = torch.from_numpy(np.array(values, dtype=np.float32))
-    except OSError as error:
-        # Decoders report damaged content as an OSError without an errno.
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
-    bad = (~image.isfinite()).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        raise ValueError(f"{path}: pixel ({row}, {column}) is {float(image[row, column])}")
-    return ImageFile(image, {"format": kind, **metadata})
-
-
-@contextmanager
-def atomic(path: PathLike) -> Iterator[Path]:
-    """Give a temporary name in the folder of `path` to write to; rename it to `path` only on success.
-
-    Args:
-        path: The file to be written; an existing one is replaced.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with atomic(folder / "result.txt") as temporary:
-        ...     _ = temporary.write_text("42")
-        >>> [file.name for file in folder.iterdir()]
-        ['result.txt']
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_npz(path: PathLike, **arrays: Tensor | NDArray[Any] | float) -> None:
-    """Write named arrays to a compressed NPZ file, atomically."""
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"save_npz: path must end in .npz, got {path}")
-    with atomic(path) as temporary:
-        np.savez_compressed(temporary, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+        bad = first_bad(image)
+        if bad is not None:
+            raise ValueError(f"pixel {bad} is {float(image[bad])}")
+    return ImageFile(image, metadata)

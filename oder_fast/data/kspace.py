@@ -1,9 +1,7 @@
-"""Read multi-coil Cartesian k-space of real formats; write and read images as NIfTI."""
+"""Read multi-coil Cartesian k-space of real formats."""
 
 from __future__ import annotations
 
-import gzip
-import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .images import PathLike, atomic
+from .files import PathLike, first_bad, naming
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".mrd")
@@ -483,7 +481,7 @@ def read_kspace(
     """
     path = Path(path)
     select = dict(select or {})
-    try:
+    with naming(path):
         kind = _format(path)
         if array is not None and kind != "NPZ":
             raise ValueError(f"an {kind} file has no named arrays to choose from")
@@ -495,125 +493,10 @@ def read_kspace(
             values, mask, metadata = _read_numpy(path, kind, array, slices)
         with np.errstate(over="ignore"):
             kspace = torch.from_numpy(np.ascontiguousarray(values, dtype=np.complex64))
-    except OSError as error:
-        # HDF5 reports damaged content as an OSError without an errno.
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{path}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
-    bad = (~torch.isfinite(kspace)).nonzero()
-    if len(bad):
-        s, c, i, j = bad[0].tolist()
-        raise ValueError(
-            f"{path}: sample ({i}, {j}) of coil {c} in slice {metadata['slices'][s]} is {kspace[s, c, i, j].item()}"
-        )
+        bad = first_bad(kspace)
+        if bad is not None:
+            s, c, i, j = bad
+            raise ValueError(
+                f"sample ({i}, {j}) of coil {c} in slice {metadata['slices'][s]} is {kspace[bad].item()}"
+            )
     return KSpaceFile(kspace, mask, metadata)
-
-
-# ------------------------------------------------------------------ NIfTI
-
-Size = tuple[float, float, float]
-
-
-def _check_values(where: str, values: Tensor) -> None:
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        index = tuple(bad[0].tolist())
-        raise ValueError(f"{where} value {index} is {values[index].item()}")
-
-
-def write_nifti(path: PathLike, image: Tensor, voxel_size: Size = (1.0, 1.0, 1.0)) -> None:
-    """Write an image or a volume to a NIfTI-1 file, atomically.
-
-    The file says of the axes what an axial slice of a patient on the back has: columns grow to the left of the
-    patient, rows to the back, slices to the head. Where the real orientation is another, only the voxel size
-    can be relied on.
-
-    Args:
-        path: The file, ending in ``.nii`` or ``.nii.gz`` (compressed); an existing one is replaced.
-        image: Shape ``(H, W)`` or, slices first, ``(S, H, W)``; real (stored as float32) or complex (stored as
-            complex64).
-        voxel_size: Slice, row and column distance in mm: ``metadata["voxel_size"]`` of `read_kspace`.
-
-    Raises:
-        OSError: Where the file cannot be written.
-        ValueError: For another suffix, a wrong shape, NaN or Inf, or a voxel size that is not above 0.
-
-    Example:
-        >>> import tempfile, torch
-        >>> path = Path(tempfile.mkdtemp()) / "volume.nii.gz"
-        >>> write_nifti(path, torch.rand(3, 4, 5), (3.0, 0.5, 0.75))
-        >>> values, voxel_size = read_nifti(path)
-        >>> values.shape, voxel_size
-        (torch.Size([3, 4, 5]), (3.0, 0.5, 0.75))
-    """
-    import nibabel
-
-    path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"write_nifti: path must end in .nii or .nii.gz, got {path}")
-    if image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(
-            f"write_nifti: image must be (H, W) or (S, H, W), none of them 0, got {tuple(image.shape)}"
-        )
-    if len(voxel_size) != 3 or not all(math.isfinite(size) and size > 0 for size in voxel_size):
-        raise ValueError(f"write_nifti: voxel_size must be three numbers above 0, got {tuple(voxel_size)}")
-    values = image.detach().cpu().to(torch.complex64 if image.is_complex() else torch.float32).resolve_conj()
-    _check_values("write_nifti: image must be finite,", values)
-    between, row, column = voxel_size
-    # NIfTI's axes are column, row, slice; x grows to the right of the patient and y to the front.
-    volume = nibabel.Nifti1Image(np.asarray(values).T, np.diag([-column, -row, between, 1.0]))
-    volume.header.set_xyzt_units("mm")
-    content = volume.to_bytes()
-    with atomic(path) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-
-
-def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
-    """Read an image or a volume from a NIfTI file, as `write_nifti` writes it.
-
-    Whether it is compressed is told from the content. The axes are brought into the order slice, row, column;
-    their directions are left as stored.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Values, shape ``(H, W)`` or ``(S, H, W)``, float32 or complex64, and the voxel size (slice, row, column)
-        in mm.
-
-    Raises:
-        OSError: Where the file is missing or unreadable.
-        ValueError: For a file that is truncated, not NIfTI, of other than two or three dimensions, or with NaN
-            or Inf; the message names the file and the reason.
-    """
-    import nibabel
-    from nibabel.affines import voxel_sizes
-
-    path = Path(path)
-    content = path.read_bytes()
-    try:
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        if content[344:347] in (b"n+1", b"ni1"):
-            kind = nibabel.Nifti1Image
-        elif content[4:7] in (b"n+2", b"ni2"):
-            kind = nibabel.Nifti2Image
-        else:
-            raise ValueError("not a NIfTI file")
-        volume = kind.from_bytes(content)
-        if len(volume.shape) not in (2, 3) or 0 in volume.shape:
-            raise ValueError(f"it holds an array of shape {volume.shape}, not (W, H) or (W, H, S)")
-        stored = np.asanyarray(volume.dataobj)
-        if stored.dtype.kind not in "biufc":
-            raise ValueError(f"its values are {stored.dtype}, not numbers")
-        dtype = np.complex64 if stored.dtype.kind == "c" else np.float32
-        with np.errstate(over="ignore"):
-            values = torch.from_numpy(np.ascontiguousarray(stored.T, dtype=dtype))
-        unit = {"meter": 1000.0, "micron": 1e-3}.get(volume.header.get_xyzt_units()[0], 1.0)
-        column, row, between = (unit * float(size) for size in voxel_sizes(volume.affine))
-    except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
-    _check_values(f"{path}:", values)
-    return values, (between, row, column)

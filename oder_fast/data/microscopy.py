@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .images import PathLike, read_image
+from .files import PathLike
+from .images import read_image
 
 LED_NAME = r"(?P<row>\d+)\D+(?P<col>\d+)\.tiff?$"
 """Names of images of LEDs: they end in two numbers, the row and the column on the board."""

@@ -1,0 +1,348 @@
+"""Datasets to train on: folders of images, and phantoms made on the fly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .coils import one_thread
+from .files import PathLike, first_bad, naming, read_npz
+from .images import DICOM_SUFFIXES, ImageHeader, NoImageError, grey, read_header, read_values
+from .nifti import nifti_shape, nifti_slice, read_nifti
+from .phantoms import brain_like, cell_like, random_ellipses, random_shepp_logan, shepp_logan
+from .samples import Sample, Samples, seeded_generator
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+IMAGE_SUFFIXES = (*DICOM_SUFFIXES, ".tif", ".tiff", ".png", ".npy", ".npz", *NIFTI_SUFFIXES)
+
+Scale = Literal["none", "slice"] | tuple[float, float]
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their names; links that lead back are not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    # Hidden files are copies that some systems make beside the real ones.
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
+class _Files:
+    """Files of a dataset.
+
+    Args:
+        source: A folder, or the files themselves.
+        known: Which files of a folder are wanted; of those listed, all are.
+
+    Attributes:
+        root: Folder below which all lie.
+        from_folder: Whether they were found rather than named.
+        left_out: How many files of a folder were not wanted.
+    """
+
+    def __init__(self, source: PathLike | Iterable[PathLike], known: Callable[[Path], bool]) -> None:
+        self.left_out = 0
+        self.from_folder = isinstance(source, (str, os.PathLike)) and not Path(source).is_file()
+        if isinstance(source, (str, os.PathLike)):
+            paths = list(_walk(Path(source))) if self.from_folder else [Path(source)]
+        else:
+            paths = [Path(path) for path in source]
+        if self.from_folder:
+            assert isinstance(source, (str, os.PathLike))
+            self.root = Path(source)
+            self.paths = [path for path in paths if known(path)]
+            self.left_out = len(paths) - len(self.paths)
+        else:
+            self.paths = paths
+            parents = [os.path.dirname(os.path.abspath(path)) for path in paths]
+            self.root = Path(os.path.commonpath(parents)) if parents else Path()
+
+    def name(self, path: Path) -> str:
+        """Return where a file lies below the root."""
+        return Path(os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))).as_posix()
+
+    def group(self, path: Path) -> str:
+        """Return the folder of the root that a file lies in, or the file itself."""
+        return self.name(path).split("/")[0]
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Return what tells a file from others and from what it was before: path, size, time of its last change."""
+    status = path.stat()
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns
+
+
+def group_of(
+    path: Path, files: _Files, patient: str | None, group: Callable[[Path], str] | None, what: str
+) -> str:
+    """Return the group of a file: by the user's rule, else the patient, else the folder."""
+    if group is None:
+        return patient or files.group(path)
+    chosen = group(path)
+    if not isinstance(chosen, str):
+        raise TypeError(f"{what}: group must return a str, got {type(chosen).__name__} for {path}")
+    return chosen
+
+
+def _is_image(path: Path) -> bool:
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    # Archives give DICOM files names of their own.
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _header(path: Path, array: str | None) -> ImageHeader:
+    if _is_nifti(path):
+        *frames, height, width = nifti_shape(path)
+        return ImageHeader("NIfTI", (height, width), frames[0] if frames else None)
+    return read_header(path, array)
+
+
+@lru_cache(maxsize=1)
+def _volume(path: Path, stamp: tuple[str, int, int], array: str | None) -> NDArray[Any]:
+    """Read a volume that can be read only as a whole; the last one is kept, as its slices are often read in turn."""
+    return read_nifti(path)[0].numpy() if _is_nifti(path) else read_npz(path, array)
+
+
+def _values(path: Path, header: ImageHeader, array: str | None, frame: int | None) -> NDArray[Any]:
+    if header.format == "NIfTI":
+        part = None if frame is None else nifti_slice(path, frame)
+        if part is not None:
+            return part
+        volume = _volume(path, stamp(path), None)
+        return volume if frame is None else volume[frame]
+    if header.format == "NPZ" and frame is not None:
+        return grey(_volume(path, stamp(path), array)[frame])
+    return read_values(path, array, frame)[0]
+
+
+class ImageFolder(Samples):
+    r"""Images of a folder, with all folders in it: each slice, frame or page is a sample.
+
+    Read are DICOM (one frame or several), TIFF (each page), PNG, NPY and NPZ (``(H, W)`` or slices first), and NIfTI
+    (each slice of a volume), real or complex. CT slices in DICOM are linear attenuation coefficients in 1/mm as
+    `read_image` returns them; other values are as stored. Only headers are read to begin with; a file that is
+    damaged further down is an error when its sample is asked for.
+
+    Of a folder, hidden files and other kinds of files are left out, DICOM files that hold no image, and CT localizers;
+    ``left_out`` says how many. A list of files is taken as it is.
+
+    Args:
+        source: A folder, a file, or a list of files.
+        scale: What values become:
+
+            - ``"slice"``: those of each slice fill [0, 1], from its least to its largest; a complex one is divided
+              by its largest magnitude.
+            - ``(low, high)``: the same window for all, brought to [0, 1] and clipped; of CT in 1/mm.
+            - ``"none"``: as read.
+        array: Which array of NPZ files; needed only where they hold several.
+        group: From the path of a file to the name of the patient it shows. None for the patient (or the study) that
+            a DICOM file names, and else the folder in `source` that the file lies in at whatever depth, or the file
+            itself where it lies in none.
+
+    Attributes:
+        left_out: Numbers of files left out, by reason.
+
+    Raises:
+        OSError: Where the folder or a file is missing or unreadable.
+        TypeError: Where `group` returns something else than a text.
+        ValueError: For a file of a known kind with a damaged header, a folder without images, or a `scale` that is
+            none of those above; on reading, for a damaged file, or NaN or Inf. The message names the file.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for patient in "ab":
+        ...     (folder / patient).mkdir()
+        ...     np.save(folder / patient / "slices.npy", np.arange(60.0).reshape(3, 4, 5))
+        >>> dataset = ImageFolder(folder)
+        >>> len(dataset), dataset.groups[3], dataset.shapes[3], dataset[3].image.max().item()
+        (6, 'b', (4, 5), 1.0)
+    """
+
+    def __init__(
+        self,
+        source: PathLike | Iterable[PathLike],
+        *,
+        scale: Scale = "slice",
+        array: str | None = None,
+        group: Callable[[Path], str] | None = None,
+    ) -> None:
+        self.scale = _check_scale(scale)
+        self.array = array
+        self.left_out: dict[str, int] = {}
+        files = _Files(source, _is_image)
+        if files.left_out:
+            self.left_out["another kind of file"] = files.left_out
+        self.names, self.groups, self.shapes = [], [], []
+        self._files: list[tuple[Path, ImageHeader]] = []
+        # Number of the file, and of the frame in it.
+        self._where: list[tuple[int, int | None]] = []
+        for path in files.paths:
+            try:
+                with naming(path):
+                    header = _header(path, array if path.suffix.lower() == ".npz" else None)
+            except ValueError as error:
+                if not (files.from_folder and isinstance(error.__cause__, NoImageError)):
+                    raise
+                reason = str(error.__cause__)
+                self.left_out[reason] = self.left_out.get(reason, 0) + 1
+                continue
+            name, member = files.name(path), group_of(path, files, header.patient, group, "ImageFolder")
+            frames = [None] if header.frames is None else range(header.frames)
+            for frame in frames:
+                self.names.append(name if frame is None else f"{name}[{frame}]")
+                self._where.append((len(self._files), frame))
+            self.groups += [member] * len(frames)
+            self.shapes += [header.shape] * len(frames)
+            self._files.append((path, header))
+        if not self.groups:
+            found = ", ".join(f"{count} of {reason}" for reason, count in self.left_out.items()) or "nothing"
+            where = files.root if files.from_folder else "ImageFolder: source"
+            raise ValueError(f"{where}: no images (DICOM, TIFF, PNG, NPY, NPZ, NIfTI) in it, only: {found}")
+
+    def __getitem__(self, index: SupportsIndex) -> Sample:
+        number = self._check(index)
+        file, frame = self._where[number]
+        path, header = self._files[file]
+        with naming(path):
+            array = self.array if header.format == "NPZ" else None
+            image = _scaled(_as_image(_values(path, header, array, frame)), self.scale)
+        return Sample(self.names[number], image)
+
+    def fingerprint(self, index: SupportsIndex) -> str:
+        """Return what the file is, when it was last changed, and what is made of it."""
+        file, frame = self._where[self._check(index)]
+        return self._hash(stamp(self._files[file][0]), frame, self.scale, self.array)
+
+
+def _check_scale(scale: Any) -> Scale:
+    if scale in ("none", "slice"):
+        chosen: Scale = scale
+        return chosen
+    if isinstance(scale, (tuple, list)) and len(scale) == 2:
+        low, high = (float(value) for value in scale)
+        if np.isfinite([low, high]).all() and low < high:
+            return low, high
+    raise ValueError(
+        f"ImageFolder: scale must be 'none', 'slice' or a window (low, high) with low < high, got {scale!r}"
+    )
+
+
+def _as_image(values: NDArray[Any]) -> Tensor:
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"it holds an array of shape {values.shape}, not a two-dimensional image")
+    if values.dtype.kind not in "biufc":
+        raise ValueError(f"its values are {values.dtype}, not numbers")
+    dtype = np.complex64 if values.dtype.kind == "c" else np.float32
+    with np.errstate(over="ignore"):
+        image = torch.from_numpy(np.array(values, dtype=dtype, order="C"))
+    bad = first_bad(image)
+    if bad is not None:
+        raise ValueError(f"pixel {bad} is {image[bad].item()}")
+    return image
+
+
+def _scaled(image: Tensor, scale: Scale) -> Tensor:
+    if scale == "none":
+        return image
+    if scale == "slice":
+        if image.is_complex():
+            largest = image.abs().amax()
+            return image / largest if largest > 0 else image
+        low, high = (float(value) for value in torch.aminmax(image))
+        return (image - low) / (high - low) if high > low else torch.zeros_like(image)
+    assert not isinstance(scale, str)
+    if image.is_complex():
+        raise ValueError("it is complex, and a window is for real values; use scale='slice' or 'none'")
+    low, high = scale
+    return ((image - low) / (high - low)).clamp_(0, 1)
+
+
+# ------------------------------------------------------------------ phantoms
+
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "ellipses": random_ellipses,
+    "shepp-logan": lambda n, size, generator=None: shepp_logan(size).expand(n, size, size),
+    "shepp-logan-random": random_shepp_logan,
+    "brain": brain_like,
+    "cells": cell_like,
+}
+
+
+class Phantoms(Samples):
+    """Phantoms drawn when they are asked for, each from the seed and its index alone; nothing is stored.
+
+    Args:
+        kind: ``"ellipses"`` (`random_ellipses`), ``"shepp-logan"`` (`shepp_logan`, always the same),
+            ``"shepp-logan-random"`` (`random_shepp_logan`), ``"brain"`` (`brain_like`, complex), or ``"cells"``
+            (`cell_like`, complex volumes).
+        n: How many.
+        size: Rows and columns; of cells the shape ``(Z, H, W)``.
+        seed: At least 0; another one gives other phantoms.
+        options: Further arguments of the function that draws.
+
+    Raises:
+        TypeError: For an option that the function does not have.
+        ValueError: For an unknown kind, or an argument out of range.
+
+    Example:
+        >>> dataset = Phantoms("ellipses", 100, 64, seed=0, texture=0.01)
+        >>> len(dataset), dataset[7].image.shape
+        (100, torch.Size([64, 64]))
+    """
+
+    def __init__(
+        self, kind: str, n: int, size: int | tuple[int, int, int], seed: int = 0, **options: Any
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"Phantoms: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if n < 1:
+            raise ValueError(f"Phantoms: n must be at least 1, got {n}")
+        if seed < 0:
+            raise ValueError(f"Phantoms: seed must be at least 0, got {seed}")
+        volumes = kind == "cells"
+        if isinstance(size, int) == volumes:
+            needed = "three numbers (Z, H, W)" if volumes else "a whole number"
+            raise ValueError(f"Phantoms: size must be {needed} for {kind}, got {size}")
+        self.kind, self.size, self.seed, self.options = kind, size, seed, options
+        try:
+            # None drawn, but all arguments checked.
+            KINDS[kind](0, size, **options)
+        except TypeError as error:
+            raise TypeError(f"Phantoms: {kind}: {error}") from error
+        self.names = [f"{kind}[{index}]" for index in range(n)]
+        self.groups = self.names
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        self.shapes = [shape] * n
+
+    def __getitem__(self, index: SupportsIndex) -> Sample:
+        number = self._check(index)
+        generator = seeded_generator(self.seed, number)
+        # Sums may be ordered otherwise on several threads.
+        with one_thread():
+            image = KINDS[self.kind](1, self.size, generator=generator, **self.options)[0]
+        return Sample(self.names[number], image.clone())
+
+    def fingerprint(self, index: SupportsIndex) -> str:
+        """Return what is drawn, and from which seed."""
+        return self._hash(self.kind, self.size, self.seed, sorted(self.options.items()), self._check(index))

@@ -1,0 +1,93 @@
+"""What all files have in common: errors that name them, and being written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the content of a file into a ValueError that names it.
+
+    What the system says of the file, such as that it is missing, remains an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Decoders report damaged content as an OSError without an errno.
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def first_bad(values: Tensor) -> tuple[int, ...] | None:
+    """Return the index of the first value that is NaN or Inf, None where all are finite."""
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return None
+    return tuple((~finite).nonzero()[0].tolist())
+
+
+@contextmanager
+def atomic(path: PathLike) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path` to write to; rename it to `path` only on success.
+
+    Several writers of the same file do not meet: each has its own temporary name, and the last to end wins.
+
+    Args:
+        path: The file to be written; an existing one is replaced.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with atomic(folder / "result.txt") as temporary:
+        ...     _ = temporary.write_text("42")
+        >>> [file.name for file in folder.iterdir()]
+        ['result.txt']
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:16]}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_npz(path: PathLike, **arrays: Tensor | NDArray[Any] | float) -> None:
+    """Write named arrays to a compressed NPZ file, atomically."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"save_npz: path must end in .npz, got {path}")
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+
+
+def npz_name(names: list[str], array: str | None) -> str:
+    """Return the name of the array asked for, or of the only one."""
+    if array is None and len(names) != 1:
+        raise ValueError(f"it holds {len(names)} arrays, name one of: {', '.join(names)}")
+    if array is not None and array not in names:
+        raise ValueError(f"it holds no array {array!r}, only: {', '.join(names)}")
+    return array or names[0]
+
+
+def read_npz(path: Path, array: str | None) -> NDArray[Any]:
+    """Read the array asked for, or the only one, of an NPZ file."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        values: NDArray[Any] = archive[npz_name(archive.files, array)]
+        return values
