@@ -262,13 +262,18 @@ class DEQRED(nn.Module):
     @contextmanager
     def _problem(self, y: Tensor, x0: Tensor | None) -> Iterator[tuple[RED, Tensor]]:
         """Give the map and the start, the denoiser frozen."""
-        self._check("y", y, getattr(self.operator, "data_shape", None))
+        with self._agreement() as same:
+            self._check("y", y, getattr(self.operator, "data_shape", None))
+            _check_scale(y)
+            with _full_precision(y.device):
+                data = self._prepare(y)
+            start = None if x0 is None else self._check_start(x0, y)
+            same.update(self._settings(y, x0))
         autocast = _Autocast(y.device)
         module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
         with _full_precision(y.device), frozen(module):
-            start = self._start(y, x0)
-            _check_scale(y)
-            data = self._prepare(y)
+            if start is None:
+                start = self._check_start(self._initial(y), y)
             fidelity = Fidelity(
                 self.operator, data, self.minibatch_size, self.variance_reduction, self.generator
             )
@@ -276,22 +281,48 @@ class DEQRED(nn.Module):
             flags = [(submodule, submodule.training) for submodule in module.modules()]
             yield RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags), start
 
+    def _agreement(self) -> AbstractContextManager[dict[str, object]]:
+        """Return a context of what may fail, for all processes together where the measurements are spread over some."""
+        if hasattr(self.operator, "agreement"):
+            together: AbstractContextManager[dict[str, object]] = self.operator.agreement()
+            return together
+        return nullcontext({})
+
+    def _settings(self, y: Tensor, x0: Tensor | None) -> dict[str, object]:
+        """Tell what must be the same in all processes."""
+        module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
+        return {
+            "the number of images": y.shape[0],
+            "the precision of y": y.real.dtype,
+            "y.requires_grad": y.requires_grad,
+            "whether gradients are recorded": torch.is_grad_enabled(),
+            "x0": x0,
+            "the denoiser's weights": [*module.parameters(), *module.buffers()],
+            "step_size": self.current_step_size(),
+            "tau": self.tau,
+            "minibatch_size": self.minibatch_size,
+            "variance_reduction": self.variance_reduction,
+            "solver": self.solver,
+            "differentiation": self.differentiation,
+            "nonnegative": self.nonnegative,
+        }
+
     def _prepare(self, y: Tensor) -> Tensor:
         """Bring the data into the form that the operator's gradients take."""
         names = ["prepare_full_batch"] * (self.minibatch_size is None) + ["prepare"]
         name = next((name for name in names if hasattr(self.operator, name)), None)
         return y if name is None else getattr(self.operator, name)(y)
 
-    def _start(self, y: Tensor, x0: Tensor | None) -> Tensor:
-        """Return the start, checked."""
-        if x0 is not None:
-            start = x0
-        elif hasattr(self.operator, "initial"):
-            start = self.operator.initial(y)
-        elif hasattr(self.operator, "A_adjoint"):
-            start = self.operator.A_adjoint(y)
-        else:
-            raise ValueError(f"DEQRED: {type(self.operator).__name__} has no initial(y): give x0")
+    def _initial(self, y: Tensor) -> Tensor:
+        """Return the operator's start."""
+        for name in ("initial", "A_adjoint"):
+            if hasattr(self.operator, name):
+                start: Tensor = getattr(self.operator, name)(y)
+                return start
+        raise ValueError(f"DEQRED: {type(self.operator).__name__} has no initial(y): give x0")
+
+    def _check_start(self, start: Tensor, y: Tensor) -> Tensor:
+        """Return the start, checked, projected where asked."""
         self._check("x0", start, getattr(self.operator, "image_shape", None))
         if start.shape[0] != y.shape[0]:
             raise ValueError(f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}")
@@ -393,7 +424,11 @@ class RED(FixedPointMap):
             momentum=momentum,
             nonnegative=self.nonnegative,
         )
-        return Step(*update)
+        return Step(update.image, update.extrapolated, self.agree(update.reductions))
+
+    def agree(self, reductions: Tensor) -> Tensor:
+        """Return the reductions that decide in all processes."""
+        return self.fidelity.agree(reductions)
 
     def denoise(self, image: Tensor) -> Tensor:
         """Call the denoiser on the image as channels, in the precision that autocast asks for."""
@@ -490,6 +525,10 @@ class TransposedRED(FixedPointMap):
                 u, vjp(self.denoised, self.leaf, u), self.step_size, self.tau
             ).image
 
+    def agree(self, reductions: Tensor) -> Tensor:
+        """Return the reductions that decide in all processes."""
+        return self.fidelity.agree(reductions)
+
     def draw(self) -> TransposedRED:
         """Return the map of a fresh minibatch."""
         return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
@@ -564,6 +603,13 @@ class Fidelity:
             if anchored:
                 self.anchor = (x, gradient)
         return ops.red_update(x, gradient, denoised, step_size, tau, **options)
+
+    def agree(self, reductions: Tensor) -> Tensor:
+        """Return the reductions that decide, where the measurements are spread over processes."""
+        if not hasattr(self.operator, "agree"):
+            return reductions
+        agreed: Tensor = self.operator.agree(reductions)
+        return agreed
 
     def draw(self) -> Fidelity:
         """Return the data fidelity of a fresh minibatch."""

@@ -187,6 +187,9 @@ class _Adjoint(FixedPointMap):
     def __call__(self, point: Tensor) -> Tensor:
         return self.transposed(point) + self.gradient
 
+    def agree(self, reductions: Tensor) -> Tensor:
+        return self.transposed.agree(reductions)
+
     def draw(self) -> FixedPointMap:
         return _Adjoint(self.transposed.draw(), self.gradient)
 

@@ -53,11 +53,15 @@ class FixedPointMap:
         change = inner(image - point, image - point)
         norm = inner(image, image)
         if previous is None or momentum is None:
-            return Step(image, image, torch.stack([change, norm, torch.zeros_like(norm)], 1))
+            return Step(image, image, self.agree(torch.stack([change, norm, torch.zeros_like(norm)], 1)))
         direction = image - previous
         uphill = inner(point - image, direction)
         extrapolated = image + per_image(momentum, image) * direction
-        return Step(image, extrapolated, torch.stack([change, norm, uphill], 1))
+        return Step(image, extrapolated, self.agree(torch.stack([change, norm, uphill], 1)))
+
+    def agree(self, reductions: Tensor) -> Tensor:
+        """Return the reductions that decide, where the map is evaluated in several processes at once."""
+        return reductions
 
     def draw(self) -> FixedPointMap:
         """Return the map of one fresh minibatch, which does not change from call to call."""

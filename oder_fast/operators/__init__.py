@@ -3,5 +3,6 @@
 from .ct import ParallelBeamCT
 from .idt import DiffractionTomography
 from .mri import CartesianMRI
+from .parallel import MeasurementParallel, split_blocks
 
-__all__ = ["CartesianMRI", "DiffractionTomography", "ParallelBeamCT"]
+__all__ = ["CartesianMRI", "DiffractionTomography", "MeasurementParallel", "ParallelBeamCT", "split_blocks"]
