@@ -23,7 +23,7 @@ from .fixed_point import (
     Solution,
     Unrolled,
 )
-from .operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
+from .operators import CartesianMRI, DiffractionTomography, MeasurementParallel, ParallelBeamCT, split_blocks
 from .ops import (
     BackendUnavailableError,
     Optics,
@@ -59,6 +59,7 @@ __all__ = [
     "FixedPointError",
     "Implicit",
     "JacobianFree",
+    "MeasurementParallel",
     "Nesterov",
     "NotConvergedError",
     "NotConvergedWarning",
@@ -84,6 +85,7 @@ __all__ = [
     "radon_gradient",
     "radon_red_update",
     "red_update",
+    "split_blocks",
 ]
 
 

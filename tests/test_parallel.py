@@ -231,7 +231,7 @@ def minibatches(rank):
     whole, parallel, mine, x, _ = problem("ct", rank)
     y = whole(x)[:, mine] - 1
     state = torch.get_rng_state()
-    draws = [parallel.draw_blocks(2) for _ in range(1000)]
+    draws = [parallel.draw_blocks(2) for _ in range(500)]
     assert torch.equal(state, torch.get_rng_state())
     both = everywhere(torch.stack(draws))
     assert not torch.equal(*both)
@@ -245,7 +245,7 @@ def minibatches(rank):
     bound = parallel.minibatch_norm_squared(1)
     assert bound > parallel.norm_squared()
     v = torch.randn(1, *z.shape[1:], dtype=z.dtype, generator=torch.Generator().manual_seed(1))
-    for _ in range(20):
+    for _ in range(10):
         many = [parallel.gradient(v, None, parallel.draw_blocks(1)) for _ in range(20)]
         moment = torch.stack(many).abs().square().sum() / len(many)
         assert moment < 1.2 * bound * (v.conj() * parallel.gradient(v, None)).real.sum()
@@ -257,7 +257,7 @@ def minibatches_find_the_same_fixed_point(rank):
     for kind in ("ct", "mri", "idt"):
         whole, parallel, mine, x, tau = problem(kind, rank)
         y = whole(x)
-        solver = Nesterov(3000, 1e-6)
+        solver = Nesterov(3000, 3e-6)
         gradients = []
         for operator, data, size in ((whole, y, None), (parallel, y[:, mine], 2)):
             model = DEQRED(operator, Blur(0.9), tau=2 * tau, minibatch_size=size, solver=solver)
@@ -534,7 +534,8 @@ def test_a_rank_that_is_killed_ends_the_others_with_the_reason(tmp_path):
     assert begin is not None
     assert time.monotonic() - begin < 10
     assert started[1].returncode == -signal.SIGKILL
-    assert started[0].returncode == 1
+    # Gloo may abort the interpreter as it ends.
+    assert started[0].returncode in (1, -signal.SIGABRT)
     assert f"RuntimeError: MeasurementParallel: rank 0 {LOST}" in printed[0]
     assert "end this process and start all anew" in printed[0]
 
