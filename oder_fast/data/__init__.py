@@ -1,5 +1,6 @@
 """Real images and k-space, phantoms, datasets, simulated measurements, and how good a reconstruction is."""
 
+from .arrays import read_array
 from .coils import birdcage_maps, espirit_maps, noise_covariance, remove_oversampling, whiten
 from .datasets import ImageFolder, Phantoms
 from .files import atomic, save_npz
@@ -28,8 +29,10 @@ from .transforms import (
     RandomRotation,
     RandomScaleIntensity,
 )
+from .writers import WRITERS, write_image, writer_suffix
 
 __all__ = [
+    "WRITERS",
     "Batch",
     "Compose",
     "ImageFile",
@@ -67,6 +70,7 @@ __all__ = [
     "random_ellipses",
     "random_lines",
     "random_shepp_logan",
+    "read_array",
     "read_image",
     "read_kspace",
     "read_led_stack",
@@ -80,5 +84,7 @@ __all__ = [
     "split",
     "ssim",
     "whiten",
+    "write_image",
     "write_nifti",
+    "writer_suffix",
 ]

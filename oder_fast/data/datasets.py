@@ -16,11 +16,10 @@ from torch import Tensor
 from .coils import one_thread
 from .files import PathLike, first_bad, naming, read_npz
 from .images import DICOM_SUFFIXES, ImageHeader, NoImageError, grey, read_header, read_values
-from .nifti import nifti_shape, nifti_slice, read_nifti
+from .nifti import NIFTI_SUFFIXES, nifti_shape, nifti_slice, read_nifti
 from .phantoms import brain_like, cell_like, random_ellipses, random_shepp_logan, shepp_logan
 from .samples import Sample, Samples, seeded_generator
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
 IMAGE_SUFFIXES = (*DICOM_SUFFIXES, ".tif", ".tiff", ".png", ".npy", ".npz", *NIFTI_SUFFIXES)
 
 Scale = Literal["none", "slice"] | tuple[float, float]

@@ -16,6 +16,9 @@ from torch import Tensor
 
 PathLike = str | os.PathLike[str]
 
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -32,6 +35,17 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def is_hdf5(path: Path) -> bool:
+    """Tell from its content whether a file is HDF5."""
+    # The signature may follow a user block of 512 bytes or a power of two times that.
+    with path.open("rb") as file:
+        for offset in (0, 512, 1024, 2048, 4096):
+            file.seek(offset)
+            if file.read(8) == HDF5_SIGNATURE:
+                return True
+    return False
 
 
 def first_bad(values: Tensor) -> tuple[int, ...] | None:

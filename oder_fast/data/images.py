@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import PathLike, first_bad, naming, npz_name, read_npz
+from .files import TIFF_SIGNATURES, PathLike, first_bad, naming, npz_name, read_npz
 
 WATER_ATTENUATION = 0.02
 """Linear attenuation coefficient of water in 1/mm, at about 66 keV."""
@@ -75,7 +75,7 @@ def format_of(path: Path) -> str:
         return "DICOM"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] in TIFF_SIGNATURES:
         return "TIFF"
     if head.startswith(b"\x93NUMPY"):
         return "NPY"

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import PathLike, first_bad, naming
+from .files import PathLike, first_bad, is_hdf5, naming
 
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".mrd")
 
 # Flags of ISMRMRD acquisitions count from 1.
@@ -65,16 +64,6 @@ class KSpaceFile(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _is_hdf5(path: Path) -> bool:
-    # The signature may follow a user block of 512 bytes or a power of two times that.
-    with path.open("rb") as file:
-        for offset in (0, 512, 1024, 2048, 4096):
-            file.seek(offset)
-            if file.read(8) == HDF5_SIGNATURE:
-                return True
-    return False
-
-
 def _format(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(8)
@@ -84,7 +73,7 @@ def _format(path: Path) -> str:
         return "NPY"
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "NPZ"
-    if _is_hdf5(path):
+    if is_hdf5(path):
         return "HDF5"
     if path.suffix.lower() in HDF5_SUFFIXES:
         raise ValueError(f"its name ends in {path.suffix}, but its content is not HDF5")

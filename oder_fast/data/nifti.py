@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .files import PathLike, atomic, first_bad, naming
 
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+
 Size = tuple[float, float, float]
 
 
@@ -48,10 +50,8 @@ def write_nifti(path: PathLike, image: Tensor, voxel_size: Size = (1.0, 1.0, 1.0
         >>> values.shape, voxel_size
         (torch.Size([3, 4, 5]), (3.0, 0.5, 0.75))
     """
-    import nibabel
-
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(NIFTI_SUFFIXES):
         raise ValueError(f"write_nifti: path must end in .nii or .nii.gz, got {path}")
     if image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(
@@ -61,13 +61,30 @@ def write_nifti(path: PathLike, image: Tensor, voxel_size: Size = (1.0, 1.0, 1.0
         raise ValueError(f"write_nifti: voxel_size must be three numbers above 0, got {tuple(voxel_size)}")
     values = image.detach().cpu().to(torch.complex64 if image.is_complex() else torch.float32).resolve_conj()
     _check_values("write_nifti: image must be finite,", values)
-    between, row, column = voxel_size
+    with atomic(path) as temporary:
+        save_nifti(temporary, values.numpy(), voxel_size, compressed=path.suffix == ".gz")
+
+
+def save_nifti(
+    path: Path,
+    values: NDArray[Any],
+    voxel_size: Size,
+    affine: NDArray[Any] | None = None,
+    *,
+    compressed: bool,
+) -> None:
+    """Write values, slices first, as `write_nifti` does, unless an affine map says where the voxels lie."""
+    import nibabel
+
     # NIfTI's axes are column, row, slice; x grows to the right of the patient and y to the front.
-    volume = nibabel.Nifti1Image(np.asarray(values).T, np.diag([-column, -row, between, 1.0]))
+    between, row, column = voxel_size
+    stored = values.astype(np.complex64 if np.iscomplexobj(values) else np.float32)
+    volume = nibabel.Nifti1Image(
+        stored.T, np.diag([-column, -row, between, 1.0]) if affine is None else affine
+    )
     volume.header.set_xyzt_units("mm")
     content = volume.to_bytes()
-    with atomic(path) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if compressed else content)
 
 
 def _kind(head: bytes) -> Any:
@@ -86,6 +103,21 @@ def _check_layout(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         raise ValueError(f"it holds an array of shape {shape}, not (W, H) or (W, H, S)")
     if dtype.kind not in "biufc":
         raise ValueError(f"its values are {dtype}, not numbers")
+
+
+def _affine(volume: Any) -> NDArray[Any]:
+    """Return the map from voxels (column, row, slice) to mm."""
+    unit = {"meter": 1000.0, "micron": 1e-3}.get(volume.header.get_xyzt_units()[0], 1.0)
+    affine: NDArray[Any] = np.diag([unit, unit, unit, 1.0]) @ volume.affine
+    return affine
+
+
+def nifti_affine(path: Path) -> tuple[tuple[int, ...], NDArray[Any]]:
+    """Read the shape of a file ending in .nii or .nii.gz, slices first, and its map from voxels to mm."""
+    import nibabel
+
+    volume = nibabel.load(path)
+    return volume.shape[::-1], _affine(volume)
 
 
 def nifti_shape(path: Path) -> tuple[int, ...]:
@@ -144,7 +176,6 @@ def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
         dtype = np.complex64 if stored.dtype.kind == "c" else np.float32
         with np.errstate(over="ignore"):
             values = torch.from_numpy(np.ascontiguousarray(stored.T, dtype=dtype))
-        unit = {"meter": 1000.0, "micron": 1e-3}.get(volume.header.get_xyzt_units()[0], 1.0)
-        column, row, between = (unit * float(size) for size in voxel_sizes(volume.affine))
+        column, row, between = (float(size) for size in voxel_sizes(_affine(volume)))
     _check_values(f"{path}:", values)
     return values, (between, row, column)
