@@ -1,13 +1,19 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import lsq_linear, minimize
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
-from oder_fast.denoisers import Denoiser, DnCNN, DRUNet, UNet, folded, frozen
+from oder_fast.denoisers import Denoiser, DnCNN, DRUNet, TotalVariation, UNet, folded, frozen
+from oder_fast.denoisers.total_variation import differences, transposed_differences
+from oder_fast.deqred import DEQRED
+from oder_fast.fixed_point import Nesterov
+from oder_fast.operators import ParallelBeamCT
 
 SMALL = (4, 8, 12)
 
@@ -340,6 +346,214 @@ def test_drunet_noise_level_can_be_trained_and_kept():
     assert "sigma" in buffer.state_dict()
     assert buffer.double().sigma.dtype == torch.float64
     assert "sigma=0.1" in repr(fixed)
+
+
+# ------------------------------------------------------------------ total variation
+
+
+def exact_tv(weight, **options):
+    return TotalVariation(weight, iterations=5000, tolerance=2e-6, **options)
+
+
+def dense_differences(channels, height, width):
+    """Forward differences as a matrix, built from the definition: rows (channel, axis, i, j)."""
+    pixel = np.arange(channels * height * width).reshape(channels, height, width)
+    matrix = np.zeros((channels, 2, height, width, pixel.size))
+    for c, i, j in np.ndindex(channels, height, width):
+        for axis, (di, dj) in enumerate(((1, 0), (0, 1))):
+            if i + di < height and j + dj < width:
+                matrix[c, axis, i, j, pixel[c, i + di, j + dj]] += 1
+                matrix[c, axis, i, j, pixel[c, i, j]] -= 1
+    return matrix.reshape(-1, pixel.size)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 4, 5), (1, 1, 1, 6), (1, 2, 7, 1)])
+def test_differences_are_those_of_the_definition_and_their_transpose(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    matrix = torch.from_numpy(dense_differences(*shape[1:]))
+    torch.testing.assert_close(differences(x).flatten(1), x.flatten(1) @ matrix.T)
+    q = torch.randn(differences(x).shape, dtype=torch.float64)
+    torch.testing.assert_close(transposed_differences(q).flatten(1), q.flatten(1) @ matrix)
+
+
+def test_anisotropic_total_variation_against_bounded_least_squares():
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    matrix = dense_differences(1, 5, 6)
+    weight = 0.4
+    dual = lsq_linear(matrix.T, x.flatten().numpy(), bounds=(-weight, weight), method="bvls", tol=1e-14).x
+    expected = torch.from_numpy(x.flatten().numpy() - matrix.T @ dual).reshape(x.shape)
+    torch.testing.assert_close(exact_tv(weight, isotropic=False)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
+def test_total_variation_against_a_general_convex_solver(isotropic, joint):
+    channels, height, width, weight = 2, 3, 3, 0.3
+    x = torch.randn(1, channels, height, width, dtype=torch.float64)
+    matrix, target = dense_differences(channels, height, width), x.flatten().numpy()
+
+    def lengths(dual):
+        squares = dual.reshape(channels, 2, height, width) ** 2
+        return squares.sum((0,) * joint + (1,) * isotropic, keepdims=True) if isotropic or joint else squares
+
+    found = minimize(
+        lambda q: 0.5 * ((target - matrix.T @ q) ** 2).sum(),
+        np.zeros(len(matrix)),
+        jac=lambda q: matrix @ (matrix.T @ q - target),
+        constraints={"type": "ineq", "fun": lambda q: (weight**2 - lengths(q)).ravel()},
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-11},
+    )
+    assert found.success
+    expected = torch.from_numpy(target - matrix.T @ found.x).reshape(x.shape)
+    denoised = exact_tv(weight, isotropic=isotropic, joint=joint)(x)
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("vertical", [False, True])
+def test_a_step_keeps_its_edge_and_loses_contrast(vertical):
+    # A plateau of n samples with one edge moves by weight / n, until the plateaus meet.
+    step = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)[None, None, None]
+    expected = torch.tensor([0.1, 0.1, 1 - 0.2 / 3, 1 - 0.2 / 3, 1 - 0.2 / 3], dtype=torch.float64)[
+        None, None, None
+    ]
+    if vertical:
+        step, expected = step.mT, expected.mT
+    torch.testing.assert_close(exact_tv(0.2)(step), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(exact_tv(5.0)(step), torch.full_like(step, 0.6), rtol=0, atol=1e-6)
+
+
+def test_joint_channels_share_their_edges():
+    # Two channels with one step of length |(1, 1)|: both plateaus move along it together.
+    step = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64).expand(1, 2, 1, 4)
+    separate, joint = exact_tv(0.2)(step), exact_tv(0.2, joint=True)(step)
+    assert float(separate[0, 0, 0, 0]) == pytest.approx(0.1, abs=1e-6)
+    assert float(joint[0, 0, 0, 0]) == pytest.approx(0.1 / 2**0.5, abs=1e-6)
+    # Any rotation of the channels, a change of phase of a complex image, commutes.
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    rotate = lambda v: torch.einsum("dc,bchw->bdhw", turn, v)  # noqa: E731
+    torch.testing.assert_close(
+        exact_tv(0.3, joint=True)(rotate(x)), rotate(exact_tv(0.3, joint=True)(x)), rtol=0, atol=2e-5
+    )
+    assert not torch.allclose(exact_tv(0.3)(rotate(x)), rotate(exact_tv(0.3)(x)), atol=1e-2)
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_total_variation_is_firmly_nonexpansive(isotropic):
+    tolerance = 1e-4
+    denoiser = TotalVariation(0.5, iterations=5000, tolerance=tolerance, isotropic=isotropic)
+    a = torch.randn(1, 1, 5, 6, dtype=torch.float64).expand(3, -1, -1, -1)
+    b = a + torch.tensor([0.1, 1.0, 10.0])[:, None, None, None] * torch.randn_like(a)
+    change = denoiser(a) - denoiser(b)
+    together = (change * (a - b)).flatten(1).sum(1)
+    norm = lambda v: v.flatten(1).norm(dim=1)  # noqa: E731
+    inexact = 2 * tolerance * (norm(a) + norm(b)) * norm(a - b)
+    assert bool((change.square().flatten(1).sum(1) <= together + inexact).all())
+    assert float((inexact / together).max()) < 0.2
+
+
+def test_zero_weight_is_the_identity_and_the_weight_can_be_trained():
+    x = torch.randn(2, 1, 5, 6)
+    weight = nn.Parameter(torch.tensor(0.0))
+    denoised = TotalVariation(weight)(x)
+    assert torch.equal(denoised, x)
+    # What total variation loses at first: the derivative of the proximal map at weight 0 is minus a subgradient.
+    denoised.square().sum().backward()
+    assert float(weight.grad) == pytest.approx(-2 * float(differences(x).norm(dim=2).sum()), rel=1e-5)
+    fixed = TotalVariation(0.1)
+    assert not fixed.state_dict()
+    assert "weight=0.1, iterations=200" in repr(fixed)
+
+
+@pytest.mark.parametrize("options", [{}, {"isotropic": False}, {"joint": True}])
+def test_total_variation_can_be_differentiated(options):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def denoise(x, weight):
+        denoiser = TotalVariation(0.0, iterations=6, tolerance=0.0, **options)
+        denoiser.weight = weight
+        return denoiser(x)
+
+    assert torch.autograd.gradcheck(denoise, (x, weight))
+    assert torch.autograd.gradgradcheck(denoise, (x, weight))
+
+
+def test_the_derivative_is_the_mean_over_each_plateau():
+    step = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)[None, None, None]
+    step = step + 0.01 * torch.randn_like(step)
+    jacobian = torch.autograd.functional.jacobian(TotalVariation(0.2), step).reshape(5, 5)
+    expected = torch.block_diag(torch.full((2, 2), 1 / 2), torch.full((3, 3), 1 / 3)).double()
+    torch.testing.assert_close(jacobian, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2])
+def test_the_duality_gap_bounds_the_error_of_each_image(tolerance):
+    torch.manual_seed(0)
+    # One image is done long before the other.
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64) * torch.tensor([1.0, 10.0])[:, None, None, None] + 1
+    denoiser = TotalVariation(0.5, iterations=2000, tolerance=tolerance)
+    denoised, exact = denoiser(x), TotalVariation(0.5, iterations=2000, tolerance=1e-5)(x)
+    error = (denoised - exact).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    assert bool((error <= tolerance + 1e-5).all())
+    for b in range(2):
+        torch.testing.assert_close(denoised[b : b + 1], denoiser(x[b : b + 1]), rtol=0, atol=1e-12)
+
+
+def test_an_image_that_is_done_takes_no_more_iterations():
+    counts = []
+    for tolerance in (0.0, 1e-2):
+        denoiser = TotalVariation(0.1, iterations=500, tolerance=tolerance)
+        project, calls = denoiser._project, []
+        denoiser._project = lambda *a, calls=calls, project=project: calls.append(1) or project(*a)
+        denoiser(torch.rand(1, 1, 12, 12))
+        counts.append(len(calls))
+    assert counts[0] == 500
+    assert counts[1] < 200
+    assert torch.equal(TotalVariation(0.1)(torch.zeros(1, 1, 4, 4)), torch.zeros(1, 1, 4, 4))
+
+
+def test_red_with_total_variation_converges():
+    ct = ParallelBeamCT(16, 12)
+    x = torch.zeros(1, 16, 16)
+    x[:, 4:12, 5:11] = 1
+    model = DEQRED(
+        ct,
+        TotalVariation(nn.Parameter(torch.tensor(0.05)), iterations=50),
+        tau=30.0,
+        on_failure="raise",
+        solver=Nesterov(500, 1e-3),
+    )
+    found = model(ct(x))
+    (found - x).square().sum().backward()
+    assert float((found - x).detach().norm() / x.norm()) < 0.1
+    assert model.denoiser.weight.grad.isfinite()
+    assert model.denoiser.weight.grad != 0
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (
+            lambda: TotalVariation(-0.1),
+            ValueError,
+            "TotalVariation: weight must be finite and at least 0, got -0.1",
+        ),
+        (
+            lambda: TotalVariation("much"),
+            TypeError,
+            "TotalVariation: weight must be a float or a 0-d tensor, got str",
+        ),
+        (lambda: TotalVariation(0.1, iterations=0), ValueError, "iterations must be at least 1, got 0"),
+        (lambda: TotalVariation(0.1, tolerance=-1.0), ValueError, "tolerance must be finite and at least 0"),
+        (lambda: TotalVariation(0.1)(torch.zeros(3, 3)), ValueError, r"shape \(B, C, H, W\), got \(3, 3\)"),
+    ],
+)
+def test_what_total_variation_refuses_is_named(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
 
 
 # ------------------------------------------------------------------ frozen, folded

@@ -5,6 +5,7 @@ from .dncnn import DnCNN
 from .drunet import DRUNet
 from .freeze import folded, frozen
 from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
+from .total_variation import TotalVariation
 from .unet import UNet
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Denoiser",
     "DnCNN",
     "LipschitzEstimate",
+    "TotalVariation",
     "UNet",
     "bound_lipschitz",
     "estimate_lipschitz",
