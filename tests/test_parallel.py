@@ -423,6 +423,9 @@ def copies_and_groups(rank):
     x = images(1, SIZE, SIZE)
     assert torch.equal(single.gradient(x, None), whole_ct().gradient(x, None))
     assert torch.equal(single.agree(x), x)
+    again = copy.deepcopy(single)
+    assert again.group is alone
+    assert again.local_operator is not single.local_operator
     assert single.minibatch_norm_squared(3) == single.norm_squared()
     other = [dist.new_group([r]) for r in range(WORLD)][1 - rank]
     with pytest.raises(RuntimeError, match="not in the group"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,13 @@ class MeasurementParallel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Generators cannot be copied; one of the same seed is made when it is needed.
         return self.__dict__ | {"_generator": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MeasurementParallel:
+        # A copy belongs to the same group, which is the connections themselves.
+        memo[id(self.group)] = self.group
+        copied = object.__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo)
+        return copied
 
     def extra_repr(self) -> str:
         """Tell the rank and its operator."""
