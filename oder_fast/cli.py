@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +68,28 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    from .training import ConfigurationError, LostProcessError, RunError, Trainer, read_configuration
+
+    overrides = list(arguments.settings)
+    if arguments.output is not None:
+        overrides.append(f"output={json.dumps(str(arguments.output))}")
+    try:
+        trainer = Trainer(read_configuration(arguments.configuration, overrides))
+        outcome = trainer.fit(resume=arguments.resume)
+    except (ConfigurationError, LostProcessError, RunError, ValueError, OSError) as error:
+        print(f"oder-fast: {error}", file=sys.stderr)
+        return 1 if isinstance(error, LostProcessError | RunError) else 2
+    if int(os.environ.get("RANK", "0")) == 0:
+        best = f"; the best ({outcome.psnr:.2f} dB) is {outcome.best}" if outcome.best is not None else ""
+        print(
+            f"Ended: {outcome.reason}. Wrote {outcome.last}{best}; see {outcome.last.parent / 'report.html'}"
+        )
+        if outcome.reason.startswith("SIG"):
+            print("Go on with the same command and --resume", file=sys.stderr)
+    return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.reason, 0)
+
+
 def _print_tree(tree: Mapping[str, Any], indent: str = "") -> None:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -98,6 +122,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog="oder-fast demo [options] is oder-fast demo ct [options].",
     )
     _add_demos(demo.add_subparsers(required=True, metavar="what", dest="what"))
+    train = commands.add_parser(
+        "train",
+        help="train a denoiser on noise and through the fixed point",
+        description=(
+            "Train as the configuration says: a denoiser on noise, then through the fixed point. Writes checkpoints, "
+            "training.csv, validation.csv, tensorboard/, images/ and report.html to the output folder. Several "
+            "processes: torchrun --nproc-per-node N -m oder_fast.cli train ..."
+        ),
+    )
+    train.add_argument("configuration", type=Path, metavar="FILE", help="YAML or TOML file")
+    train.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="wins over the file's, as training.steps=500"
+    )
+    train.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: the file's)")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
+    )
+    train.set_defaults(run=_train)
     info = commands.add_parser("info", help="say what was built, and why a face is missing")
     info.set_defaults(run=_info)
     return parser

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ APERTURE_TOLERANCE = 1 + 1e-9
 """An LED on the edge of the aperture is kept, whatever the rounding of its sines."""
 
 
-def _check_count(name: str, **values: int) -> None:
+def _check_count(name: str, **values: Any) -> None:
     for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
@@ -30,9 +31,9 @@ def _check_count(name: str, **values: int) -> None:
             raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
 
 
-def _check_positive(name: str, **values: float) -> None:
+def _check_positive(name: str, **values: Any) -> None:
     for argument, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: {argument} must be a finite number above 0, got {value}")

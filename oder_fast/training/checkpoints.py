@@ -1,0 +1,146 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import atomic
+
+NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, of another kind, or does not fit."""
+
+
+def checkpoint_path(folder: Path, stage: int, step: int) -> Path:
+    """Return the name of the checkpoint after so many steps of a stage."""
+    return folder / f"checkpoint-{stage}-{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest first."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*.pt")]
+    return [path for _, path in sorted(((int(m[1]), int(m[2])), p) for m, p in found if m)][::-1]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, bring it to the disk, and rename it.
+
+    Raises:
+        OSError: Where it cannot be written; an older file of that name stays as it was.
+    """
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    # The renaming too is to outlive a crash of the machine.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, and check every byte of it; no code in it is run (``weights_only=True``).
+
+    Raises:
+        OSError: Where the file is missing or unreadable.
+        CheckpointError: For a file that is damaged, or not a checkpoint of this package.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, as best.pt")
+    with path.open("rb"):
+        pass
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged at {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or "format" not in state or "configuration" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of oder-fast train")
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: written by a newer version of oder_fast ({state.get('versions', {}).get('oder_fast')})"
+        )
+    return state
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """Return the newest whole checkpoint of a run and what it holds, and what was wrong with newer ones."""
+    problems: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, load_checkpoint(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, None, problems
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what broken-off writes left."""
+    for path in list_checkpoints(folder)[keep:]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".checkpoint-*"):
+        path.unlink(missing_ok=True)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Make the folder, and check that so many bytes can be written to it.
+
+    Raises:
+        OSError: Where they cannot, with the reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(b"0" * 4096)
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"{folder}: {free / 2**20:.0f} MiB are free, and the run's checkpoints need {size / 2**20:.0f} MiB"
+        )
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all random number generators, of plain types."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (others draw from it)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put the random number generators back."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

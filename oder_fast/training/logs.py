@@ -1,0 +1,210 @@
+"""What a run tells while it goes: tables, TensorBoard, a live line, pictures."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import atomic
+
+TRAINING = (
+    "stage",
+    "step",
+    "seconds",
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "iterations",
+    "residual",
+    "converged",
+    "adjoint_iterations",
+    "tau",
+    "halvings",
+)
+VALIDATION = ("stage", "step", "seconds", "loss", "psnr", "ssim", "psnr_start", "ssim_start", "iterations")
+
+Value = float | int | str | None
+
+
+class Table:
+    """A CSV file that grows line by line.
+
+    Args:
+        path: The file.
+        columns: Its header.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        if not path.exists():
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerow(self.columns)
+
+    def add(self, row: Mapping[str, Value]) -> None:
+        """Write a line; a column without a value stays empty."""
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(["" if row.get(c) is None else _plain(row[c]) for c in self.columns])
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return what was written, numbers alone; a line that a crash cut short is left out."""
+        with self.path.open(newline="") as file:
+            lines = [line for line in csv.reader(file) if len(line) == len(self.columns)][1:]
+        return [{c: float(v) for c, v in zip(self.columns, line, strict=True) if v != ""} for line in lines]
+
+    def forget_after(self, stage: int, step: int) -> None:
+        """Remove what a run wrote after the checkpoint from which it goes on."""
+        kept = [row for row in self.rows() if (row["stage"], row["step"]) <= (stage, step)]
+        with atomic(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            writer.writerows([[_plain(row.get(c)) for c in self.columns] for row in kept])
+
+
+def _plain(value: Value) -> Value:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    return value
+
+
+class Logs:
+    """The tables, TensorBoard's files and the live line of a run; of its first process alone.
+
+    Args:
+        folder: Of the run.
+        begin: Stage, step and steps in all of where the run goes on.
+        progress: Whether to show the live line.
+    """
+
+    def __init__(self, folder: Path, begin: tuple[int, int, int], progress: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        stage, step, overall = begin
+        self.training = Table(folder / "training.csv", TRAINING)
+        self.validation = Table(folder / "validation.csv", VALIDATION)
+        for table in (self.training, self.validation):
+            table.forget_after(stage, step)
+        self.board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=overall + 1)
+        self.progress = progress
+        self.bar: Any = None
+
+    def begin_stage(self, name: str, steps: int, step: int) -> None:
+        """Start the live line of a stage."""
+        self.end_stage()
+        # A file or a batch system's log gets a line now and then, a terminal a live one.
+        often = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=steps, initial=step, desc=name, unit="step", disable=not self.progress, mininterval=often
+        )
+
+    def end_stage(self) -> None:
+        """End it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def step(self, overall: int, row: Mapping[str, Value]) -> None:
+        """Tell of a step."""
+        self.training.add(row)
+        for name, value in row.items():
+            if name not in ("stage", "step", "seconds") and isinstance(value, float | int):
+                self.board.add_scalar(f"training/{name}", value, overall)
+        if self.bar is not None:
+            shown: dict[str, str] = {"loss": f"{row['loss']:.2e}"}
+            if row.get("iterations") is not None:
+                shown["iterations"] = f"{row['iterations']:.0f}"
+                shown["residual"] = f"{row['residual']:.1e}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def validated(self, overall: int, row: Mapping[str, Value]) -> None:
+        """Tell of a validation."""
+        self.validation.add(row)
+        for name, value in row.items():
+            if name not in ("stage", "step", "seconds") and isinstance(value, float | int):
+                self.board.add_scalar(f"validation/{name}", value, overall)
+
+    def picture(self, overall: int, path: Path) -> None:
+        """Show a picture in TensorBoard too."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.board.add_image("validation", np.asarray(image.convert("RGB")), overall, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Tell a sentence, above the live line."""
+        tqdm.write(f"oder-fast: {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End everything."""
+        self.end_stage()
+        self.board.close()
+
+
+class Silence(Logs):
+    """What the other processes of a run tell: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin_stage(self, name: str, steps: int, step: int) -> None:
+        """Tell nothing."""
+
+    def end_stage(self) -> None:
+        """Tell nothing."""
+
+    def step(self, overall: int, row: Mapping[str, Value]) -> None:
+        """Tell nothing."""
+
+    def validated(self, overall: int, row: Mapping[str, Value]) -> None:
+        """Tell nothing."""
+
+    def picture(self, overall: int, path: Path) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Tell nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def draw_images(path: Path, rows: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+    """Draw truths, starts and reconstructions, and the errors of the last two on one scale.
+
+    Args:
+        path: PNG file.
+        rows: Name, truth, start and reconstruction, real, ``(H, W)`` each.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.6 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    titles = ("truth", "start", "reconstruction", "|start - truth|", "|reconstruction - truth|")
+    for line, (name, truth, start, image) in zip(
+        figure.subplots(len(rows), 5, squeeze=False), rows, strict=True
+    ):
+        low, high = float(truth.min()), float(truth.max())
+        errors = (start - truth).abs(), (image - truth).abs()
+        largest = float(errors[0].flatten().sort().values[int(0.98 * (errors[0].numel() - 1))]) or 1.0
+        for axis, picture, title in zip(line, (truth, start, image, *errors), titles, strict=True):
+            error = title.startswith("|")
+            axis.imshow(
+                picture.numpy(),
+                cmap="inferno" if error else "gray",
+                vmin=0 if error else low,
+                vmax=largest if error else high,
+            )
+            axis.set(xticks=[], yticks=[], title=title)
+        line[0].set_ylabel(name[-24:], fontsize=7)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=80)

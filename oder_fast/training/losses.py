@@ -1,0 +1,100 @@
+"""How far reconstructions are from the truth, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5
+"""Gaussian window of the structural similarity, as Wang et al. have it."""
+
+
+def mse_loss(image: Tensor, truth: Tensor) -> Tensor:
+    r"""Return the mean squared error, :math:`|x - \hat x|^2` of complex images."""
+    difference = image - truth
+    return (difference * difference.conj()).real.mean()
+
+
+def l1_loss(image: Tensor, truth: Tensor) -> Tensor:
+    r"""Return the mean absolute error, :math:`|x - \hat x|` of complex images."""
+    return (image - truth).abs().mean()
+
+
+def ssim_loss(image: Tensor, truth: Tensor) -> Tensor:
+    r"""Return 1 minus the mean structural similarity; of complex images that of their magnitudes.
+
+    .. math:: \mathrm{SSIM} = \frac{(2 \mu_x \mu_y + c_1)(2 \sigma_{xy} + c_2)}
+        {(\mu_x^2 + \mu_y^2 + c_1)(\sigma_x^2 + \sigma_y^2 + c_2)}
+
+    with a Gaussian window of 11 pixels, :math:`c_i = (k_i L)^2`, :math:`k = (0.01, 0.03)`, and the range :math:`L` of
+    each true image.
+
+    Args:
+        image: Shape ``(B, ..., H, W)``, real or complex, both sides at least 11.
+        truth: The same.
+
+    Raises:
+        ValueError: For an image that is smaller than the window.
+
+    References:
+        Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment", IEEE Trans. Image Processing 13 (2004).
+    """
+    if min(image.shape[-2:]) < WINDOW:
+        raise ValueError(
+            f"ssim_loss: images must have at least {WINDOW} rows and columns, got {tuple(image.shape)}"
+        )
+    x, y = (magnitude(v).reshape(len(v), -1, *v.shape[-2:]) for v in (image, truth))
+    span = (y.flatten(1).amax(1) - y.flatten(1).amin(1))[:, None, None, None]
+    # A uniform truth has no range: any will do that keeps the quotient defined.
+    span = torch.where(span > 0, span, torch.ones_like(span))
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    ramp = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
+    window = torch.exp(-(ramp**2) / (2 * SIGMA**2))
+    window = window / window.sum()
+
+    def average(v: Tensor) -> Tensor:
+        flat = v.reshape(-1, 1, *v.shape[-2:])
+        blurred = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return blurred.reshape(*v.shape[:2], *blurred.shape[-2:])
+
+    mean_x, mean_y = average(x), average(y)
+    var_x, var_y = average(x * x) - mean_x**2, average(y * y) - mean_y**2
+    covariance = average(x * y) - mean_x * mean_y
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    return 1 - similarity.mean()
+
+
+def magnitude(image: Tensor) -> Tensor:
+    """Return the magnitude of a complex image, differentiable at 0 too; a real one as it is."""
+    if not image.is_complex():
+        return image
+    tiny = torch.finfo(image.real.dtype).tiny
+    return (image.real.square() + image.imag.square() + tiny).sqrt()
+
+
+LOSSES = {"mse": mse_loss, "l1": l1_loss, "ssim": ssim_loss}
+
+
+def total_loss(weights: Mapping[Any, float], image: Tensor, truth: Tensor) -> Tensor:
+    """Return the weighted sum of losses by name.
+
+    Raises:
+        TypeError: For real images and complex truths, or the reverse.
+        ValueError: For images of another shape than the truths'.
+    """
+    if image.shape != truth.shape:
+        raise ValueError(
+            f"total_loss: image must have the shape of truth, {tuple(truth.shape)}, got {tuple(image.shape)}"
+        )
+    if image.is_complex() != truth.is_complex():
+        raise TypeError(
+            f"total_loss: image and truth must both be real or both complex, got {image.dtype} and {truth.dtype}"
+        )
+    terms = [weight * LOSSES[name](image, truth) for name, weight in weights.items()]
+    return torch.stack(terms).sum()

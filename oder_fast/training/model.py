@@ -1,0 +1,273 @@
+"""The denoiser and the weight of its prior, for operators that change from batch to batch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoisers import DnCNN, DRUNet, UNet, frozen
+from ..deqred import DEQRED
+from ..fixed_point import (
+    Anderson,
+    Differentiation,
+    Implicit,
+    JacobianFree,
+    Nesterov,
+    NotConvergedWarning,
+    Picard,
+    Solution,
+    Solver,
+    Unrolled,
+)
+from . import configuration as settings
+from .checkpoints import load_checkpoint
+from .configuration import Configuration, ConfigurationError
+from .scans import Scan, make_scan
+
+DENOISERS: dict[str, type[nn.Module]] = {"unet": UNet, "dncnn": DnCNN, "drunet": DRUNet}
+OWN = "own"
+"""Kind of a denoiser that was given to `Trainer` as a module."""
+
+SETTLING = 8
+"""Power iterations of spectral norms on averaged weights."""
+
+SOLVERS: dict[str, type[Solver[Any]]] = {"nesterov": Nesterov, "picard": Picard, "anderson": Anderson}
+
+
+def make_denoiser(section: settings.DenoiserSection, channels: int) -> nn.Module:
+    """Build the denoiser that the configuration names.
+
+    Args:
+        section: Its part of the configuration.
+        channels: Of the images; given to the class as `in_channels` where it takes that.
+
+    Raises:
+        ConfigurationError: For a kind, class or option that is not known, or weights that do not fit.
+    """
+    kind = DENOISERS.get(section.kind) or _import_class(section.kind)
+    known = inspect.signature(kind).parameters
+    options = dict(section.options)
+    if "in_channels" in known:
+        options.setdefault("in_channels", channels)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for name in options:
+        if name not in known and not takes_any:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; it has: {', '.join(known)}"
+            raise ConfigurationError(f"denoiser.options: {kind.__name__} has no option {name}{hint}")
+    try:
+        denoiser = kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"denoiser.options: {error}") from error
+    if section.weights is not None:
+        _load_weights(denoiser, section.weights)
+    return denoiser
+
+
+def _import_class(kind: str) -> type[nn.Module]:
+    module, colon, name = kind.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(kind, DENOISERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(
+            f"denoiser.kind: must be one of {', '.join(DENOISERS)}, or the class module:Name, got {kind!r}{hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"denoiser.kind: cannot import {kind!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigurationError(f"denoiser.kind: {kind!r} is no class of torch.nn.Module")
+    return found
+
+
+def _load_weights(denoiser: nn.Module, file: str) -> None:
+    """Load a plain `state_dict`, that of a run, of the demo, or of the official code."""
+    path = Path(file)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigurationError(f"denoiser.weights: cannot read {path}: {error.strerror}") from error
+    except Exception as error:
+        raise ConfigurationError(f"denoiser.weights: {path} is damaged, or holds no weights") from error
+    if isinstance(saved, dict) and "configuration" in saved:
+        whole = averaged_weights(saved)
+        saved = {k.removeprefix("denoiser."): v for k, v in whole.items() if k.startswith("denoiser.")}
+    elif isinstance(saved, dict) and "state_dict" in saved:
+        saved = saved["state_dict"]
+    elif (
+        isinstance(denoiser, UNet) and isinstance(saved, dict) and not set(saved) & set(denoiser.state_dict())
+    ):
+        try:
+            denoiser.load_official_state_dict(saved)
+        except ValueError as error:
+            raise ConfigurationError(f"denoiser.weights: {path}: {error}") from error
+        return
+    problem = misfit(denoiser, saved)
+    if problem:
+        raise ConfigurationError(
+            f"denoiser.weights: {path} does not fit {type(denoiser).__name__}: {problem}"
+        )
+    denoiser.load_state_dict(saved)
+
+
+def misfit(module: nn.Module, weights: Any) -> str:
+    """Return in a few words why weights do not fit a module; nothing where they do."""
+    if not isinstance(weights, Mapping):
+        return f"it holds a {type(weights).__name__}, not weights by name"
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    unknown = [name for name in weights if name not in wanted]
+    problems = [
+        f"{len(names)} {what} ({', '.join(map(str, names[:2]))}{', ...' if len(names) > 2 else ''})"
+        for names, what in ((missing, "weights missing"), (unknown, "unknown"))
+        if names
+    ]
+    for name in wanted.keys() & weights.keys():
+        there = weights[name]
+        if not isinstance(there, Tensor) or there.shape != wanted[name].shape:
+            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
+            problems.append(f"{name} is {shape}, not {tuple(wanted[name].shape)}")
+            break
+    return "; ".join(problems)
+
+
+class FixedPointModel(nn.Module):
+    r"""Reconstruct by the fixed point of `DEQRED`, with an operator given at each call.
+
+    The prior's weight is kept in units of :math:`\|A\|^2`, so that one model serves scans of other sizes.
+
+    Args:
+        denoiser: Module from ``(B, C, H, W)`` to the same.
+        section: The fixed point's part of the configuration.
+        nonnegative: Whether to project on images of at least 0.
+    """
+
+    def __init__(self, denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.section = section
+        self.nonnegative = nonnegative if section.nonnegative is None else section.nonnegative
+        self.log_tau = nn.Parameter(torch.tensor(math.log(section.tau))) if section.train_tau else None
+
+    @property
+    def tau(self) -> float | Tensor:
+        r"""The prior's weight, in units of :math:`\|A\|^2`."""
+        return self.section.tau if self.log_tau is None else self.log_tau.exp()
+
+    def solver(self, halvings: int = 0) -> Solver[Any]:
+        """Return the forward solver, with more iterations for shorter steps."""
+        s = self.section
+        return SOLVERS[s.solver](max_iterations=s.max_iterations * 2**halvings, tolerance=s.tolerance)
+
+    def _differentiation(self, halvings: int) -> Differentiation:
+        s = self.section
+        if s.differentiation == "jacobian_free":
+            return JacobianFree()
+        if s.differentiation == "unrolled":
+            return Unrolled()
+        adjoint = SOLVERS[s.solver](s.adjoint_iterations * 2**halvings, s.adjoint_tolerance)
+        return Implicit(solver=adjoint)
+
+    def build(self, operator: Any, generator: torch.Generator | None = None, halvings: int = 0) -> DEQRED:
+        """Return the `DEQRED` of an operator.
+
+        Args:
+            operator: The measurement.
+            generator: Of the minibatches.
+            halvings: How many times the step is halved, and the iterations doubled.
+        """
+        size = self.section.minibatch_size
+        norm = float(operator.norm_squared())
+        model = DEQRED(
+            operator,
+            self.denoiser,
+            tau=self.tau * norm,
+            minibatch_size=None if size is None else min(size, operator.n_blocks),
+            variance_reduction=self.section.variance_reduction,
+            solver=self.solver(halvings),
+            differentiation=self._differentiation(halvings),
+            nonnegative=self.nonnegative,
+            generator=generator,
+            on_failure="ignore",
+        )
+        if halvings:
+            model.step_size = model.current_step_size() * 0.5**halvings
+        return model
+
+    def forward(
+        self, operator: Any, y: Tensor, generator: torch.Generator | None = None, halvings: int = 0
+    ) -> Solution:
+        """Solve for measurements ``(B, *operator.data_shape)``; a solve that did not converge tells so itself."""
+        with warnings.catch_warnings():
+            # A gradient good to a few per cent is good enough for Adam; how far it is stands in the solution.
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            solution: Solution = self.build(operator, generator, halvings)(y, return_solution=True)
+        return solution
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load averaged weights, and let spectral norms settle on them: their vectors are those of the last step's.
+
+    Raises:
+        RuntimeError: Where they do not fit.
+    """
+    model.load_state_dict(weights)
+    training = model.training
+    model.train()
+    for _ in range(SETTLING):
+        # Each entry takes one power iteration.
+        with frozen(model):
+            pass
+    model.train(training)
+
+
+def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint to reconstruct with: the moving average where there is one."""
+    weights: dict[str, Tensor] = {**state["model"], **(state["ema"] or {})}
+    return weights
+
+
+def load_model(
+    path: str | Path, denoiser: nn.Module | None = None
+) -> tuple[FixedPointModel, Scan, Configuration, dict[str, Any]]:
+    """Return what a checkpoint of `oder-fast train` reconstructs with.
+
+    Args:
+        path: The checkpoint, such as ``best.pt`` in the run's folder.
+        denoiser: Where `Trainer` was given a module: one of the same architecture; its weights are replaced.
+
+    Returns:
+        The model in evaluation mode, the scan, the configuration, and the checkpoint's other contents.
+
+    Raises:
+        OSError: Where the file is missing.
+        CheckpointError: For a damaged file.
+        ConfigurationError: For a denoiser that cannot be built here, or weights of another architecture.
+    """
+    state = load_checkpoint(path)
+    configuration = Configuration.model_validate(state["configuration"])
+    scan = make_scan(configuration.operator)
+    # The weights come from the checkpoint.
+    section = configuration.denoiser.model_copy(update={"weights": None})
+    if denoiser is None:
+        if section.kind == OWN:
+            raise ConfigurationError(
+                f"{path}: its denoiser is a module that Trainer was given; give load_model one of the same architecture"
+            )
+        denoiser = make_denoiser(section, scan.channels)
+    model = FixedPointModel(denoiser, configuration.red, scan.nonnegative)
+    problem = misfit(model, averaged_weights(state))
+    if problem:
+        raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
+    load_weights(model, averaged_weights(state))
+    return model.eval(), scan, configuration, state

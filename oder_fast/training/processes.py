@@ -1,0 +1,140 @@
+"""What several processes of one run agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended, or did not answer in time."""
+
+
+def rank() -> int:
+    """Return this process's number; 0 where there is one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: float) -> Iterator[None]:
+    """Join the other processes where ``torchrun`` started this one: NCCL on GPUs, Gloo on CPUs.
+
+    Args:
+        device: Of this process.
+        timeout: Seconds that processes wait for each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this process; ``"auto"`` is the GPU of its local rank, where there is one.
+
+    Raises:
+        ValueError: For a device that is not here.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        name = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} is not here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LostProcessError(
+            f"process {rank()} of {world_size()}: another process of the run ended or did not answer in time ({reason})"
+        ) from error
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum over all processes.
+
+    Raises:
+        LostProcessError: Where another one is gone.
+    """
+    if world_size() > 1:
+        with _together():
+            dist.all_reduce(values)
+    return values
+
+
+def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return which flags are set in any process.
+
+    Raises:
+        LostProcessError: Where another process is gone.
+    """
+    if world_size() == 1:
+        return list(flags)
+    return [
+        n > 0 for n in sum_over_processes(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
+    ]
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace gradients by their mean over all processes, in one message.
+
+    After the backward pass and not within it, where its adjoint solve may fail in one process and leave the others
+    waiting.
+
+    Raises:
+        LostProcessError: Where another process is gone.
+    """
+    if world_size() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = sum_over_processes(torch.cat([g.flatten() for g in gradients])) / world_size()
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def same_everywhere(module: nn.Module) -> None:
+    """Give all processes the parameters and buffers of the first one.
+
+    Raises:
+        LostProcessError: Where another process is gone.
+    """
+    if world_size() > 1:
+        with _together(), torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, 0)
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here.
+
+    Raises:
+        LostProcessError: Where another one is gone.
+    """
+    if world_size() > 1:
+        with _together():
+            dist.barrier()

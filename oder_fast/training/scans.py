@@ -1,0 +1,271 @@
+"""Measured data and operators for batches of images: CT, MRI, diffraction tomography."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import (
+    add_gaussian_noise,
+    add_poisson_noise,
+    birdcage_maps,
+    equispaced_lines,
+    gaussian_lines,
+    led_ring,
+    poisson_disc,
+    radial,
+    random_lines,
+    smooth_phase,
+)
+from ..data.samples import Batch, Sample
+from ..operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
+from . import configuration as settings
+
+Generators = Sequence[torch.Generator]
+
+
+class Measured(NamedTuple):
+    """What a model is given.
+
+    Attributes:
+        operator: Of these images.
+        data: Shape ``(B, *operator.data_shape)``.
+    """
+
+    operator: Any
+    data: Tensor
+
+
+class Scan(ABC):
+    """Makes measurements of images, each image with random numbers of its own.
+
+    Attributes:
+        nonnegative: Whether images have no values below 0.
+        is_complex: Whether images are complex.
+    """
+
+    nonnegative: ClassVar[bool] = False
+    is_complex: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels that a denoiser sees."""
+
+    @abstractmethod
+    def measure(self, batch: Batch, generators: Generators) -> Measured:
+        """Measure images ``(B, ...)``, or take what was measured of them.
+
+        Args:
+            batch: The images.
+            generators: On the CPU, one for each image: equal ones give equal noise and masks, whatever else is in
+                the batch.
+        """
+
+    @abstractmethod
+    def operator(self, shape: tuple[int, ...]) -> Any:
+        """Return the operator of images of this shape; for MRI that of the birdcage and all of k-space."""
+
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """Return a sample as it is reconstructed: in the unit and of the kind that the denoiser sees."""
+        return sample
+
+    def show(self, image: Tensor) -> Tensor:
+        """Return what is looked at and judged of an image ``(H, W)`` or ``(Z, H, W)``, real."""
+        return image.abs() if image.is_complex() else image
+
+    def check(self, shape: tuple[int, ...], is_complex: bool) -> None:
+        """Check that images are of the kind that is measured.
+
+        Raises:
+            ValueError: With what is wanted and what there is.
+        """
+        kind = "complex" if self.is_complex else "real"
+        if is_complex != self.is_complex or len(shape) != self._axes:
+            axes = ", ".join("ZHW"[-self._axes :])
+            got = "complex" if is_complex else "real"
+            raise ValueError(
+                f"{type(self).__name__.removesuffix('Scan')} takes {kind} images ({axes}), got {got} ones of shape "
+                f"{shape}"
+            )
+
+    _axes: ClassVar[int] = 2
+
+
+def make_scan(section: settings.CT | settings.MRI | settings.IDT) -> Scan:
+    """Return the scan that the configuration describes."""
+    if isinstance(section, settings.CT):
+        return CTScan(section)
+    if isinstance(section, settings.MRI):
+        return MRIScan(section)
+    return IDTScan(section)
+
+
+def _noisy(y: Tensor, snr: float | None, generators: Generators) -> Tensor:
+    if snr is None:
+        return y
+    return torch.cat([add_gaussian_noise(one[None], snr, g) for one, g in zip(y, generators, strict=True)])
+
+
+class CTScan(Scan):
+    """Sinograms; the geometry goes with the size of the images."""
+
+    nonnegative = True
+
+    def __init__(self, section: settings.CT) -> None:
+        self.section = section
+        self._operators: dict[tuple[int, ...], ParallelBeamCT] = {}
+
+    @property
+    def channels(self) -> int:
+        """One."""
+        return 1
+
+    def operator(self, shape: tuple[int, ...]) -> ParallelBeamCT:
+        """Return the operator of images of this shape."""
+        if shape not in self._operators:
+            s = self.section
+            self._operators[shape] = ParallelBeamCT(
+                (shape[0], shape[1]),
+                s.angles,
+                s.n_bins,
+                bin_spacing=s.bin_spacing,
+                pixel_size=s.pixel_size,
+                sampling=s.sampling,
+            )
+        return self._operators[shape]
+
+    def measure(self, batch: Batch, generators: Generators) -> Measured:
+        """Project images, and add noise."""
+        image = batch.image
+        operator = self.operator(tuple(image.shape[1:])).to(image.device)
+        y = operator(image)
+        if self.section.photons is None:
+            return Measured(operator, _noisy(y, self.section.snr, generators))
+        noisy = [
+            add_poisson_noise(one[None], self.section.photons, g)
+            for one, g in zip(y, generators, strict=True)
+        ]
+        return Measured(operator, torch.cat(noisy))
+
+
+class MRIScan(Scan):
+    """K-space, undersampled; each image with a mask of its own, and with its coil maps where it has some."""
+
+    is_complex = True
+
+    def __init__(self, section: settings.MRI) -> None:
+        self.section = section
+        self._maps: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def channels(self) -> int:
+        """Real and imaginary part."""
+        return 2
+
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """Give a real image a smooth random phase, as coils see it."""
+        image = sample.image
+        if image.is_complex() or image.ndim != 2:
+            return sample
+        phase = smooth_phase(1, (image.shape[0], image.shape[1]), generator)[0]
+        return sample._replace(image=torch.polar(image.abs(), phase) * image.sign())
+
+    def birdcage(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the maps of images without their own, ``(C, H, W)``."""
+        if shape not in self._maps:
+            self._maps[shape] = birdcage_maps(self.section.coils, (shape[0], shape[1]))
+        return self._maps[shape]
+
+    def operator(self, shape: tuple[int, ...]) -> CartesianMRI:
+        """Return the operator of the birdcage and all of k-space."""
+        return CartesianMRI(self.birdcage(shape), torch.ones(shape[1], dtype=torch.bool))
+
+    def draw_mask(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Draw a mask, bool, ``(W,)`` of lines or ``(H, W)`` of points."""
+        s, size = self.section, (shape[0], shape[1])
+        if s.mask == "poisson_disc":
+            return poisson_disc(size, s.acceleration, max(1, round(s.center_fraction * min(size))), generator)
+        if s.mask == "radial":
+            first = float(torch.rand((), generator=generator)) * math.pi
+            return radial(size, s.spokes, first_angle=first)
+        draw = {
+            "random_lines": random_lines,
+            "equispaced_lines": equispaced_lines,
+            "gaussian_lines": gaussian_lines,
+        }[s.mask]
+        return draw(size[1], s.acceleration, s.center_fraction, generator)
+
+    def measure(self, batch: Batch, generators: Generators) -> Measured:
+        """Sample k-space, the image's or what was measured, by masks."""
+        image, shape = batch.image, tuple(batch.image.shape[1:])
+        device = image.device
+        maps = (self.birdcage(shape) if batch.maps is None else batch.maps).to(device)
+        sampled = batch.kspace.shape[-2:] if batch.kspace is not None else shape
+        masks = torch.stack([self.draw_mask(tuple(sampled), g) for g in generators]).to(device)
+        masks = masks[:, None] if masks.ndim == 2 else masks
+        if batch.kspace is not None:
+            y = batch.kspace
+        else:
+            everything = CartesianMRI(maps, torch.ones(shape[1], dtype=torch.bool, device=device))
+            y = _noisy(everything(image), self.section.snr, generators)
+        return Measured(CartesianMRI(maps, masks), y * masks[:, None])
+
+
+class IDTScan(Scan):
+    """Intensities; images are contrasts in the configuration's unit."""
+
+    is_complex = True
+    _axes = 3
+
+    def __init__(self, section: settings.IDT) -> None:
+        self.section = section
+        self._operators: dict[tuple[int, ...], DiffractionTomography] = {}
+
+    @property
+    def channels(self) -> int:
+        """Real and imaginary part of each slice."""
+        return 2 * len(self.section.depths)
+
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Sample:
+        """Bring contrasts to the configuration's unit."""
+        return sample._replace(image=sample.image / self.section.contrast_unit)
+
+    def show(self, image: Tensor) -> Tensor:
+        """Return the phase part, less each slice's median: its mean hardly reaches the camera."""
+        return image.real - image.real.flatten(1).median(1).values[:, None, None]
+
+    def operator(self, shape: tuple[int, ...]) -> DiffractionTomography:
+        """Return the operator of volumes of this shape."""
+        s = self.section
+        if shape[0] != len(s.depths):
+            raise ValueError(f"IDT: images have {shape[0]} slices, and depths name {len(s.depths)}")
+        if shape not in self._operators:
+            leds = torch.cat([led_ring(n, sine) for n, sine in s.rings])
+            thickness = s.thickness
+            if thickness is None and len(s.depths) > 1:
+                thickness = (s.depths[-1] - s.depths[0]) / (len(s.depths) - 1)
+            self._operators[shape] = DiffractionTomography(
+                (shape[1], shape[2]),
+                s.depths,
+                leds,
+                pixel_size=s.pixel_size,
+                wavelength=s.wavelength,
+                numerical_aperture=s.numerical_aperture,
+                medium_index=s.medium_index,
+                magnification=s.magnification,
+                # The model is linear: slices thicker by the unit take contrasts in that unit.
+                thickness=None if thickness is None else thickness * s.contrast_unit,
+                axial=s.axial,
+            )
+        return self._operators[shape]
+
+    def measure(self, batch: Batch, generators: Generators) -> Measured:
+        """Image volumes, and add noise."""
+        operator = self.operator(tuple(batch.image.shape[1:])).to(batch.image.device)
+        return Measured(operator, _noisy(operator(batch.image), self.section.snr, generators))

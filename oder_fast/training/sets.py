@@ -1,0 +1,85 @@
+"""The datasets and augmentations that a configuration describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import (
+    Compose,
+    ImageFolder,
+    Patches,
+    Phantoms,
+    RandomFlip,
+    RandomRotate90,
+    RandomScaleIntensity,
+    Subset,
+    common_shape,
+    split,
+)
+from ..data.samples import Samples
+from . import configuration as settings
+from .configuration import Configuration, ConfigurationError
+from .scans import Scan
+
+BRIGHTNESS = (0.5, 1.0)
+"""Factors by which augmentation scales images."""
+
+
+def training_transform(section: settings.Data) -> Compose:
+    """Return what is done to each training image."""
+    transforms: list[Any] = []
+    if section.patch is not None:
+        transforms.append(Patches(section.patch))
+    if section.augment:
+        transforms += [RandomFlip(), RandomRotate90(), RandomScaleIntensity(*BRIGHTNESS)]
+    return Compose(transforms)
+
+
+def _files(source: settings.Source, section: settings.Data) -> Samples:
+    if section.kspace:
+        from ..data import KSpaceFolder
+
+        dataset: Samples = KSpaceFolder(source)
+    else:
+        dataset = ImageFolder(source, scale=section.scale, array=section.array)
+    if section.cache is not None:
+        from ..data import Cached
+
+        dataset = Cached(dataset, section.cache)
+    return dataset
+
+
+def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Samples]:
+    """Return the images to train on and those to validate with; no patient is among both.
+
+    Raises:
+        ConfigurationError: For an empty set, images of mixed sizes, or too few patients to split.
+        OSError: For files that cannot be read.
+    """
+    section, seed = configuration.data, configuration.seed
+    shares = (1 - section.validation_share, section.validation_share)
+    train: Samples
+    validation: Samples
+    try:
+        if section.phantoms is not None:
+            p = section.phantoms
+            size: int | tuple[int, int, int] = p.size
+            if p.kind == "cells" and isinstance(configuration.operator, settings.IDT):
+                size = (len(configuration.operator.depths), p.size, p.size)
+            n = max(1, round(p.n * section.validation_share / (1 - section.validation_share)))
+            everything = Phantoms(p.kind, p.n + n, size, seed, **p.options)
+            train, validation = (
+                Subset(everything, range(p.n)),
+                Subset(everything, range(p.n, p.n + n)),
+            )
+        elif section.validation is not None:
+            assert section.train is not None
+            train, validation = _files(section.train, section), _files(section.validation, section)
+        else:
+            assert section.train is not None
+            train, validation = split(_files(section.train, section), shares, seed)
+        if section.patch is None and configuration.training.batch_size > 1:
+            common_shape(train)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"data: {error}") from error
+    return train, validation

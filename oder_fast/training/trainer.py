@@ -1,0 +1,743 @@
+"""Training of a denoiser, on noise and then through the fixed point, in runs that survive what happens to them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import psnr, ssim
+from ..data.samples import Batch, Sample, collate
+from ..deqred import as_channels, from_channels
+from ..fixed_point import FixedPointError, NotConvergedWarning
+from . import configuration as settings
+from .checkpoints import (
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
+    random_states,
+    remove_old,
+    require_room,
+    restore_random_states,
+    save_checkpoint,
+)
+from .configuration import Configuration, ConfigurationError, differences
+from .logs import Logs, Silence, draw_images
+from .losses import total_loss
+from .model import OWN, FixedPointModel, load_weights, make_denoiser, misfit
+from .processes import (
+    any_process,
+    average_gradients,
+    pick_device,
+    process_group,
+    rank,
+    same_everywhere,
+    sum_over_processes,
+    wait_for_all,
+    world_size,
+)
+from .report import STAGES, write_report
+from .scans import Scan, make_scan
+from .sets import make_sets, training_transform
+
+HALVINGS = 4
+"""How many times a solver that diverges gets shorter steps before the run ends."""
+
+CHECKPOINTS_OF_ROOM = 2
+"""Beyond those that are kept: the one being written, and the tables and pictures."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        best: Checkpoint with the best validation of stage 2 (of stage 1 where there was no other), if any.
+        last: The last checkpoint.
+        psnr: Of the best, in dB; NaN where nothing was validated.
+        reason: Why it ended: ``"finished"``, ``"no better for long"`` or the name of a signal.
+    """
+
+    best: Path | None
+    last: Path
+    psnr: float
+    reason: str
+
+
+def seed_of(*key: Any) -> int:
+    """Return a seed that depends on all of the key, equal in every process and on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class _Stream(Dataset[tuple[Sample, int]]):
+    """Samples by their position in the run: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, samples: Dataset[Sample], transform: Any, scan: Scan, key: tuple[Any, ...]) -> None:
+        self.samples, self.transform, self.scan, self.key = samples, transform, scan, key
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, position: int) -> tuple[Sample, int]:
+        epoch, place = divmod(position, len(self.samples))  # type: ignore[arg-type]
+        if self._order[0] != epoch:
+            g = torch.Generator().manual_seed(seed_of(*self.key, "order", epoch))
+            self._order = epoch, torch.randperm(len(self.samples), generator=g).tolist()  # type: ignore[arg-type]
+        g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
+        sample = self.samples[self._order[1][place]]
+        if self.transform is not None:
+            sample = self.transform(sample, g)
+        return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
+
+
+def _collate(items: Sequence[tuple[Sample, int]]) -> tuple[Batch, list[int]]:
+    samples, seeds = zip(*items, strict=True)
+    return collate(samples), list(seeds)
+
+
+def _positions(start: int, batch: int) -> Iterator[list[int]]:
+    """Yield the positions of this process's part of each step's batch."""
+    step = start
+    while True:
+        first = (step * world_size() + rank()) * batch
+        yield list(range(first, first + batch))
+        step += 1
+
+
+def _begin_worker(_: int) -> None:
+    # Ctrl-C reaches workers too: the run ends them itself, after its last checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+@dataclass
+class _Position:
+    """Where a run is."""
+
+    stage: int = 0
+    step: int = 0
+    halvings: int = 0
+    best: float = -math.inf
+    waiting: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+
+
+@dataclass
+class _Stop:
+    """Which signal asks the run to stop."""
+
+    name: str | None = None
+    before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self._ask)
+            except ValueError:
+                break  # signals reach the main thread alone
+        return self
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Train a denoiser on noise, and then through the fixed point.
+
+    What is computed follows from the configuration alone: each image's noise, mask and augmentation from the seed and
+    its position in the run, not from what was drawn before. So a run that was broken off and resumed gives on a CPU
+    the same bits as one that was not, and two processes the gradients of one with twice the batch.
+
+    Started by ``torchrun``, the processes train together: each takes its part of a batch of `batch_size` times as
+    many images as there are processes, and the gradients are averaged. Only the first one writes.
+
+    Args:
+        configuration: What to do; see `read_configuration`.
+        denoiser: In place of the one it names: any module from ``(B, C, H, W)`` to the same.
+        train_set: In place of its data: a dataset of `oder_fast.data.Sample`.
+        validation_set: The same; needed with `train_set`.
+        progress: Whether to show a live line.
+
+    Raises:
+        ConfigurationError: For settings, data and denoiser that do not go together.
+        OSError: For files that cannot be read.
+        ValueError: For files that are damaged, or a device that is not here.
+
+    Example:
+        >>> import tempfile
+        >>> from oder_fast.training import read_configuration
+        >>> configuration = read_configuration({
+        ...     "operator": {"kind": "ct", "angles": 8},
+        ...     "data": {"phantoms": {"kind": "ellipses", "n": 4, "size": 16}, "workers": 0},
+        ...     "denoiser": {"kind": "dncnn", "options": {"depth": 3, "width": 4}},
+        ...     "pretraining": {"steps": 2}, "training": {"steps": 1}, "output": tempfile.mkdtemp()})
+        >>> outcome = Trainer(configuration, progress=False).fit()
+        >>> outcome.reason, outcome.last.name
+        ('finished', 'checkpoint-1-00000001.pt')
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        denoiser: nn.Module | None = None,
+        train_set: Dataset[Sample] | None = None,
+        validation_set: Dataset[Sample] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if (train_set is None) != (validation_set is None):
+            raise ConfigurationError("Trainer: give both train_set and validation_set, or neither")
+        self.device = pick_device(configuration.device)
+        self.scan = make_scan(configuration.operator)
+        if train_set is None or validation_set is None:
+            train_set, validation_set = make_sets(configuration, self.scan)
+        self.train_set, self.validation_set = train_set, validation_set
+        if denoiser is not None:
+            section = configuration.denoiser.model_copy(update={"kind": OWN, "options": {}})
+            configuration = configuration.model_copy(update={"denoiser": section})
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(configuration.seed, "weights"))
+                denoiser = make_denoiser(configuration.denoiser, self.scan.channels)
+        self.configuration = configuration
+        self.folder = Path(configuration.output)
+        self.model = FixedPointModel(denoiser, configuration.red, self.scan.nonnegative).to(self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigurationError("denoiser: has no parameter that requires a gradient: nothing to train")
+        self.progress = progress
+        self.position = _Position()
+        self.ema: dict[str, Tensor] | None = None
+        self.optimizer = self._new_optimizer()
+        self.stages: tuple[settings.Pretraining, settings.Training] = (
+            configuration.pretraining,
+            configuration.training,
+        )
+        self._check_samples()
+
+    # -------------------------------------------------------------- before anything long starts
+
+    def _check_samples(self) -> None:
+        """Try the way from a sample to the denoiser's output once."""
+        for name, samples in (("train", self.train_set), ("validation", self.validation_set)):
+            if len(samples) == 0:  # type: ignore[arg-type]
+                raise ConfigurationError(f"data: the {name} set is empty")
+        whole = self.scan.prepare(self.validation_set[0], torch.Generator()).image
+        self.image_shape = tuple(whole.shape)
+        batch, _ = _collate([self._stream(0)[0]])
+        shape = tuple(batch.image.shape[1:])
+        try:
+            self.scan.check(self.image_shape, whole.is_complex())
+            self.scan.check(shape, batch.image.is_complex())
+            operator = self.scan.operator(shape)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"operator: {error}") from error
+        size, blocks = self.configuration.red.minibatch_size, operator.n_blocks
+        if size is not None and size > blocks and batch.kspace is None:
+            raise ConfigurationError(f"red.minibatch_size: must be at most the {blocks} blocks, got {size}")
+        if self.configuration.red.solver == "anderson" and size is not None:
+            raise ConfigurationError("red.solver: anderson takes no minibatches; take nesterov or picard")
+        was_training = self.model.training
+        try:
+            with torch.no_grad():
+                channels = as_channels(batch.image.to(self.device))
+                denoised = self.model.eval().denoiser(channels)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigurationError(f"denoiser: does not take images of shape {shape}: {error}") from error
+        finally:
+            self.model.train(was_training)
+        if denoised.shape != channels.shape:
+            raise ConfigurationError(
+                f"denoiser: must return the shape it got, {tuple(channels.shape)}, got {tuple(denoised.shape)}"
+            )
+
+    def _begin(self, resume: bool) -> None:
+        """Make the folder, or take up the run that is in it."""
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        # Weights, their average, two moments of Adam.
+        room = 4 * weights * (self.configuration.checkpoints.keep + 1 + CHECKPOINTS_OF_ROOM)
+        require_room(self.folder, room + 2**20)
+        if not resume and list_checkpoints(self.folder):
+            raise ConfigurationError(
+                f"{self.folder}: holds a run already; resume it (--resume), or choose another output"
+            )
+        path, state, problems = newest_checkpoint(self.folder) if resume else (None, None, [])
+        if path is not None and state is not None:
+            self._restore(path, state)
+        else:
+            torch.manual_seed(seed_of(self.configuration.seed, "global"))
+            self._begin_stage()
+        if rank():
+            # What checkpoints keep is the first process's.
+            torch.manual_seed(
+                seed_of(self.configuration.seed, "global", rank(), *vars(self.position).values())
+            )
+        found = torch.tensor([self.position.stage, self.position.step], dtype=torch.float64)
+        mean = sum_over_processes(found.clone().to(self.device, torch.float32)).cpu() / world_size()
+        if not torch.equal(mean.double(), found):
+            raise RunError(
+                f"process {rank()} found another checkpoint than the others; is {self.folder} shared?"
+            )
+        same_everywhere(self.model)
+        done = (self.position.stage, self.position.step, self._overall())
+        self.logs: Logs = Logs(self.folder, done, self.progress) if rank() == 0 else Silence()
+        for problem in problems:
+            self.logs.say(f"{problem}; the one before is taken")
+        if path is not None:
+            self.logs.say(f"goes on from {path}")
+        elif resume:
+            self.logs.say(f"{self.folder} holds no whole checkpoint: starts anew")
+        if rank() == 0:
+            (self.folder / "images").mkdir(exist_ok=True)
+            (self.folder / "configuration.json").write_text(
+                self.configuration.model_dump_json(indent=2) + "\n"
+            )
+
+    # -------------------------------------------------------------- state
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        section = (self.configuration.pretraining, self.configuration.training)[min(self.position.stage, 1)]
+        return torch.optim.Adam(self.parameters, lr=section.learning_rate)
+
+    def _begin_stage(self) -> None:
+        if self.ema is not None:
+            load_weights(self.model, {**self.model.state_dict(), **self.ema})
+        self.optimizer = self._new_optimizer()
+        decay = self.stages[self.position.stage].ema
+        self.ema = None if decay is None else {k: p.detach().clone() for k, p in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _state(self) -> dict[str, Any]:
+        import oder_fast
+
+        return {
+            "configuration": self.configuration.model_dump(mode="json"),
+            "position": vars(self.position),
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states(),
+            "image_shape": list(self.image_shape),
+            "versions": {
+                "oder_fast": oder_fast.__version__,
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        saved = Configuration.model_validate(state["configuration"])
+        changed = differences(saved, self.configuration)
+        if changed:
+            raise ConfigurationError(
+                f"{path}: belongs to another configuration: {'; '.join(changed)}; choose another output for this one"
+            )
+        problem = misfit(self.model, state["model"])
+        if problem:
+            raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
+        self.model.load_state_dict(state["model"])
+        self.position = _Position(**state["position"])
+        self.position.reason = None
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = state["ema"] and {k: v.to(self.device) for k, v in state["ema"].items()}
+        restore_random_states(state["random"])
+
+    def _save(self, path: Path | None = None) -> Path:
+        position = self.position
+        path = path or checkpoint_path(self.folder, position.stage, position.step)
+        if rank() == 0:
+            save_checkpoint(path, self._state())
+            remove_old(self.folder, self.configuration.checkpoints.keep)
+        return path
+
+    def _overall(self) -> int:
+        """Return the steps taken in both stages."""
+        return self.position.step + (self.stages[0].steps if self.position.stage else 0)
+
+    # -------------------------------------------------------------- data
+
+    def _stream(self, stage: int) -> _Stream:
+        key = (self.configuration.seed, "training", stage)
+        transform = training_transform(self.configuration.data)
+        return _Stream(self.train_set, transform, self.scan, key)
+
+    def _loader(self) -> Iterator[tuple[Batch, list[int]]]:
+        section, workers = self.stages[self.position.stage], self.configuration.data.workers
+        return iter(
+            DataLoader(
+                self._stream(self.position.stage),
+                batch_sampler=_positions(self.position.step, section.batch_size),
+                num_workers=workers,
+                collate_fn=_collate,
+                worker_init_fn=_begin_worker,
+                pin_memory=self.device.type == "cuda",
+                # Workers are seeded from here, not from the state that a checkpoint keeps.
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        def move(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+        return Batch(batch.names, move(batch.image), move(batch.kspace), move(batch.maps))
+
+    # -------------------------------------------------------------- steps
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.stages[self.position.stage].precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _denoise(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Return noisy images, and what the denoiser makes of them."""
+        sigma = self.stages[0].sigma
+        low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+        clean = as_channels(image)
+        noise = []
+        for g in generators:
+            level = low + (high - low) * float(torch.rand((), generator=g))
+            noise.append(level * torch.randn(clean.shape[1:], generator=g, dtype=clean.dtype))
+        noisy = clean + torch.stack(noise).to(clean.device)
+        with self._autocast():
+            denoised = self.model.denoiser(noisy)
+        return from_channels(noisy, image), from_channels(denoised.to(clean.dtype), image)
+
+    def _compute(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Any], Any]:
+        """Return the loss, what the log tells of the solve, and its solution."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        loss = self.stages[self.position.stage].loss
+        if self.position.stage == 0:
+            _, denoised = self._denoise(batch.image, generators)
+            return total_loss(loss, denoised, batch.image), {}, None
+        measured = self.scan.measure(batch, generators)
+        minibatches = torch.Generator().manual_seed(self._minibatch_seed())
+        with self._autocast():
+            solution = self.model(measured.operator, measured.data, minibatches, self.position.halvings)
+        row = {
+            "iterations": float(solution.iterations.double().mean()),
+            "residual": float(solution.residual.max()),
+            "converged": float(solution.converged.double().mean()),
+        }
+        return total_loss(loss, solution.value, batch.image), row, solution
+
+    def _minibatch_seed(self) -> int:
+        # All processes draw the same minibatches: so each image sees what it would see in one process.
+        return seed_of(self.configuration.seed, "minibatches", self.position.step)
+
+    def _step(self, batch: Batch, seeds: list[int], stop: _Stop) -> dict[str, Any]:
+        """Take one step of the optimizer; return what the log tells of it."""
+        position, section = self.position, self.stages[self.position.stage]
+        batch = self._to_device(batch)
+        while True:
+            failed = self._try_gradient(batch, seeds)
+            if isinstance(failed, dict):
+                row = failed
+                break
+            self._back_off(failed)
+            if stop.name is not None:
+                raise RunError(f"stopped by {stop.name} while the solver diverged")
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters, math.inf if section.clip_norm is None else section.clip_norm
+        )
+        rate = section.learning_rate
+        if section.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * position.step / section.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.ema is not None and section.ema is not None:
+            for name, parameter in self._trained():
+                self.ema[name].lerp_(parameter.detach(), 1 - section.ema)
+        tau = self.model.tau
+        return row | {
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "tau": float(tau.detach()) if isinstance(tau, Tensor) else tau,
+            "halvings": position.halvings,
+        }
+
+    def _try_gradient(self, batch: Batch, seeds: list[int]) -> dict[str, Any] | str:
+        """Compute the gradient of all processes; return what the log tells, or why it cannot be used."""
+        self.optimizer.zero_grad(set_to_none=True)
+        reason, loss, solution = "", None, None
+        row: dict[str, Any] = {}
+        try:
+            loss, row, solution = self._compute(batch, seeds)
+            if not bool(loss.isfinite()):
+                reason = f"the loss is {float(loss)}"
+        except FixedPointError as error:
+            reason = str(error)
+        # Agreed on before the backward pass, and again after it: no process waits for one that failed.
+        if any_process([bool(reason)], self.device)[0]:
+            return reason or "another process could not solve"
+        assert loss is not None
+        try:
+            with warnings.catch_warnings():
+                # How far the adjoint solve came stands in the log.
+                warnings.simplefilter("ignore", NotConvergedWarning)
+                torch.autograd.backward(loss)
+            if not all(bool(p.grad.isfinite().all()) for p in self.parameters if p.grad is not None):
+                reason = "a gradient is not finite"
+        except FixedPointError as error:
+            reason = str(error)
+        if any_process([bool(reason)], self.device)[0]:
+            return reason or "another process could not solve"
+        average_gradients(self.parameters)
+        mean = sum_over_processes(loss.detach().clone().reshape(1)) / world_size()
+        if solution is not None and solution.adjoint:
+            row["adjoint_iterations"] = float(solution.adjoint[-1].iterations.double().mean())
+        return row | {"loss": float(mean)}
+
+    def _back_off(self, reason: str) -> None:
+        """Take shorter steps from now on, or give up."""
+        if self.position.stage == 0:
+            raise RunError(
+                f"pre-training, step {self.position.step}: {reason}; lower pretraining.learning_rate "
+                f"({self.stages[0].learning_rate:g}), or look at the data"
+            )
+        if self.position.halvings == HALVINGS:
+            raise RunError(
+                f"training, step {self.position.step}: {reason}. The step was halved {HALVINGS} times, with twice the "
+                "iterations each time, and that did not help: the denoiser does not contract. Pre-train it longer, "
+                "take spectral norms, lower red.tau or training.learning_rate, or take solver: anderson"
+            )
+        self.position.halvings += 1
+        self.logs.say(
+            f"step {self.position.step}: {reason}; backs off: the step is halved, the iterations are doubled "
+            f"({self.position.halvings} of {HALVINGS} times)"
+        )
+
+    # -------------------------------------------------------------- validation
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put in the averaged weights, and the evaluation mode."""
+        now = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if self.ema is not None:
+            load_weights(self.model, {**now, **self.ema})
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(now)
+            self.model.train()
+
+    def _validate(self) -> None:
+        """Compare reconstructions with truths, keep the best weights, draw some."""
+        position, section = self.position, self.configuration.validation
+        count = min(section.samples, len(self.validation_set))  # type: ignore[arg-type]
+        sums = torch.zeros(7, dtype=torch.float32, device=self.device)
+        shown = []
+        failed = None
+        with self._evaluating(), torch.no_grad():
+            for k in range(rank(), count, world_size()):
+                try:
+                    values, drawn = self._validate_one(k)
+                except FixedPointError as error:
+                    failed = str(error)
+                    continue
+                sums += torch.tensor([*values, 1.0], device=self.device)
+                if k < section.images:
+                    shown.append(drawn)
+        sums = sum_over_processes(sums)
+        n = float(sums[-1])
+        if n == 0:
+            self.logs.say(f"step {position.step}: no validation image could be solved for: {failed}")
+            return
+        loss, quality, similarity, quality_0, similarity_0, iterations = (sums[:-1] / n).tolist()
+        row = {
+            "stage": position.stage,
+            "step": position.step,
+            "seconds": position.seconds,
+            "loss": loss,
+            "psnr": quality,
+            "ssim": similarity,
+            "psnr_start": quality_0,
+            "ssim_start": similarity_0,
+            "iterations": iterations if position.stage else None,
+        }
+        self.logs.validated(self._overall(), row)
+        self.logs.say(
+            f"{STAGES[position.stage]}, step {position.step}: PSNR {quality:.2f} dB (start {quality_0:.2f}), "
+            f"SSIM {similarity:.3f} (start {similarity_0:.3f})"
+        )
+        if rank() == 0 and shown:
+            path = self._picture_path()
+            draw_images(path, shown)
+            self.logs.picture(self._overall(), path)
+        position.waiting += 1
+        if quality > position.best:
+            position.best, position.waiting = quality, 0
+            self._save(self.folder / "best.pt")
+
+    def _picture_path(self) -> Path:
+        return self.folder / "images" / f"validation-{self.position.stage}-{self.position.step:08d}.png"
+
+    def _validate_one(self, k: int) -> tuple[list[float], tuple[str, Tensor, Tensor, Tensor]]:
+        seed = self.configuration.seed
+        g = torch.Generator().manual_seed(seed_of(seed, "validation", k))
+        batch = self._to_device(collate([self.scan.prepare(self.validation_set[k], g)]))
+        if self.position.stage == 0:
+            start, image = self._denoise(batch.image, [g])
+            iterations = 0.0
+        else:
+            measured = self.scan.measure(batch, [g])
+            start = measured.operator.initial(measured.data)
+            minibatches = torch.Generator().manual_seed(seed_of(seed, "validation minibatches", k))
+            with self._autocast():
+                solution = self.model(measured.operator, measured.data, minibatches, self.position.halvings)
+            image, iterations = solution.value, float(solution.iterations.double().mean())
+        loss = float(total_loss(self.stages[self.position.stage].loss, image, batch.image))
+        truth, first, result = (self.scan.show(v[0]).cpu() for v in (batch.image, start, image))
+        quality = [
+            psnr(result, truth),
+            _similarity(result, truth),
+            psnr(first, truth),
+            _similarity(first, truth),
+        ]
+        truth, first, result = (v if v.ndim == 2 else v[len(v) // 2] for v in (truth, first, result))
+        return [loss, *quality, iterations], (batch.names[0], truth, first, result)
+
+    # -------------------------------------------------------------- the run
+
+    def fit(self, *, resume: bool = False) -> Outcome:
+        """Run, or go on with a run.
+
+        Args:
+            resume: Go on from the newest whole checkpoint in the output folder; where there is none, start.
+
+        Returns:
+            How the run ended. SIGTERM and Ctrl-C end it after the present step, with a checkpoint.
+
+        Raises:
+            ConfigurationError: Where the folder holds another run.
+            OSError: Where the folder cannot be written, or has no room.
+            RunError: Where the loss or the solver diverges and backing off does not help.
+            LostProcessError: Where another process of the run is gone.
+        """
+        threads = torch.get_num_threads()
+        if self.configuration.threads is not None:
+            torch.set_num_threads(self.configuration.threads)
+        try:
+            with process_group(self.device, self.configuration.timeout), _Stop() as stop:
+                self._begin(resume)
+                try:
+                    return self._run(stop)
+                finally:
+                    self.logs.close()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, stop: _Stop) -> Outcome:
+        position = self.position
+        self.model.train()
+        reason = None
+        while reason is None:
+            reason = self._run_stage(stop)
+            if reason is None and position.stage == 0:
+                position.stage, position.step = 1, 0
+                position.best, position.waiting = -math.inf, 0
+                self._begin_stage()
+            elif reason is None:
+                reason = "finished"
+        position.reason = reason
+        last = self._save()
+        if rank() == 0:
+            self._report(reason)
+        wait_for_all()
+        best = self.folder / "best.pt"
+        quality = position.best if math.isfinite(position.best) else math.nan
+        return Outcome(best if best.exists() else None, last, quality, reason)
+
+    def _run_stage(self, stop: _Stop) -> str | None:
+        """Take the steps of a stage; return why the run is to end, or None where the stage is done."""
+        position, section = self.position, self.stages[self.position.stage]
+        every, watch = self.configuration.checkpoints.every, self.configuration.validation
+        if position.step >= section.steps:
+            return None
+        self.logs.begin_stage(STAGES[position.stage], section.steps, position.step)
+        loader = self._loader()
+        try:
+            while position.step < section.steps:
+                start = time.perf_counter()
+                row = self._step(*next(loader), stop)
+                position.step += 1
+                position.seconds += time.perf_counter() - start
+                where = {"stage": position.stage, "step": position.step, "seconds": position.seconds}
+                self.logs.step(self._overall(), where | row)
+                last = position.step == section.steps
+                if last or position.step % watch.every == 0:
+                    self._validate()
+                asked = any_process([stop.name is not None], self.device)[0]
+                if asked:
+                    return stop.name or "a signal to another process"
+                patience = watch.patience
+                if position.stage == 1 and patience is not None and position.waiting >= patience:
+                    return "no better for long"
+                if last or position.step % every == 0:
+                    self._save()
+        finally:
+            self.logs.end_stage()
+            del loader
+        return None
+
+    def _report(self, reason: str) -> None:
+        position = self.position
+        training, validation = self.logs.training.rows(), self.logs.validation.rows()
+        summary = {
+            "Ended": f"{reason}, after {self._overall()} steps and {position.seconds / 60:.1f} minutes",
+            "Processes": f"{world_size()}, {self.device.type}",
+            "Parameters": f"{sum(p.numel() for p in self.parameters):,}",
+            "Seed": str(self.configuration.seed),
+        }
+        if math.isfinite(position.best):
+            summary["Best validation"] = f"{position.best:.2f} dB ({STAGES[position.stage]}), best.pt"
+        if position.halvings:
+            summary["Backed off"] = (
+                f"{position.halvings} times: the steps are {2**position.halvings} times shorter"
+            )
+        pictures = sorted((self.folder / "images").glob("validation-*.png"))
+        write_report(
+            self.folder / "report.html",
+            summary=summary,
+            training=training,
+            validation=validation,
+            picture=pictures[-1] if pictures else None,
+            configuration=self.configuration.model_dump_json(indent=2),
+        )
+
+
+def _similarity(image: Tensor, truth: Tensor) -> float:
+    """Return the SSIM of a slice, or the mean of several slices', relative to the range of all."""
+    pairs = zip(image.reshape(-1, *image.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True)
+    span = float(truth.max() - truth.min())
+    values = [ssim(one, other, span) for one, other in pairs]
+    return sum(values) / len(values)
