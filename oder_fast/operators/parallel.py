@@ -70,7 +70,9 @@ class MeasurementParallel(nn.Module):
     Every rank computes the same loss from the same image, so gradients in the image are summed over the ranks and those
     in weights, step size and tau come out the same on each, with nothing left to average. Where a GPU's backward pass
     is not deterministic their rounding is not: wrap the model in ``DistributedDataParallel``, which averages it away
-    and gives all ranks the weights of the first. The gradient in :math:`y_r` is of that part alone.
+    and gives all ranks the weights of the first. The gradient in :math:`y_r` is of that part alone. The data must be of
+    the same images on all ranks, which nothing can check: a loop that gives each process images of its own (`Trainer`
+    does) is not for the processes of one group.
 
     All ranks must do the same in the same order: build this, solve, differentiate. `DEQRED` makes them agree before
     each solve: where a rank refuses its data, or something differs that must not, all raise. How a solve goes on is
