@@ -9,7 +9,16 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
-from oder_fast.denoisers import Denoiser, DnCNN, DRUNet, TotalVariation, UNet, folded, frozen
+from oder_fast.denoisers import (
+    AtNoiseLevel,
+    Denoiser,
+    DnCNN,
+    DRUNet,
+    TotalVariation,
+    UNet,
+    folded,
+    frozen,
+)
 from oder_fast.denoisers.total_variation import differences, transposed_differences
 from oder_fast.deqred import DEQRED
 from oder_fast.fixed_point import Nesterov
@@ -554,6 +563,63 @@ def test_red_with_total_variation_converges():
 def test_what_total_variation_refuses_is_named(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+# ------------------------------------------------------------------ denoisers that are told the noise level
+
+
+class Shrink(nn.Module):
+    """A denoiser as deepinv's are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x, sigma):
+        return self.gain * F.relu(x - sigma)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda v: nn.Parameter(torch.tensor(v))])
+def test_a_denoiser_that_is_told_the_noise_level(kind):
+    denoiser = AtNoiseLevel(Shrink(), kind(0.25))
+    x = torch.rand(2, 1, 5, 5)
+    torch.testing.assert_close(denoiser(x), 0.9 * F.relu(x - 0.25))
+    assert ("sigma" in denoiser.state_dict()) is not isinstance(denoiser.sigma, float)
+    assert ("sigma" in dict(denoiser.named_parameters())) is isinstance(denoiser.sigma, nn.Parameter)
+    assert "sigma=0.25" in repr(denoiser)
+
+
+def test_noise_level_and_weights_are_trained_through_the_fixed_point():
+    ct = ParallelBeamCT(8, 6)
+    denoiser = AtNoiseLevel(Shrink(), nn.Parameter(torch.tensor(0.1)))
+    model = DEQRED(ct, denoiser, tau=10.0, on_failure="raise")
+    model(ct(torch.rand(1, 8, 8))).square().sum().backward()
+    assert denoiser.sigma.grad != 0
+    assert denoiser.denoiser.gain.grad != 0
+
+
+def test_what_a_noise_level_refuses_is_named():
+    with pytest.raises(TypeError, match="AtNoiseLevel: denoiser must be callable, got float"):
+        AtNoiseLevel(1.0, 0.1)
+    with pytest.raises(ValueError, match="AtNoiseLevel: sigma must be finite and at least 0, got nan"):
+        AtNoiseLevel(Shrink(), float("nan"))
+
+
+def test_denoisers_of_deepinv():
+    models = pytest.importorskip("deepinv.models")
+    torch.manual_seed(0)
+    theirs, ours = models.DRUNet(1, 1, pretrained=None), DRUNet(sigma=0.1)
+    ours.load_official_state_dict(theirs.state_dict())
+    x = torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(AtNoiseLevel(theirs, 0.1)(x), ours(x))
+    y = (ct := ParallelBeamCT(16, 12))(x[:, 0])
+    for small in (
+        models.DRUNet(1, 1, nc=(4, 4, 4, 4), nb=1, pretrained=None),
+        models.TVDenoiser(n_it_max=50),
+    ):
+        model = DEQRED(ct, AtNoiseLevel(small, 0.1), tau=10.0, on_failure="raise")
+        assert model(y).isfinite().all()
 
 
 # ------------------------------------------------------------------ frozen, folded

@@ -5,10 +5,12 @@ from .dncnn import DnCNN
 from .drunet import DRUNet
 from .freeze import folded, frozen
 from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
+from .noise_level import AtNoiseLevel
 from .total_variation import TotalVariation
 from .unet import UNet
 
 __all__ = [
+    "AtNoiseLevel",
     "DRUNet",
     "Denoiser",
     "DnCNN",
