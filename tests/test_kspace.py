@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from oder_fast import data
 from oder_fast.data import kspace as ks
 
 H, W = 16, 12
@@ -284,6 +285,34 @@ def test_ismrmrd(tmp_path):
     one = ks.read_kspace(path, 1)
     np.testing.assert_array_equal(one.kspace, kspace[1:])
     assert one.metadata["slices"] == (1,)
+
+
+def test_headers_say_what_is_read(tmp_path):
+    values = noise(3, 2, H, W)
+    write_fastmri(tmp_path / "fast.h5", values, ismrmrd_header=header())
+    write_fastmri(tmp_path / "single.h5", values[:, 0])
+    write_ismrmrd(
+        tmp_path / "scan.h5",
+        [one for s in range(3) for one in scan_lines(values[s], range(W), slice=2 * s + 1)],
+    )
+    np.save(tmp_path / "stack.npy", values)
+    np.save(tmp_path / "one.npy", values[0, 0])
+    np.savez(tmp_path / "named.npz", kspace=values[0], mask=np.ones(W), maps=values)
+    for name in ("fast.h5", "single.h5", "scan.h5", "stack.npy", "one.npy", "named.npz"):
+        found = ks.read_kspace_header(tmp_path / name)
+        kspace, _, metadata = ks.read_kspace(tmp_path / name)
+        assert found.shape == tuple(kspace.shape)
+        assert found.format == metadata["format"]
+        assert all(metadata[key] == value for key, value in found.metadata.items())
+    assert ks.read_kspace_header(tmp_path / "scan.h5").metadata["patient_id"] == "P7"
+    dataset = data.KSpaceFolder(
+        tmp_path / "scan.h5", remove_oversampling=False, calibration={"kernel_size": 3}
+    )
+    assert dataset.groups == ["P7"] * 3
+    sample = dataset[2]
+    torch.testing.assert_close(
+        sample.kspace / sample.kspace.abs().max(), torch.from_numpy(values[2] / np.abs(values[2]).max())
+    )
 
 
 def test_many_ismrmrd_lines_are_read_in_blocks(tmp_path):

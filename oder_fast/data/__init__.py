@@ -1,6 +1,7 @@
 """Real images and k-space, phantoms, datasets, simulated measurements, and how good a reconstruction is."""
 
 from .arrays import read_array
+from .cache import Cached
 from .coils import birdcage_maps, espirit_maps, noise_covariance, remove_oversampling, whiten
 from .datasets import ImageFolder, Phantoms
 from .files import atomic, save_npz
@@ -20,6 +21,7 @@ from .phantoms import (
     smooth_phase,
 )
 from .samples import Batch, Sample, Samples, Subset, collate, common_shape, seeded_generator, split
+from .scans import KSpaceFolder
 from .simulation import add_gaussian_noise, add_poisson_noise, beam_propagation
 from .transforms import (
     Compose,
@@ -34,10 +36,12 @@ from .writers import WRITERS, write_image, writer_suffix
 __all__ = [
     "WRITERS",
     "Batch",
+    "Cached",
     "Compose",
     "ImageFile",
     "ImageFolder",
     "KSpaceFile",
+    "KSpaceFolder",
     "Patches",
     "Phantoms",
     "RandomFlip",

@@ -40,7 +40,7 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-class _Files:
+class Files:
     """Files of a dataset.
 
     Args:
@@ -86,7 +86,7 @@ def stamp(path: Path) -> tuple[str, int, int]:
 
 
 def group_of(
-    path: Path, files: _Files, patient: str | None, group: Callable[[Path], str] | None, what: str
+    path: Path, files: Files, patient: str | None, group: Callable[[Path], str] | None, what: str
 ) -> str:
     """Return the group of a file: by the user's rule, else the patient, else the folder."""
     if group is None:
@@ -189,7 +189,7 @@ class ImageFolder(Samples):
         self.scale = _check_scale(scale)
         self.array = array
         self.left_out: dict[str, int] = {}
-        files = _Files(source, _is_image)
+        files = Files(source, _is_image)
         if files.left_out:
             self.left_out["another kind of file"] = files.left_out
         self.names, self.groups, self.shapes = [], [], []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 def naming(path: Path) -> Iterator[None]:
     """Turn what goes wrong with the content of a file into a ValueError that names it.
 
-    What the system says of the file, such as that it is missing, remains an OSError.
+    What the system says of the file, such as that it is missing, remains an OSError. It may be nested: the file is
+    named once.
     """
     try:
         yield
@@ -34,6 +36,8 @@ def naming(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -105,3 +109,16 @@ def read_npz(path: Path, array: str | None) -> NDArray[Any]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         values: NDArray[Any] = archive[npz_name(archive.files, array)]
         return values
+
+
+def npz_layout(path: Path, choose: Callable[[list[str]], str]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read the shape and the kind of numbers of one array of an NPZ file, chosen from their names."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        with archive.open(choose(names) + ".npy") as file:
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+            return shape, dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import TIFF_SIGNATURES, PathLike, first_bad, naming, npz_name, read_npz
+from .files import TIFF_SIGNATURES, PathLike, first_bad, naming, npz_layout, npz_name, read_npz
 
 WATER_ATTENUATION = 0.02
 """Linear attenuation coefficient of water in 1/mm, at about 66 keV."""
@@ -222,15 +221,6 @@ def read_values(path: Path, array: str | None, frame: int | None) -> tuple[NDArr
     return grey(values), {"format": kind, **metadata}
 
 
-def _npz_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    with zipfile.ZipFile(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        with archive.open(npz_name(names, array) + ".npy") as file:
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read[np.lib.format.read_magic(file)](file)
-            return shape, dtype
-
-
 def read_header(path: Path, array: str | None = None) -> ImageHeader:
     """Read what a DICOM, TIFF, PNG, NPY or NPZ file says of its images, not the images.
 
@@ -256,7 +246,7 @@ def read_header(path: Path, array: str | None = None) -> ImageHeader:
         values = np.load(path, allow_pickle=False, mmap_mode="r")
         shape, dtype = values.shape, values.dtype
     else:
-        shape, dtype = _npz_layout(path, array)
+        shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
     if dtype is None or dtype.kind not in "biufc":
         raise ValueError(f"its values are {dtype}, not numbers")
     frames, (height, width) = _layout(shape)

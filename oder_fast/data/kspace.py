@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import PathLike, first_bad, is_hdf5, naming
+from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".mrd")
 
@@ -32,6 +32,7 @@ NO_IMAGE = {
     31: "phase stabilization",
 }
 AVERAGED = ("average", "repetition")
+NUMPY_LAYOUT = "(H, W), (coils, H, W) or (slices, coils, H, W)"
 DISTINCT = ("contrast", "phase", "set")
 
 
@@ -61,6 +62,20 @@ class KSpaceFile(NamedTuple):
 
     kspace: Tensor
     mask: Tensor | None
+    metadata: dict[str, Any]
+
+
+class KSpaceHeader(NamedTuple):
+    """What a file says of its k-space before it is read.
+
+    Attributes:
+        format: Kind of the file.
+        shape: Slices, coils, rows, columns.
+        metadata: As `KSpaceFile` has it, as far as it is known.
+    """
+
+    format: str
+    shape: tuple[int, int, int, int]
     metadata: dict[str, Any]
 
 
@@ -187,18 +202,8 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _read_fastmri(
-    file: Any, slices: int | slice | None
-) -> tuple[NDArray[Any], Tensor | None, dict[str, Any]]:
-    dataset = file["kspace"]
-    _check_kspace(dataset.shape, dataset.dtype, (3, 4), "(slices, coils, H, W) or (slices, H, W)")
-    count, (height, width) = dataset.shape[0], dataset.shape[-2:]
-    chosen = _chosen(slices, count)
-    kspace = dataset[_as_slice(chosen)]
-    if kspace.ndim == 3:
-        kspace = kspace[:, None]
-    mask = _mask(file["mask"][()], (count, height, width), chosen) if "mask" in file else None
-    metadata: dict[str, Any] = {"format": "fastMRI", "slices": tuple(chosen), "readout_axis": -2}
+def _fastmri_metadata(file: Any, height: int, width: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
     if "ismrmrd_header" in file:
         root, header = _parse_header(file["ismrmrd_header"][()])
         metadata |= header | _voxel_size(header, height, width)
@@ -211,6 +216,22 @@ def _read_fastmri(
         if name in attributes:
             metadata[name] = attributes.pop(name)
     metadata["attributes"] = attributes
+    return metadata
+
+
+def _read_fastmri(
+    file: Any, slices: int | slice | None
+) -> tuple[NDArray[Any], Tensor | None, dict[str, Any]]:
+    dataset = file["kspace"]
+    _check_kspace(dataset.shape, dataset.dtype, (3, 4), "(slices, coils, H, W) or (slices, H, W)")
+    count, (height, width) = dataset.shape[0], dataset.shape[-2:]
+    chosen = _chosen(slices, count)
+    kspace = dataset[_as_slice(chosen)]
+    if kspace.ndim == 3:
+        kspace = kspace[:, None]
+    mask = _mask(file["mask"][()], (count, height, width), chosen) if "mask" in file else None
+    metadata: dict[str, Any] = {"format": "fastMRI", "slices": tuple(chosen), "readout_axis": -2}
+    metadata |= _fastmri_metadata(file, height, width)
     for name in ("reconstruction_rss", "reconstruction_esc"):
         if name in file:
             reference = file[name]
@@ -274,9 +295,33 @@ def _select(index: NDArray[Any], imaging: NDArray[np.bool_], select: Mapping[str
     return imaging
 
 
-def _read_ismrmrd(
-    group: Any, slices: int | slice | None, select: Mapping[str, int]
-) -> tuple[NDArray[Any], Tensor, dict[str, Any]]:
+class _Scan(NamedTuple):
+    """What header and heads of an ISMRMRD group say.
+
+    Attributes:
+        root: Of the header.
+        header: What of it goes into the metadata.
+        size: Rows and columns.
+        heads: Of all acquisitions.
+        imaging: Which of them are lines of the image.
+        noise: Which of them are noise.
+        slices: Numbers of the slices.
+        coils: Number of coils.
+        left_out: Acquisitions not used, by reason.
+    """
+
+    root: ElementTree.Element
+    header: dict[str, Any]
+    size: tuple[int, int]
+    heads: NDArray[Any]
+    imaging: NDArray[np.bool_]
+    noise: NDArray[np.bool_]
+    slices: list[int]
+    coils: int
+    left_out: dict[str, int]
+
+
+def _scan(group: Any, select: Mapping[str, int]) -> _Scan:
     root, header = _parse_header(np.asarray(group["xml"][()]).reshape(-1)[0])
     trajectory = root.findtext("{*}encoding/{*}trajectory")
     if trajectory not in (None, "cartesian"):
@@ -286,8 +331,7 @@ def _read_ismrmrd(
     height, width, depth = header["encoded_matrix"]
     if depth > 1:
         raise ValueError(f"its encoding is three-dimensional ({depth} partitions), slices are needed")
-    dataset = group["data"]
-    heads = dataset.fields("head")[()]
+    heads = group["data"].fields("head")[()]
     flags, index = heads["flags"], heads["idx"]
 
     # Calibration lines that belong to the image are lines like others.
@@ -312,15 +356,23 @@ def _read_ismrmrd(
     if len(np.unique(index["kspace_encode_step_2"][imaging])) > 1:
         raise ValueError("its lines have several partitions (kspace_encode_step_2), slices are needed")
 
-    stored = np.unique(index["slice"][imaging])
-    chosen = _chosen(slices, len(stored))
-    position = {int(number): s for s, number in enumerate(stored[_as_slice(chosen)].tolist())}
-    imaging = imaging & np.isin(index["slice"], list(position))
     coils = np.unique(heads["active_channels"][imaging]).tolist()
     if len(coils) != 1:
         raise ValueError(f"its lines have different numbers of coils: {', '.join(map(str, coils))}")
+    numbers = np.unique(index["slice"][imaging]).tolist()
+    return _Scan(root, header, (height, width), heads, imaging, noise, numbers, coils[0], left_out)
 
-    kspace = np.zeros((len(chosen), coils[0], height, width), dtype=np.complex64)
+
+def _read_ismrmrd(
+    group: Any, slices: int | slice | None, select: Mapping[str, int]
+) -> tuple[NDArray[Any], Tensor, dict[str, Any]]:
+    root, header, (height, width), heads, imaging, noise, numbers, coils, left_out = _scan(group, select)
+    dataset, index = group["data"], heads["idx"]
+    chosen = _chosen(slices, len(numbers))
+    position = {number: s for s, number in enumerate(numbers[_as_slice(chosen)])}
+    imaging = imaging & np.isin(index["slice"], list(position))
+
+    kspace = np.zeros((len(chosen), coils, height, width), dtype=np.complex64)
     count = np.zeros((len(chosen), height, width), dtype=np.int32)
     center = _phase_encoding(root)[0]
     first_column = 0 if center is None else width // 2 - center
@@ -367,28 +419,71 @@ def _is_ismrmrd(group: Any) -> bool:
     return names is not None and {"head", "data"} <= set(names)
 
 
+def _ismrmrd_group(file: Any, select: Mapping[str, int]) -> Any:
+    """Return the ISMRMRD group of a file, or None where it is one of fastMRI."""
+    import h5py
+
+    if isinstance(file.get("kspace"), h5py.Dataset):
+        if select:
+            raise ValueError(f"a fastMRI file has no counters, cannot select {', '.join(select)}")
+        return None
+    groups = [name for name in file if _is_ismrmrd(file[name])]
+    if len(groups) > 1 and "dataset" not in groups:
+        raise ValueError(f"it holds several ISMRMRD groups: {', '.join(groups)}")
+    if not groups:
+        raise ValueError(
+            "a file without k-space: neither 'kspace' (fastMRI) nor a group with 'data' and 'xml' (ISMRMRD), "
+            f"only: {', '.join(file) or 'nothing'}"
+        )
+    return file["dataset" if "dataset" in groups else groups[0]]
+
+
+def _hdf5_header(path: Path, select: Mapping[str, int]) -> KSpaceHeader:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        group = _ismrmrd_group(file, select)
+        if group is not None:
+            scan = _scan(group, select)
+            return KSpaceHeader("ISMRMRD", (len(scan.slices), scan.coils, *scan.size), scan.header)
+        dataset = file["kspace"]
+        _check_kspace(dataset.shape, dataset.dtype, (3, 4), "(slices, coils, H, W) or (slices, H, W)")
+        height, width = dataset.shape[-2:]
+        coils = dataset.shape[1] if dataset.ndim == 4 else 1
+        metadata = _fastmri_metadata(file, height, width)
+        return KSpaceHeader("fastMRI", (len(dataset), coils, height, width), metadata)
+
+
 def _read_hdf5(
     path: Path, slices: int | slice | None, select: Mapping[str, int]
 ) -> tuple[NDArray[Any], Tensor | None, dict[str, Any]]:
     import h5py
 
     with h5py.File(path, "r") as file:
-        if isinstance(file.get("kspace"), h5py.Dataset):
-            if select:
-                raise ValueError(f"a fastMRI file has no counters, cannot select {', '.join(select)}")
-            return _read_fastmri(file, slices)
-        groups = [name for name in file if _is_ismrmrd(file[name])]
-        if len(groups) > 1 and "dataset" not in groups:
-            raise ValueError(f"it holds several ISMRMRD groups: {', '.join(groups)}")
-        if not groups:
-            raise ValueError(
-                "a file without k-space: neither 'kspace' (fastMRI) nor a group with 'data' and 'xml' (ISMRMRD), "
-                f"only: {', '.join(file) or 'nothing'}"
-            )
-        return _read_ismrmrd(file["dataset" if "dataset" in groups else groups[0]], slices, select)
+        group = _ismrmrd_group(file, select)
+        return _read_fastmri(file, slices) if group is None else _read_ismrmrd(group, slices, select)
 
 
 # ------------------------------------------------------------------ NPY, NPZ
+
+
+def _kspace_name(names: list[str], array: str | None) -> str:
+    """Return the name of the array asked for, of that called kspace, or of the only one beside a mask."""
+    if array is None and "kspace" in names:
+        return "kspace"
+    return npz_name([name for name in names if name != "mask"], array)
+
+
+def _numpy_header(path: Path, kind: str, array: str | None) -> KSpaceHeader:
+    shape: tuple[int, ...]
+    if kind == "NPY":
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        shape, dtype = values.shape, values.dtype
+    else:
+        shape, dtype = npz_layout(path, lambda names: _kspace_name(names, array))
+    _check_kspace(shape, dtype, (2, 3, 4), NUMPY_LAYOUT)
+    slices, coils, height, width = (*(1,) * (4 - len(shape)), *shape)
+    return KSpaceHeader(kind, (slices, coils, height, width), {})
 
 
 def _read_numpy(
@@ -399,21 +494,25 @@ def _read_numpy(
         values = np.load(path, allow_pickle=False, mmap_mode="r")
     else:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            names = [name for name in archive.files if name != "mask"]
-            if array is None:
-                array = "kspace" if "kspace" in names else names[0] if len(names) == 1 else None
-            if array is None:
-                raise ValueError(f"it holds {len(names)} arrays, name one of: {', '.join(names)}")
-            if array not in names:
-                raise ValueError(f"it holds no array {array!r}, only: {', '.join(names)}")
-            values = archive[array]
+            values = archive[_kspace_name(archive.files, array)]
             stored = archive["mask"] if "mask" in archive.files else None
-    _check_kspace(values.shape, values.dtype, (2, 3, 4), "(H, W), (coils, H, W) or (slices, coils, H, W)")
+    _check_kspace(values.shape, values.dtype, (2, 3, 4), NUMPY_LAYOUT)
     values = values.reshape((1,) * (4 - values.ndim) + values.shape)
     chosen = _chosen(slices, values.shape[0])
     shape = (values.shape[0], *values.shape[-2:])
     mask = None if stored is None else _mask(stored, shape, chosen)
     return np.array(values[_as_slice(chosen)]), mask, {"format": kind, "slices": tuple(chosen)}
+
+
+def read_kspace_header(
+    path: Path, *, array: str | None = None, select: Mapping[str, int] | None = None
+) -> KSpaceHeader:
+    """Read what a file says of its k-space, not the k-space; arguments and errors are those of `read_kspace`."""
+    select = dict(select or {})
+    kind = _format(path)
+    if kind == "HDF5":
+        return _hdf5_header(path, select)
+    return _numpy_header(path, kind, array if kind == "NPZ" else None)
 
 
 def read_kspace(
