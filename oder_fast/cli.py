@@ -37,6 +37,15 @@ def _decibels(text: str) -> float:
     return value
 
 
+def _scale(text: str) -> str | tuple[float, float]:
+    if text in ("slice", "none"):
+        return text
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"must be slice, none or LOW:HIGH, got {text!r}")
+    return _decibels(low), _decibels(high)
+
+
 def _acceleration(text: str) -> float:
     value = _decibels(text)
     if not 1 <= value <= 16:
@@ -90,6 +99,40 @@ def _train(arguments: argparse.Namespace) -> int:
     return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.reason, 0)
 
 
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from .training import RunError, reconstruct_files
+
+    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    try:
+        report = reconstruct_files(**options)
+    except RunError as error:
+        print(f"oder-fast: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"oder-fast: {error}", file=sys.stderr)
+        return 2
+    done, skipped = len(report.done), len(report.skipped)
+    before = f", {skipped} were done before" if skipped else ""
+    print(
+        f"Reconstructed {done} of {done + skipped + len(report.failed)} files{before}. Wrote {arguments.output}"
+    )
+    if report.quality:
+        q = report.quality
+        print(
+            f"PSNR {q['psnr']:.2f} dB (start {q['psnr_start']:.2f}), SSIM {q['ssim']:.3f} (start "
+            f"{q['ssim_start']:.3f}), means of the files in {arguments.output / 'quality.csv'}"
+        )
+    if report.not_converged:
+        print(
+            f"oder-fast: {len(report.not_converged)} did not converge (raise --max-iterations or --tolerance): "
+            f"{', '.join(report.not_converged)}",
+            file=sys.stderr,
+        )
+    for name, reason in report.failed.items():
+        print(f"oder-fast: failed: {name}: {reason}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
 def _print_tree(tree: Mapping[str, Any], indent: str = "") -> None:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -140,9 +183,85 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
     )
     train.set_defaults(run=_train)
+    _add_reconstruct(commands)
     info = commands.add_parser("info", help="say what was built, and why a face is missing")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_reconstruct(commands: Any) -> None:
+    to = commands.add_parser(
+        "reconstruct",
+        help="reconstruct files by a checkpoint of oder-fast train",
+        description=(
+            "Reconstruct sinograms, k-space or intensities, or with --simulate images that are measured first, and "
+            "write the images to the output folder, in the tree of the folders given. What failed is listed at the "
+            "end (failed.txt). The same command goes on with a run that was broken off."
+        ),
+        epilog="Exit status: 0 all done, 1 some failed, 2 bad input before the start, 130 interrupted.",
+    )
+    to.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="as best.pt in the folder of the run")
+    to.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="INPUT",
+        help="files or folders: NPY, NPZ, TIFF, HDF5 (fastMRI, ISMRMRD); with --simulate DICOM, PNG, NIfTI",
+    )
+    to.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="where to write")
+    to.add_argument(
+        "--format",
+        choices=("dicom", "tiff", "png", "npy", "npz", "nifti"),
+        help="of what is written (default: npy for complex images, else tiff)",
+    )
+    to.add_argument(
+        "--part", choices=("magnitude", "phase", "real", "imaginary"), help="of complex images, to be written"
+    )
+    to.add_argument(
+        "--simulate",
+        action="store_true",
+        help="inputs are images: measure them as the run does, and compare (quality.csv)",
+    )
+    to.add_argument(
+        "--image-size",
+        type=_whole_number(1),
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the images of sinograms or intensities (default: that of the run's validation images)",
+    )
+    to.add_argument(
+        "--scale",
+        type=_scale,
+        metavar="SCALE",
+        help="how values come to the model's unit: slice, none, or the window LOW:HIGH (default: the run's)",
+    )
+    to.add_argument("--array", metavar="NAME", help="array of NPZ and HDF5 files that hold several")
+    to.add_argument("--maps", type=Path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
+    to.add_argument(
+        "--normalize", action="store_true", help="divide intensities by their background, and subtract 1"
+    )
+    to.add_argument("--tolerance", type=_decibels, metavar="X", help="of the solver (default: the run's)")
+    to.add_argument("--max-iterations", type=_whole_number(1), metavar="N", help="(default: the run's)")
+    to.add_argument(
+        "--minibatch",
+        type=_whole_number(0),
+        metavar="N",
+        help="views, coils or illuminations a step; 0 for all (default: the run's)",
+    )
+    to.add_argument(
+        "--batch", type=_whole_number(1), metavar="N", default=4, help="images solved together (default: 4)"
+    )
+    to.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1... (default: auto)")
+    to.add_argument("--threads", type=_whole_number(1), metavar="N", help="of the CPU (default: torch's)")
+    to.add_argument(
+        "--workers", type=_whole_number(1), metavar="N", default=2, help="threads that read (default: 2)"
+    )
+    to.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="do again what is done, and what another checkpoint or other settings made",
+    )
+    to.set_defaults(run=_reconstruct)
 
 
 def _add_demos(demos: Any) -> None:

@@ -6,6 +6,7 @@ from .loops import train_denoiser, train_fixed_point
 from .losses import l1_loss, mse_loss, ssim_loss
 from .model import FixedPointModel, load_model
 from .processes import LostProcessError
+from .reconstruction import InputError, Report, reconstruct_files
 from .trainer import Outcome, RunError, Trainer
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "Configuration",
     "ConfigurationError",
     "FixedPointModel",
+    "InputError",
     "LostProcessError",
     "Outcome",
+    "Report",
     "RunError",
     "Trainer",
     "l1_loss",
@@ -22,6 +25,7 @@ __all__ = [
     "load_model",
     "mse_loss",
     "read_configuration",
+    "reconstruct_files",
     "ssim_loss",
     "train_denoiser",
     "train_fixed_point",

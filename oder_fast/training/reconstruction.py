@@ -1,0 +1,1118 @@
+"""Reconstruct many files by a checkpoint: in batches, and again from where a run was broken off."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import (
+    WRITERS,
+    ImageFolder,
+    Sample,
+    atomic,
+    collate,
+    espirit_maps,
+    normalize_background,
+    psnr,
+    read_array,
+    read_kspace,
+    read_nifti,
+    remove_oversampling,
+    ssim,
+    write_image,
+)
+from ..data.files import is_hdf5, naming, npz_layout, npz_name
+from ..data.images import DICOM_SUFFIXES, format_of
+from ..data.kspace import HDF5_SUFFIXES, read_kspace_header
+from ..data.nifti import NIFTI_SUFFIXES, nifti_shape
+from ..data.writers import HOLD_VOLUMES
+from ..deqred import as_channels
+from ..operators import CartesianMRI
+from . import configuration as settings
+from .configuration import ConfigurationError
+from .model import load_model
+from .processes import pick_device
+from .scans import IDTScan, Measured, MRIScan
+from .trainer import RunError, seed_of
+
+Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
+Part = Literal["magnitude", "phase", "real", "imaginary"]
+Scale = Literal["slice", "none"] | tuple[float, float]
+
+SUFFIXES: Mapping[str, str] = {
+    "dicom": ".dcm",
+    "tiff": ".tif",
+    "png": ".png",
+    "npy": ".npy",
+    "npz": ".npz",
+    "nifti": ".nii.gz",
+}
+HOLD_COMPLEX = ("npy", "npz", "nifti")
+"""Formats of complex images as they are."""
+
+PARTS = {
+    "magnitude": torch.abs,
+    "phase": torch.angle,
+    "real": torch.real,
+    "imaginary": torch.imag,
+}
+
+LEDGER, FAILED, QUALITY = "reconstructed.jsonl", "failed.txt", "quality.csv"
+MEASURES = ("psnr", "ssim", "psnr_start", "ssim_start")
+
+INPUT_SUFFIXES = (*WRITERS, *DICOM_SUFFIXES, *HDF5_SUFFIXES)
+UNFINISHED = re.compile(r"\..+-[0-9a-f]{16}(\.\w+)+")
+"""Names of files that `atomic` had not renamed when a run was killed."""
+
+FULL = 0.95
+"""Share of its samples that are not 0 from which on a line of k-space counts as measured: some may be 0 by chance."""
+
+NO_MORE_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors after which no other file can be written either."""
+
+
+class InputError(ValueError):
+    """Files or settings that cannot be reconstructed with, found before anything long starts."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the files.
+
+    Attributes:
+        done: Names of files that were reconstructed, below the folders given.
+        skipped: Of those that an earlier run had finished.
+        failed: Of those that could not be, with the reasons.
+        not_converged: Of those of `done` with an image whose residual stayed above the tolerance.
+        quality: With `simulate` the mean ``psnr``, ``ssim``, ``psnr_start`` and ``ssim_start`` over all files.
+    """
+
+    done: list[str]
+    skipped: list[str]
+    failed: dict[str, str]
+    not_converged: list[str]
+    quality: dict[str, float]
+
+
+@dataclass
+class _Job:
+    """An input file.
+
+    Attributes:
+        path: Of the file.
+        name: Below the folder given.
+        count: Images in it.
+        shape: Of what is read of each image, by which files are put in order.
+        image_shape: Of each image.
+        complex: Whether the images to be written are complex.
+        by_slice: Whether slices can be read one by one, without the others.
+    """
+
+    path: Path
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    image_shape: tuple[int, ...]
+    complex: bool
+    by_slice: bool
+    base: str = ""
+    images: dict[int, Tensor] = field(default_factory=dict)
+    quality: list[list[float]] = field(default_factory=list)
+    converged: bool = True
+    voxel_size: tuple[float, float, float] | None = None
+    failed: str | None = None
+
+    def chunks(self, size: int) -> list[slice | None]:
+        """Return what is read at once."""
+        if not self.by_slice:
+            return [None]
+        return [slice(first, min(first + size, self.count)) for first in range(0, self.count, size)]
+
+
+class _Item(NamedTuple):
+    """An image to be solved for.
+
+    Attributes:
+        job: Its file.
+        number: Its number there.
+        sample: The image to be measured; or None.
+        data: What was measured of it; or None.
+        maps: Coil maps (MRI).
+        mask: Of k-space, ``(H, W)``.
+        low: Value that the model sees as 0.
+        span: Difference of values that it sees as 1.
+        seed: Of noise and mask.
+    """
+
+    job: _Job
+    number: int
+    sample: Sample | None = None
+    data: Tensor | None = None
+    maps: Tensor | None = None
+    mask: Tensor | None = None
+    low: float = 0.0
+    span: float = 1.0
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What images of one batch have in common."""
+        if self.sample is not None:
+            return (tuple(self.sample.image.shape),)
+        assert self.data is not None
+        return (tuple(self.data.shape), None if self.maps is None else tuple(self.maps.shape))
+
+
+class _Solved(NamedTuple):
+    image: Tensor
+    converged: bool
+    quality: list[float] | None
+
+
+def reconstruct_files(
+    checkpoint: str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    format: Format | None = None,
+    part: Part | None = None,
+    simulate: bool = False,
+    image_size: tuple[int, int] | None = None,
+    scale: Scale | None = None,
+    array: str | None = None,
+    maps: str | Path | None = None,
+    normalize: bool = False,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    minibatch: int | None = None,
+    batch: int = 4,
+    device: str = "auto",
+    threads: int | None = None,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    r"""Reconstruct files by a checkpoint of `Trainer`.
+
+    What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF or
+    HDF5; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is not 0, and
+    coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus 1. With
+    `simulate` the files hold images, which are measured as the checkpoint's operator says and compared with what
+    comes out.
+
+    The denoiser knows images of the values it was trained on. So images are scaled as the run's were, and data that
+    were measured such that the start (filtered back-projection; the coils' images combined) has the largest
+    magnitude 1, or by the run's window; results are scaled back. A readout that is oversampled is cut to the field of
+    view that the file's header tells. A real image gets a smooth random phase in MRI; what is written of it is the
+    magnitude.
+
+    Each result is written whole or not at all, and then noted in ``reconstructed.jsonl``; a run that was broken off
+    goes on when it is called again. A file that fails is noted in ``failed.txt``, the others are done. An image's
+    noise, mask and minibatches depend on its file's name and number there, not on the files before it or on `batch`.
+
+    Args:
+        checkpoint: As ``best.pt`` in the folder of the run.
+        inputs: Files, or folders, whose tree is mirrored; hidden files and those of other kinds are left out.
+        output: Folder to write to.
+        format: Of what is written; by default NPY for complex images, else TIFF. Slices of one file become one volume,
+            or in DICOM and PNG numbered files. From DICOM to DICOM the header is carried over.
+        part: Of complex images, to be written.
+        simulate: Measure images.
+        image_size: Rows and columns that sinograms are of; by default those of the images that the run was validated
+            with.
+        scale: In place of the run's: ``"slice"``, ``"none"`` or the window ``(low, high)``.
+        array: Which array of NPZ and HDF5 files.
+        maps: File of coil maps, ``(C, H, W)`` or ``(S, C, H, W)``, in place of ESPIRiT's.
+        normalize: Divide intensities by their background, and subtract 1 (`normalize_background`).
+        tolerance: Of the solver, in place of the run's.
+        max_iterations: The same.
+        minibatch: Blocks a step, in place of the run's; 0 for all.
+        batch: Images of equal shape that are solved for together.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``...
+        threads: Of the CPU; None for torch's default.
+        workers: Threads that read ahead.
+        overwrite: Do again what is done, and replace what another checkpoint or other settings made.
+        progress: Whether to show a live line.
+
+    Returns:
+        What became of the files.
+
+    Raises:
+        CheckpointError: For a damaged checkpoint.
+        ConfigurationError: For one of another architecture, or settings of the solver that do not go together.
+        InputError: For files that are missing, or none that can be reconstructed; for a folder that holds what
+            another checkpoint or other settings made; a format that cannot hold the images.
+        OSError: Where the output folder cannot be written.
+        RunError: Where nothing more can be written, as to a full disk; what was written stays.
+    """
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    run = _Run(
+        Path(checkpoint),
+        _Choices(format, part, simulate, image_size, scale, array, maps, normalize),
+        {"tolerance": tolerance, "max_iterations": max_iterations, "minibatch_size": minibatch},
+        device,
+    )
+    for name, value, least in (("batch", batch, 1), ("workers", workers, 1), ("threads", threads, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name}: must be at least {least}, got {value}")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return run.reconstruct(
+            [Path(path) for path in given], Path(output), batch, workers, overwrite, progress
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Settings that change what is written, besides those of the solver; see `reconstruct_files`."""
+
+    format: Format | None
+    part: Part | None
+    simulate: bool
+    image_size: tuple[int, int] | None
+    scale: Scale | None
+    array: str | None
+    maps: str | Path | None
+    normalize: bool
+
+    def __post_init__(self) -> None:
+        for name, kind in (("format", Format), ("part", Part)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                raise InputError(f"{name}: must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise InputError(f"image_size: must be rows and columns, at least 1, got {self.image_size}")
+        if isinstance(self.scale, str) or self.scale is None:
+            if self.scale not in (None, "slice", "none"):
+                raise InputError(f"scale: must be slice, none or a window, got {self.scale!r}")
+        elif not -math.inf < self.scale[0] < self.scale[1] < math.inf:
+            raise InputError(f"scale: a window must be (low, high) with low < high, got {self.scale}")
+
+
+class _Run:
+    """A checkpoint and how it is used."""
+
+    def __init__(
+        self, checkpoint: Path, choices: _Choices, solver: Mapping[str, float | None], device: str
+    ) -> None:
+        self.device = pick_device(device)
+        self.model, self.scan, configuration, state = load_model(checkpoint)
+        self.model.to(self.device)
+        self.configuration, self.choices = configuration, choices
+        self.halvings = int(state.get("position", {}).get("halvings", 0))
+        self._override(solver)
+        shape = tuple(state["image_shape"])
+        self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
+        self.digest = _digest(checkpoint)
+        self.mri, self.idt = isinstance(self.scan, MRIScan), isinstance(self.scan, IDTScan)
+        scale: Scale = configuration.data.scale if choices.scale is None else choices.scale
+        self.scale: Scale = "none" if self.idt else scale
+        self.maps = self._read_maps()
+        for name, value, wanted in (
+            ("normalize", choices.normalize, self.idt and not choices.simulate),
+            ("maps", choices.maps, self.mri and not choices.simulate),
+            ("image_size", choices.image_size, not self.mri and not choices.simulate),
+        ):
+            if value and not wanted:
+                kind = {"normalize": "intensities", "maps": "k-space", "image_size": "sinograms"}[name]
+                raise InputError(f"{name}: is for {kind} that were measured")
+
+    def _override(self, solver: Mapping[str, float | None]) -> None:
+        section = self.model.section
+        update = {name: value for name, value in solver.items() if value is not None}
+        if update.get("minibatch_size") == 0:
+            update["minibatch_size"] = None  # type: ignore[assignment]
+        try:
+            section = settings.RED.model_validate(section.model_dump() | update)
+        except ValueError as error:
+            raise ConfigurationError(f"red: {error}") from error
+        if section.solver == "anderson" and section.minibatch_size is not None:
+            raise ConfigurationError("minibatch: the run's solver, anderson, takes no minibatches")
+        self.model.section = section
+
+    def _read_maps(self) -> Tensor | None:
+        if self.choices.maps is None:
+            return None
+        maps = read_array(self.choices.maps)
+        if maps.ndim not in (3, 4) or not maps.is_complex():
+            raise InputError(
+                f"{self.choices.maps}: coil maps must be complex, (C, H, W) or (S, C, H, W), got {maps.dtype} of shape "
+                f"{tuple(maps.shape)}"
+            )
+        # The model knows maps of unit norm.
+        power = maps.abs().square().sum(-3).flatten(-2).amax(-1).sqrt()
+        if not bool((power > 0).all()):
+            raise InputError(f"{self.choices.maps}: its coil maps are zero everywhere")
+        return maps / power[..., None, None, None]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what results depend on besides the checkpoint."""
+        chosen = asdict(self.choices)
+        if self.choices.maps is not None:
+            chosen["maps"] = _digest(Path(self.choices.maps))
+        red = self.model.section
+        chosen |= {"scale": self.scale, "image_size": self.image_shape[-2:]}
+        solver = {
+            "tolerance": red.tolerance,
+            "max_iterations": red.max_iterations,
+            "minibatch": red.minibatch_size,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(chosen | solver))
+        return plain
+
+    # -------------------------------------------------------------- before anything long starts
+
+    def reconstruct(
+        self, inputs: list[Path], output: Path, batch: int, workers: int, overwrite: bool, progress: bool
+    ) -> Report:
+        """Do it all."""
+        found = _find(inputs, output)
+        jobs, failed = self._plan(found)
+        _name_outputs(jobs)
+        for job in jobs:
+            self._check_output(job, output)
+        output.mkdir(parents=True, exist_ok=True)
+        if failed and progress:
+            print(
+                f"oder-fast: {len(failed)} of {len(found)} files cannot be reconstructed; the end tells why",
+                file=sys.stderr,
+            )
+        with _Ledger(output, self.digest, self.settings(), overwrite) as ledger:
+            skipped = [job for job in jobs if ledger.is_finished(job)]
+            left = [job for job in jobs if job not in skipped]
+            work = _Work(self, ledger, output, batch, workers, progress)
+            try:
+                work.run(left)
+            finally:
+                failed |= {job.name: job.failed for job in left if job.failed is not None}
+                _write_failed(output / FAILED, failed)
+                names = [job.name for job in jobs]
+                quality = ledger.write_quality(names) if self.choices.simulate else {}
+        done = [job for job in left if job.failed is None]
+        unsettled = [job.name for job in done if not job.converged]
+        return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
+
+    def _plan(self, found: list[tuple[Path, str]]) -> tuple[list[_Job], dict[str, str]]:
+        """Look at the headers of all files; return the jobs, those of equal shape side by side, and what fails."""
+        jobs, failed = [], {}
+        fits: dict[tuple[int, ...], str | None] = {}
+        for path, name in found:
+            try:
+                job = self._inspect(path, name)
+                shape = job.image_shape
+                if shape not in fits:
+                    fits[shape] = self._try(shape)
+                if fits[shape] is not None:
+                    raise ValueError(f"{path}: {fits[shape]}")
+            except (ValueError, TypeError, OSError) as error:
+                failed[name] = _reason(error)
+                continue
+            jobs.append(job)
+        if not jobs:
+            listed = "".join(f"\n  {reason}" for reason in [*failed.values()][:10])
+            more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
+            raise InputError(f"no file can be reconstructed:{listed}{more}")
+        return sorted(jobs, key=lambda job: job.shape), failed
+
+    def _try(self, shape: tuple[int, ...]) -> str | None:
+        """Return why images of this shape cannot be reconstructed, or None."""
+        try:
+            self.scan.check(shape, self.scan.is_complex)
+            operator = self.scan.operator(shape)
+            size = self.model.section.minibatch_size
+            if size is not None and size > operator.n_blocks and not self.mri:
+                return f"minibatch: must be at most the {operator.n_blocks} blocks, got {size}"
+            kind = torch.complex64 if self.scan.is_complex else torch.float32
+            channels = as_channels(torch.zeros(1, *shape, dtype=kind, device=self.device))
+            with torch.no_grad(), self._autocast():
+                denoised = self.model.denoiser(channels)
+        except (ValueError, TypeError, RuntimeError) as error:
+            return f"images of shape {shape} do not fit the model: {str(error).splitlines()[0]}"
+        if denoised.shape != channels.shape:
+            return f"the denoiser returns {tuple(denoised.shape[1:])} for images of shape {shape}"
+        return None
+
+    def _inspect(self, path: Path, name: str) -> _Job:
+        """Look at a file's header."""
+        if self.choices.simulate:
+            return self._inspect_image(path, name)
+        hint = "it holds images; give --simulate (simulate=True) to measure and reconstruct them"
+        if _is_picture(path):
+            raise ValueError(f"{path}: {hint}")
+        if self.mri:
+            return self._inspect_kspace(path, name)
+        shape, is_complex = self._layout(path)
+        wanted = self._data_shape(path)
+        axes = "(V, D)" if not self.idt else "(L, H, W)"
+        if is_complex or shape[-len(wanted) :] != wanted or len(shape) - len(wanted) not in (0, 1):
+            image = self.image_shape[-2:]
+            looks = f" (or {hint})" if shape[-2:] == image and not self.idt else ""
+            raise ValueError(
+                f"{path}: measurements must be {axes} = {wanted} or several of them, for images of {image[0]} by "
+                f"{image[1]}, got {'complex ' if is_complex else ''}{shape}; give another image size or the geometry "
+                f"of this scan{looks}"
+            )
+        count = shape[0] if len(shape) > len(wanted) else 1
+        return _Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
+
+    def _data_shape(self, path: Path) -> tuple[int, ...]:
+        try:
+            shape: tuple[int, ...] = self.scan.operator(self.image_shape).data_shape
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return shape
+
+    def _inspect_kspace(self, path: Path, name: str) -> _Job:
+        with naming(path):
+            kind, (slices, coils, height, width), metadata = read_kspace_header(path, array=self._array(path))
+            if self.maps is not None and self.maps.shape[-3] != coils:
+                raise ValueError(
+                    f"it has {coils} coils, and {self.choices.maps} maps of {self.maps.shape[-3]}"
+                )
+        image = (round(height / _oversampling(metadata)), width)
+        return _Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ")
+
+    def _inspect_image(self, path: Path, name: str) -> _Job:
+        if self.idt:
+            nifti = path.name.lower().endswith(NIFTI_SUFFIXES)
+            shape = nifti_shape(path) if nifti else self._layout(path)[0]
+            return _Job(path, name, 1, shape, shape, True, False)
+        images = ImageFolder([path], scale="none", array=self._array(path))
+        shape = images.shapes[0]
+        is_complex = self._holds_complex(path)
+        if is_complex and not self.mri:
+            raise ValueError(f"{path}: its images are complex, and this model's are real")
+        return _Job(path, name, len(images), shape, shape, is_complex, True)
+
+    def _holds_complex(self, path: Path) -> bool:
+        if path.name.lower().endswith(NIFTI_SUFFIXES):
+            import nibabel
+
+            with naming(path):
+                return bool(np.dtype(nibabel.load(path).get_data_dtype()).kind == "c")
+        return format_of(path) not in ("DICOM", "PNG") and self._layout(path)[1]
+
+    def _array(self, path: Path) -> str | None:
+        """Return the name of the array to be read, of files that have names."""
+        named = path.suffix.lower() == ".npz" or (not self.mri and is_hdf5(path))
+        return self.choices.array if named else None
+
+    def _layout(self, path: Path) -> tuple[tuple[int, ...], bool]:
+        with naming(path):
+            return _stored(path, self._array(path))
+
+    def _check_output(self, job: _Job, output: Path) -> None:
+        kind, part = self._format(job), self.choices.part
+        if job.complex and part is None and kind not in HOLD_COMPLEX:
+            raise InputError(
+                f"format: {kind} cannot hold the complex images of {job.name}; say which part (--part magnitude), or "
+                f"take {', '.join(HOLD_COMPLEX)}"
+            )
+        if not job.complex and part is not None and part != "magnitude":
+            raise InputError(f"part: the images of {job.name} are real, they have no {part} part")
+        for path in (output / f"{job.base}{SUFFIXES[kind]}", output / job.base):
+            if path.exists() and job.path.exists() and path.samefile(job.path):
+                raise InputError(
+                    f"{output}: would overwrite the input {job.path}; choose another output folder"
+                )
+
+    def _format(self, job: _Job) -> Format:
+        return self.choices.format or ("npy" if job.complex and self.choices.part is None else "tiff")
+
+    # -------------------------------------------------------------- reading (in threads)
+
+    def read(self, job: _Job, chunk: slice | None) -> list[_Item]:
+        """Read some images of a file, or all of them."""
+        if self.choices.simulate:
+            return self._read_images(job, chunk)
+        if self.mri:
+            return self._read_kspace(job, chunk)
+        values = read_array(job.path, self._array(job.path))
+        data = values.reshape(-1, *job.shape)
+        if self.choices.normalize:
+            with naming(job.path):
+                data = normalize_background(data)
+        return [_Item(job, k, data=one) for k, one in enumerate(data)]
+
+    def _read_images(self, job: _Job, chunk: slice | None) -> list[_Item]:
+        items = []
+        if self.idt:
+            nifti = job.path.name.lower().endswith(NIFTI_SUFFIXES)
+            volume = read_nifti(job.path)[0] if nifti else read_array(job.path, self._array(job.path))
+            samples = {0: Sample(job.name, volume.to(torch.complex64))}
+        else:
+            images = ImageFolder([job.path], scale="none", array=self._array(job.path))
+            assert chunk is not None
+            samples = {k: images[k] for k in range(chunk.start, chunk.stop)}
+        for k, sample in samples.items():
+            image, low, span = _scaled(sample.image, self.scale)
+            seed = seed_of(self.configuration.seed, "reconstruction", job.name, k)
+            generator = torch.Generator().manual_seed(seed_of(seed, "phase"))
+            sample = self.scan.prepare(sample._replace(image=image), generator)
+            if self.idt:
+                span *= self.configuration.operator.contrast_unit  # type: ignore[union-attr]
+            items.append(_Item(job, k, sample=sample, low=low, span=span, seed=seed))
+        return items
+
+    def _read_kspace(self, job: _Job, chunk: slice | None) -> list[_Item]:
+        kspace, masks, metadata = read_kspace(job.path, chunk, array=self._array(job.path))
+        first = 0 if chunk is None else chunk.start
+        job.voxel_size = metadata.get("voxel_size")
+        items = []
+        for k, y in enumerate(kspace, first):
+            mask = _sampled(y) if masks is None else masks[k - first]
+            if not bool(mask.any()):
+                raise ValueError(f"{job.path}: slice {k} has no sample")
+            y, factor = y * mask, _oversampling(metadata)
+            if factor > 1:
+                if not bool((mask == mask[:1]).all()):
+                    raise ValueError(
+                        f"{job.path}: slice {k}: its readout is oversampled and not sampled fully: it cannot be cut to "
+                        "the field of view"
+                    )
+                y = remove_oversampling(y, -2, factor)
+                mask = mask[: y.shape[-2]]
+            items.append(_Item(job, k, data=y, maps=self._maps_of(job, k, y, mask), mask=mask))
+        return items
+
+    def _maps_of(self, job: _Job, k: int, y: Tensor, mask: Tensor) -> Tensor:
+        if self.maps is not None:
+            if self.maps.ndim == 4 and k >= len(self.maps):
+                raise ValueError(
+                    f"{job.path}: slice {k} has no coil maps, {self.choices.maps} is of {len(self.maps)} slices"
+                )
+            maps = self.maps[k] if self.maps.ndim == 4 else self.maps
+            if maps.shape != y.shape:
+                raise ValueError(
+                    f"{job.path}: coil maps must have the shape of its k-space, {tuple(y.shape)}, got "
+                    f"{tuple(maps.shape)} in {self.choices.maps}"
+                )
+            return maps
+        if len(y) == 1:
+            return torch.ones_like(y)
+        try:
+            return espirit_maps(y, mask)
+        except ValueError as error:
+            raise ValueError(f"{job.path}: slice {k}: {error}; or give coil maps (--maps)") from error
+
+    # -------------------------------------------------------------- solving
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.configuration.training.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def solve(self, items: Sequence[_Item]) -> list[_Solved]:
+        """Reconstruct images of equal shape; the results in the unit of their files."""
+        measured, low, span = self._measure(items)
+        # Drawn afresh for each batch: an image sees the same minibatches whatever else is in it.
+        minibatches = torch.Generator().manual_seed(seed_of(self.configuration.seed, "reconstruction"))
+        with torch.no_grad():
+            with self._autocast():
+                solution = self.model(measured.operator, measured.data, minibatches, self.halvings)
+            start = measured.operator.initial(measured.data) if self.choices.simulate else None
+        images = solution.value.cpu()
+        if not bool(torch.isfinite(torch.view_as_real(images) if images.is_complex() else images).all()):
+            raise RuntimeError("the reconstruction is not finite")
+        results = []
+        for k, item in enumerate(items):
+            quality = None
+            if start is not None and item.sample is not None:
+                quality = self._compare(item.sample.image, images[k], start[k].cpu())
+            image = images[k]
+            # Of a real image's phase nothing is known.
+            image = image.abs() if image.is_complex() and not item.job.complex else image
+            image = image * span[k] + low[k] if low[k] else image * span[k]
+            results.append(_Solved(image, bool(solution.converged[k]), quality))
+        return results
+
+    def _measure(self, items: Sequence[_Item]) -> tuple[Measured, list[float], list[float]]:
+        """Return the data in the unit of the model, and value and span of the files' that it sees as 0 and as 1."""
+        low, span = [item.low for item in items], [item.span for item in items]
+        samples = [item.sample for item in items if item.sample is not None]
+        if samples:
+            generators = [torch.Generator().manual_seed(item.seed) for item in items]
+            batch = collate(samples)
+            batch = batch._replace(image=batch.image.to(self.device))
+            with torch.no_grad():
+                return self.scan.measure(batch, generators), low, span
+        data = torch.stack([item.data for item in items if item.data is not None]).to(self.device)
+        operator: Any
+        if self.mri:
+            maps = torch.stack([item.maps for item in items if item.maps is not None])
+            masks = torch.stack([item.mask for item in items if item.mask is not None])
+            operator = CartesianMRI(maps.to(self.device), masks.to(self.device))
+        else:
+            operator = self.scan.operator(self.image_shape).to(self.device)
+        if self.idt:
+            unit: float = self.configuration.operator.contrast_unit  # type: ignore[union-attr]
+            return Measured(operator, data), low, [unit] * len(items)
+        if isinstance(self.scale, tuple) and not self.mri:
+            bottom, top = self.scale
+            if bottom:
+                data = data - bottom * operator(torch.ones(1, *self.image_shape, device=self.device))
+            return (
+                Measured(operator, data / (top - bottom)),
+                [bottom] * len(items),
+                [top - bottom] * len(items),
+            )
+        if self.scale != "none":
+            with torch.no_grad():
+                largest = operator.initial(data).abs().flatten(1).amax(1)
+            largest = torch.where(largest > 0, largest, 1)
+            data = data / largest.reshape(-1, *(1,) * (data.ndim - 1))
+            span = largest.tolist()
+        return Measured(operator, data), low, span
+
+    def _compare(self, truth: Tensor, image: Tensor, start: Tensor) -> list[float]:
+        truth, image, start = (self.scan.show(values) for values in (truth, image, start))
+        span = float(truth.max() - truth.min())
+        if span == 0:
+            return [math.nan] * len(MEASURES)
+        values = []
+        for one in (image, start):
+            slices = zip(one.reshape(-1, *one.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True)
+            # The window of structural similarity is 7 pixels wide.
+            similar = [ssim(a, b, span) for a, b in slices] if min(truth.shape[-2:]) >= 7 else [math.nan]
+            values += [psnr(one, truth), sum(similar) / len(similar)]
+        return values
+
+    def write(self, job: _Job, output: Path) -> list[str]:
+        """Write what was reconstructed of a file; return the names of what was written."""
+        kind = self._format(job)
+        suffix = SUFFIXES[kind]
+        images = [job.images[k] for k in range(len(job.images))]
+        if self.choices.part is not None:
+            images = [PARTS[self.choices.part](image) for image in images]
+        is_volume = images[0].ndim == 3
+        if len(images) > 1 and not is_volume and suffix in HOLD_VOLUMES:
+            images = [torch.stack(images)]
+        elif is_volume and suffix not in HOLD_VOLUMES:
+            images = [one for volume in images for one in volume]
+        digits = max(4, len(str(len(images))))
+        names = [
+            f"{job.base}{suffix}" if len(images) == 1 else f"{job.base}-{k:0{digits}d}{suffix}"
+            for k in range(len(images))
+        ]
+        like = self._like(job, kind)
+        (output / job.base).parent.mkdir(parents=True, exist_ok=True)
+        for name, image in zip(names, images, strict=True):
+            write_image(output / name, image, like, voxel_size=job.voxel_size)
+        return names
+
+    def _like(self, job: _Job, kind: Format) -> Path | None:
+        """Return the file whose header is carried over."""
+        if job.path.name.lower().endswith(NIFTI_SUFFIXES):
+            return job.path
+        # Of k-space the voxel size was read along.
+        return job.path if self.choices.simulate and format_of(job.path) == "DICOM" else None
+
+
+# ------------------------------------------------------------------ files
+
+
+def _reason(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return said or type(error).__name__
+
+
+def _is_picture(path: Path) -> bool:
+    """Tell whether a file is of a kind that holds images alone."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    picture = head[128:] == b"DICM" or head.startswith(b"\x89PNG")
+    return picture or path.name.lower().endswith((*NIFTI_SUFFIXES, *DICOM_SUFFIXES))
+
+
+def _is_known(path: Path) -> bool:
+    if path.name.lower().endswith(INPUT_SUFFIXES):
+        return True
+    # Archives give DICOM files names of their own.
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _find(inputs: Iterable[Path], output: Path) -> list[tuple[Path, str]]:
+    """Return the files, each with its name below the folder given, in an order that does not depend on the system.
+
+    Raises:
+        InputError: For a file that is missing, or folders without files of a known kind.
+    """
+    missing = [str(path) for path in inputs if not path.exists()]
+    if missing:
+        raise InputError(f"no such file or folder: {', '.join(missing)}")
+    own = output.resolve()
+    found: dict[Path, str] = {}
+    for given in inputs:
+        if not given.is_dir():
+            found.setdefault(given, given.name)
+            continue
+        if given.resolve() == own:
+            raise InputError(f"{output}: is an input too; choose another output folder")
+        for folder, folders, files in os.walk(given, followlinks=False):
+            here = Path(folder)
+            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
+            for name in sorted(files):
+                path = here / name
+                if name[0] != "." and path.is_file() and _is_known(path):
+                    found.setdefault(path, path.relative_to(given).as_posix())
+    if not found:
+        raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")
+    return list(found.items())
+
+
+def _name_outputs(jobs: list[_Job]) -> None:
+    """Name outputs as inputs, less the suffix; with it where two would be the same."""
+    suffixes = sorted(INPUT_SUFFIXES, key=len, reverse=True)
+    for job in jobs:
+        cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
+        job.base = job.name[: len(job.name) - cut]
+    counts: dict[str, int] = {}
+    for job in jobs:
+        counts[job.base] = counts.get(job.base, 0) + 1
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        job.base = job.base if counts[job.base] == 1 else job.name
+        if job.base in taken:
+            raise InputError(
+                f"{taken[job.base]} and {job.path} would be written to the same name; reconstruct them to two folders"
+            )
+        taken[job.base] = job.path
+
+
+def _stored(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of the array that `read_array` reads, and whether it is complex, without reading it."""
+    if is_hdf5(path):
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            names: list[str] = []
+            file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
+            dataset = file[npz_name(names, array)]
+            shape = tuple(dataset.shape)
+            is_complex = dataset.dtype.kind == "c" or dataset.dtype.names == ("real", "imag")
+            return (shape[::-1] if "MATLAB_class" in dataset.attrs else shape), is_complex
+    kind = format_of(path)
+    if kind == "NPY":
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        return values.shape, values.dtype.kind == "c"
+    if kind == "NPZ":
+        shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
+        return shape, dtype.kind == "c"
+    if kind == "TIFF":
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            return tuple(tiff.series[0].shape), np.dtype(tiff.series[0].dtype).kind == "c"
+    raise ValueError(f"a {kind} file, which holds images and no measurements")
+
+
+def _scaled(image: Tensor, scale: Scale) -> tuple[Tensor, float, float]:
+    """Return an image as `ImageFolder` scales it, and the values that became 0 and 1, as that and their difference."""
+    if scale == "none":
+        return image, 0.0, 1.0
+    if image.is_complex():
+        largest = float(image.abs().amax()) or 1.0
+        return image / largest, 0.0, largest
+    low, high = torch.aminmax(image) if isinstance(scale, str) else scale
+    low, high = float(low), float(high)
+    span = high - low or 1.0
+    return ((image - low) / span).clamp(0, 1), low, span
+
+
+def _sampled(kspace: Tensor) -> Tensor:
+    """Return which samples ``(H, W)`` of k-space ``(C, H, W)`` were measured: what is not 0, lines as a whole."""
+    points = (kspace != 0).any(0)
+    for axis in (0, 1):
+        lines = points.any(axis, keepdim=True).expand_as(points)
+        if bool(lines.any()) and float(points[lines].float().mean()) >= FULL:
+            return lines
+    return points
+
+
+def _oversampling(metadata: Mapping[str, Any]) -> float:
+    """Return how much longer the field of view is along the readout than that of the image."""
+    encoded, wanted = (metadata.get(f"{space}_fov") for space in ("encoded", "recon"))
+    return encoded[0] / wanted[0] if encoded and wanted and encoded[0] > wanted[0] > 0 else 1.0
+
+
+def _write_failed(path: Path, failed: Mapping[str, str]) -> None:
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in failed.items()))
+
+
+# ------------------------------------------------------------------ what is done
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Ledger:
+    """What was finished in an output folder: a line for each file, written after its outputs.
+
+    Raises:
+        InputError: Where another run is writing there, or what is there was made by another checkpoint or with other
+            settings.
+        OSError: Where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str, chosen: dict[str, Any], overwrite: bool) -> None:
+        self.folder, self.checkpoint, self.chosen = folder, checkpoint, chosen
+        self.digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.file: TextIO = (folder / LEDGER).open("a+", encoding="utf-8")
+        try:
+            self._open(overwrite)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _open(self, overwrite: bool) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another run is writing to it") from None
+        self.file.seek(0)
+        text = self.file.read()
+        lines = []
+        for line in text.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # cut short by a crash: that file is done again
+        for folder, _, files in os.walk(self.folder):
+            for name in filter(UNFINISHED.fullmatch, files):
+                Path(folder, name).unlink(missing_ok=True)
+        if lines and not overwrite:
+            self._check(lines[0])
+            self.entries = {line["file"]: line for line in lines[1:]}
+            if not text.endswith("\n"):
+                self._append_text("\n")
+            return
+        self.file.truncate(0)
+        self._append({"checkpoint": self.checkpoint, "settings": self.chosen})
+
+    def _check(self, head: Mapping[str, Any]) -> None:
+        way_out = "choose another output, or --overwrite (overwrite=True) to do all again"
+        if head.get("checkpoint") != self.checkpoint:
+            raise InputError(f"{self.folder}: holds reconstructions by another checkpoint; {way_out}")
+        before = head.get("settings", {})
+        changed = [
+            f"{key} was {before.get(key)!r} and is {value!r}"
+            for key, value in self.chosen.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder}: holds reconstructions with other settings: {'; '.join(changed)}; {way_out}"
+            )
+
+    def __enter__(self) -> _Ledger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def _append_text(self, text: str) -> None:
+        self.file.write(text)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self._append_text(json.dumps(entry) + "\n")
+
+    def _stamp(self, job: _Job) -> dict[str, Any]:
+        status = job.path.stat()
+        return {
+            "file": job.name,
+            "path": str(job.path.resolve()),
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "checkpoint": self.checkpoint,
+            "settings": self.digest,
+        }
+
+    def is_finished(self, job: _Job) -> bool:
+        """Tell whether a file was done as it is, and all that was written is there."""
+        entry = self.entries.get(job.name)
+        if entry is None or any(entry.get(key) != value for key, value in self._stamp(job).items()):
+            return False
+        return all((self.folder / name).is_file() for name in entry["outputs"])
+
+    def add(self, job: _Job, outputs: list[str]) -> None:
+        """Note that a file is done."""
+        entry = {**self._stamp(job), "outputs": outputs, "converged": job.converged}
+        if job.quality:
+            columns = zip(*job.quality, strict=True)
+            entry["quality"] = {
+                name: float(np.mean(column)) for name, column in zip(MEASURES, columns, strict=True)
+            }
+            entry["images"] = len(job.quality)
+        self._append(entry)
+        self.entries[job.name] = entry
+
+    def write_quality(self, names: Sequence[str]) -> dict[str, float]:
+        """Write the table of the files that are done, now or before; return the means over them."""
+        entries = [e for e in (self.entries.get(name) for name in names) if e is not None and "quality" in e]
+        if not entries:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            mean = {m: float(np.nanmean([e["quality"][m] for e in entries])) for m in MEASURES}
+        with atomic(self.folder / QUALITY) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "images", *MEASURES])
+            for e in sorted(entries, key=lambda e: str(e["file"])):
+                writer.writerow([e["file"], e["images"], *(f"{e['quality'][m]:.6g}" for m in MEASURES)])
+            writer.writerow(["mean", sum(e["images"] for e in entries), *(f"{v:.6g}" for v in mean.values())])
+        return mean
+
+
+class _Work:
+    """Files being read in some threads, solved for in this one, and written in another."""
+
+    def __init__(
+        self, run: _Run, ledger: _Ledger, output: Path, batch: int, workers: int, progress: bool
+    ) -> None:
+        self.task, self.ledger, self.output = run, ledger, output
+        self.batch, self.workers, self.progress = batch, workers, progress
+        self.waiting: list[_Item] = []
+        self.writes: deque[tuple[_Job, Future[None]]] = deque()
+        self.reader = ThreadPoolExecutor(workers, "read")
+        self.writer = ThreadPoolExecutor(1, "write")
+
+    def run(self, jobs: list[_Job]) -> None:
+        """Do all jobs; what fails is noted in them.
+
+        Raises:
+            RunError: Where nothing more can be written.
+        """
+        often = 0.5 if sys.stderr.isatty() else 30.0
+        total = sum(job.count for job in jobs)
+        with tqdm(
+            total=total,
+            desc="reconstruct",
+            unit="image",
+            disable=not (self.progress and total),
+            mininterval=often,
+        ) as self.bar:
+            try:
+                for items in self._read_ahead(jobs):
+                    for item in items:
+                        if self.waiting and item.key != self.waiting[0].key:
+                            self._flush()
+                        self.waiting.append(item)
+                        if len(self.waiting) == self.batch:
+                            self._flush()
+                self._flush()
+                while self.writes:
+                    self._finish_write()
+            finally:
+                # What is complete is written; what is being read is not needed any more.
+                self.reader.shutdown(cancel_futures=True)
+                self.writer.shutdown()
+
+    def _read_ahead(self, jobs: list[_Job]) -> Iterator[list[_Item]]:
+        chunks = iter([(job, chunk) for job in jobs for chunk in job.chunks(self.batch)])
+        ahead: deque[tuple[_Job, Future[list[_Item]]]] = deque()
+        while True:
+            while len(ahead) <= self.workers and (following := next(chunks, None)) is not None:
+                job, chunk = following
+                if job.failed is None:
+                    ahead.append((job, self.reader.submit(self.task.read, job, chunk)))
+            if not ahead:
+                return
+            job, future = ahead.popleft()
+            items: list[_Item] = []
+            with self._failing(job):
+                items = future.result()
+            if job.failed is None:
+                yield items
+
+    @contextmanager
+    def _failing(self, job: _Job) -> Iterator[None]:
+        """Note what goes wrong with one file."""
+        try:
+            yield
+        except RunError:
+            raise
+        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+            self._fail(job, error)
+
+    def _fail(self, job: _Job, error: BaseException) -> None:
+        if job.failed is None:
+            job.failed = _reason(error)
+            self.bar.update(job.count - len(job.images))
+            tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr) if self.progress else None
+        job.images.clear()
+
+    def _flush(self) -> None:
+        items, self.waiting = [item for item in self.waiting if item.job.failed is None], []
+        if not items:
+            return
+        try:
+            results = self.task.solve(items)
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+            if len(items) == 1:
+                self._fail(items[0].job, error)
+                return
+            # One image that cannot be solved for takes no others with it.
+            for item in items:
+                self.waiting = [item]
+                self._flush()
+            return
+        for item, (image, converged, quality) in zip(items, results, strict=True):
+            job = item.job
+            job.images[item.number] = image
+            job.converged &= converged
+            if quality is not None:
+                job.quality.append(quality)
+            self.bar.update()
+            if len(job.images) == job.count:
+                self.writes.append((job, self.writer.submit(self._write, job)))
+        while len(self.writes) > self.workers:
+            self._finish_write()
+
+    def _write(self, job: _Job) -> None:
+        self.ledger.add(job, self.task.write(job, self.output))
+        job.images.clear()
+
+    def _finish_write(self) -> None:
+        job, future = self.writes.popleft()
+        with self._failing(job):
+            try:
+                future.result()
+            except OSError as error:
+                if error.errno in NO_MORE_FILES:
+                    raise RunError(
+                        f"{self.output}: cannot write any more: {error.strerror}; the same command goes on from here"
+                    ) from error
+                raise
