@@ -98,7 +98,7 @@ def remove_old(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what broken-off writes left."""
     for path in list_checkpoints(folder)[keep:]:
         path.unlink(missing_ok=True)
-    for path in folder.glob(".checkpoint-*"):
+    for path in folder.glob(".*.pt"):
         path.unlink(missing_ok=True)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..data import (
     WRITERS,
+    Batch,
     ImageFolder,
     Sample,
     atomic,
@@ -42,7 +43,7 @@ from ..data import (
     write_image,
 )
 from ..data.files import is_hdf5, naming, npz_layout, npz_name
-from ..data.images import DICOM_SUFFIXES, format_of
+from ..data.images import DICOM_SUFFIXES, NoImageError, format_of
 from ..data.kspace import HDF5_SUFFIXES, read_kspace_header
 from ..data.nifti import NIFTI_SUFFIXES, nifti_shape
 from ..data.writers import HOLD_VOLUMES
@@ -126,6 +127,7 @@ class _Job:
         image_shape: Of each image.
         complex: Whether the images to be written are complex.
         by_slice: Whether slices can be read one by one, without the others.
+        is_kspace: Whether it holds k-space.
     """
 
     path: Path
@@ -135,6 +137,7 @@ class _Job:
     image_shape: tuple[int, ...]
     complex: bool
     by_slice: bool
+    is_kspace: bool = False
     base: str = ""
     images: dict[int, Tensor] = field(default_factory=dict)
     quality: list[list[float]] = field(default_factory=list)
@@ -147,6 +150,20 @@ class _Job:
         if not self.by_slice:
             return [None]
         return [slice(first, min(first + size, self.count)) for first in range(0, self.count, size)]
+
+
+class _Found(NamedTuple):
+    """A file.
+
+    Attributes:
+        path: Of it.
+        name: Below the folder given.
+        named: Whether it was given itself, not its folder.
+    """
+
+    path: Path
+    name: str
+    named: bool
 
 
 class _Item(NamedTuple):
@@ -178,7 +195,8 @@ class _Item(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """What images of one batch have in common."""
         if self.sample is not None:
-            return (tuple(self.sample.image.shape),)
+            coils = 0 if self.sample.kspace is None else len(self.sample.kspace)
+            return (tuple(self.sample.image.shape), coils)
         assert self.data is not None
         return (tuple(self.data.shape), None if self.maps is None else tuple(self.maps.shape))
 
@@ -218,7 +236,7 @@ def reconstruct_files(
     HDF5; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is not 0, and
     coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus 1. With
     `simulate` the files hold images, which are measured as the checkpoint's operator says and compared with what
-    comes out.
+    comes out; or all of k-space (HDF5, or ``kspace`` in NPZ), which is then undersampled.
 
     The denoiser knows images of the values it was trained on. So images are scaled as the run's were, and data that
     were measured such that the start (filtered back-projection; the coils' images combined) has the largest
@@ -331,10 +349,11 @@ class _Run:
         self.mri, self.idt = isinstance(self.scan, MRIScan), isinstance(self.scan, IDTScan)
         scale: Scale = configuration.data.scale if choices.scale is None else choices.scale
         self.scale: Scale = "none" if self.idt else scale
+        self.array = choices.array or configuration.data.array
         self.maps = self._read_maps()
         for name, value, wanted in (
             ("normalize", choices.normalize, self.idt and not choices.simulate),
-            ("maps", choices.maps, self.mri and not choices.simulate),
+            ("maps", choices.maps, self.mri),
             ("image_size", choices.image_size, not self.mri and not choices.simulate),
         ):
             if value and not wanted:
@@ -375,7 +394,7 @@ class _Run:
         if self.choices.maps is not None:
             chosen["maps"] = _digest(Path(self.choices.maps))
         red = self.model.section
-        chosen |= {"scale": self.scale, "image_size": self.image_shape[-2:]}
+        chosen |= {"scale": self.scale, "image_size": self.image_shape[-2:], "array": self.array}
         solver = {
             "tolerance": red.tolerance,
             "max_iterations": red.max_iterations,
@@ -416,11 +435,11 @@ class _Run:
         unsettled = [job.name for job in done if not job.converged]
         return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
 
-    def _plan(self, found: list[tuple[Path, str]]) -> tuple[list[_Job], dict[str, str]]:
+    def _plan(self, found: list[_Found]) -> tuple[list[_Job], dict[str, str]]:
         """Look at the headers of all files; return the jobs, those of equal shape side by side, and what fails."""
         jobs, failed = [], {}
         fits: dict[tuple[int, ...], str | None] = {}
-        for path, name in found:
+        for path, name, named in found:
             try:
                 job = self._inspect(path, name)
                 shape = job.image_shape
@@ -429,13 +448,15 @@ class _Run:
                 if fits[shape] is not None:
                     raise ValueError(f"{path}: {fits[shape]}")
             except (ValueError, TypeError, OSError) as error:
-                failed[name] = _reason(error)
+                # Such as the index of a DICOM medium.
+                if named or not isinstance(error.__cause__, NoImageError):
+                    failed[name] = _reason(error)
                 continue
             jobs.append(job)
         if not jobs:
             listed = "".join(f"\n  {reason}" for reason in [*failed.values()][:10])
             more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
-            raise InputError(f"no file can be reconstructed:{listed}{more}")
+            raise InputError(f"none of {len(found)} files can be reconstructed:{listed}{more}")
         return sorted(jobs, key=lambda job: job.shape), failed
 
     def _try(self, shape: tuple[int, ...]) -> str | None:
@@ -458,7 +479,7 @@ class _Run:
 
     def _inspect(self, path: Path, name: str) -> _Job:
         """Look at a file's header."""
-        if self.choices.simulate:
+        if self.choices.simulate and not self._is_kspace(path):
             return self._inspect_image(path, name)
         hint = "it holds images; give --simulate (simulate=True) to measure and reconstruct them"
         if _is_picture(path):
@@ -479,6 +500,15 @@ class _Run:
         count = shape[0] if len(shape) > len(wanted) else 1
         return _Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
 
+    def _is_kspace(self, path: Path) -> bool:
+        """Tell whether a file to be measured holds all of k-space, which is then undersampled, and not images."""
+        if not self.mri or is_hdf5(path):
+            return self.mri
+        if path.suffix.lower() != ".npz" or self.array not in (None, "kspace"):
+            return False
+        with naming(path), np.load(path, allow_pickle=False) as archive:
+            return "kspace" in archive.files
+
     def _data_shape(self, path: Path) -> tuple[int, ...]:
         try:
             shape: tuple[int, ...] = self.scan.operator(self.image_shape).data_shape
@@ -494,7 +524,7 @@ class _Run:
                     f"it has {coils} coils, and {self.choices.maps} maps of {self.maps.shape[-3]}"
                 )
         image = (round(height / _oversampling(metadata)), width)
-        return _Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ")
+        return _Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ", True)
 
     def _inspect_image(self, path: Path, name: str) -> _Job:
         if self.idt:
@@ -503,6 +533,10 @@ class _Run:
             return _Job(path, name, 1, shape, shape, True, False)
         images = ImageFolder([path], scale="none", array=self._array(path))
         shape = images.shapes[0]
+        if len(images) > 1 and self.choices.format == "dicom" and format_of(path) == "DICOM":
+            raise ValueError(
+                f"{path}: of a DICOM file of several frames no header can be carried over; take nifti or tiff"
+            )
         is_complex = self._holds_complex(path)
         if is_complex and not self.mri:
             raise ValueError(f"{path}: its images are complex, and this model's are real")
@@ -519,7 +553,7 @@ class _Run:
     def _array(self, path: Path) -> str | None:
         """Return the name of the array to be read, of files that have names."""
         named = path.suffix.lower() == ".npz" or (not self.mri and is_hdf5(path))
-        return self.choices.array if named else None
+        return self.array if named else None
 
     def _layout(self, path: Path) -> tuple[tuple[int, ...], bool]:
         with naming(path):
@@ -547,10 +581,10 @@ class _Run:
 
     def read(self, job: _Job, chunk: slice | None) -> list[_Item]:
         """Read some images of a file, or all of them."""
+        if self.mri and job.is_kspace:
+            return self._read_kspace(job, chunk)
         if self.choices.simulate:
             return self._read_images(job, chunk)
-        if self.mri:
-            return self._read_kspace(job, chunk)
         values = read_array(job.path, self._array(job.path))
         data = values.reshape(-1, *job.shape)
         if self.choices.normalize:
@@ -596,8 +630,29 @@ class _Run:
                     )
                 y = remove_oversampling(y, -2, factor)
                 mask = mask[: y.shape[-2]]
-            items.append(_Item(job, k, data=y, maps=self._maps_of(job, k, y, mask), mask=mask))
+            maps = self._maps_of(job, k, y, mask)
+            if self.choices.simulate:
+                items.append(self._reference(job, k, y, maps, mask))
+            else:
+                items.append(_Item(job, k, data=y, maps=maps, mask=mask))
         return items
+
+    def _reference(self, job: _Job, k: int, y: Tensor, maps: Tensor, mask: Tensor) -> _Item:
+        """Return an image and all its k-space, to be undersampled."""
+        lines = mask.any(0).nonzero()[:, 0]
+        # Files leave out lines at the ends.
+        missing = int((~mask[:, int(lines[0]) : int(lines[-1]) + 1]).sum())
+        if missing:
+            raise ValueError(
+                f"{job.path}: slice {k}: {missing} of its samples are missing: it cannot be measured anew; without "
+                "--simulate it is reconstructed as it is"
+            )
+        everything = CartesianMRI(maps, torch.ones(y.shape[-1], dtype=torch.bool))
+        image = everything.adjoint(y[None])[0]
+        largest = float(image.abs().max()) or 1.0
+        sample = Sample(f"{job.name}[{k}]", image / largest, y / largest, maps)
+        seed = seed_of(self.configuration.seed, "reconstruction", job.name, k)
+        return _Item(job, k, sample=sample, span=largest, seed=seed)
 
     def _maps_of(self, job: _Job, k: int, y: Tensor, mask: Tensor) -> Tensor:
         if self.maps is not None:
@@ -656,8 +711,8 @@ class _Run:
         samples = [item.sample for item in items if item.sample is not None]
         if samples:
             generators = [torch.Generator().manual_seed(item.seed) for item in items]
-            batch = collate(samples)
-            batch = batch._replace(image=batch.image.to(self.device))
+            names, *tensors = collate(samples)
+            batch = Batch(names, *(None if t is None else t.to(self.device) for t in tensors))
             with torch.no_grad():
                 return self.scan.measure(batch, generators), low, span
         data = torch.stack([item.data for item in items if item.data is not None]).to(self.device)
@@ -719,9 +774,13 @@ class _Run:
             for k in range(len(images))
         ]
         like = self._like(job, kind)
+        window = None
+        if kind == "png" and len(images) > 1:
+            low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
+            window = (low, high) if low < high else None
         (output / job.base).parent.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, images, strict=True):
-            write_image(output / name, image, like, voxel_size=job.voxel_size)
+            write_image(output / name, image, like, voxel_size=job.voxel_size, window=window)
         return names
 
     def _like(self, job: _Job, kind: Format) -> Path | None:
@@ -756,8 +815,8 @@ def _is_known(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _find(inputs: Iterable[Path], output: Path) -> list[tuple[Path, str]]:
-    """Return the files, each with its name below the folder given, in an order that does not depend on the system.
+def _find(inputs: Iterable[Path], output: Path) -> list[_Found]:
+    """Return the files in an order that does not depend on the system.
 
     Raises:
         InputError: For a file that is missing, or folders without files of a known kind.
@@ -766,10 +825,10 @@ def _find(inputs: Iterable[Path], output: Path) -> list[tuple[Path, str]]:
     if missing:
         raise InputError(f"no such file or folder: {', '.join(missing)}")
     own = output.resolve()
-    found: dict[Path, str] = {}
+    found: dict[Path, _Found] = {}
     for given in inputs:
         if not given.is_dir():
-            found.setdefault(given, given.name)
+            found.setdefault(given, _Found(given, given.name, True))
             continue
         if given.resolve() == own:
             raise InputError(f"{output}: is an input too; choose another output folder")
@@ -779,10 +838,10 @@ def _find(inputs: Iterable[Path], output: Path) -> list[tuple[Path, str]]:
             for name in sorted(files):
                 path = here / name
                 if name[0] != "." and path.is_file() and _is_known(path):
-                    found.setdefault(path, path.relative_to(given).as_posix())
+                    found.setdefault(path, _Found(path, path.relative_to(given).as_posix(), False))
     if not found:
         raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")
-    return list(found.items())
+    return list(found.values())
 
 
 def _name_outputs(jobs: list[_Job]) -> None:

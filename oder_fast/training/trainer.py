@@ -492,7 +492,7 @@ class Trainer:
         try:
             loss, row, solution = self._compute(batch, seeds)
             if not bool(loss.isfinite()):
-                reason = f"the loss is {float(loss)}"
+                reason = f"the loss is {float(loss.detach())}"
         except FixedPointError as error:
             reason = str(error)
         # Agreed on before the backward pass, and again after it: no process waits for one that failed.

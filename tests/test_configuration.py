@@ -1,0 +1,187 @@
+"""Configurations: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from oder_fast.training import ConfigurationError, l1_loss, mse_loss, read_configuration, ssim_loss
+from oder_fast.training.configuration import CT, IDT, MRI, differences
+from oder_fast.training.losses import total_loss
+
+LEAST = {"operator": {"kind": "ct"}, "data": {"phantoms": {"kind": "ellipses"}}}
+LENSES = {
+    "depths": [0, 2.5],
+    "rings": [[8, 0.5]],
+    "pixel_size": 0.2,
+    "wavelength": 0.5,
+    "numerical_aperture": 0.6,
+    "medium_index": 1.33,
+}
+
+
+def test_defaults_are_those_of_the_paper_s_code():
+    read = read_configuration(LEAST)
+    assert read.operator == CT(angles=90, snr=50.0)
+    assert read.red.max_iterations == 180
+    assert read.training.learning_rate == read.pretraining.learning_rate == 1e-4
+    assert read.pretraining.sigma == pytest.approx(5 / 255)
+    assert read.training.loss == {"mse": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "operator: {kind: ct, angles: 30}\ndata:\n  phantoms: {kind: ellipses}\ntraining: {learning_rate: 1e-3}\n"),
+        ("a.toml", '[operator]\nkind = "ct"\nangles = 30\n[data.phantoms]\nkind = "ellipses"\n[training]\nlearning_rate = 1e-3\n'),
+    ],
+)  # fmt: skip
+def test_files(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    read = read_configuration(path)
+    assert read.operator.angles == 30
+    assert read.training.learning_rate == 1e-3
+    assert read_configuration(path, ["operator.angles=[0, 0.5]"]).operator.angles == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "operator: [", "a.yaml: not YAML"),
+        ("a.toml", "operator = [", "a.toml: not TOML"),
+        ("a.json", "{}", "must end in .yaml, .yml or .toml"),
+        ("a.yaml", "- 1", "must hold settings by name, got list"),
+        ("a.yaml", "", "must hold settings by name, got NoneType"),
+        ("a.yaml", "operator: {kind: ct}", "a.yaml: missing key data"),
+        ("a.yaml", "data: {phantoms: {kind: cells}}", "a.yaml: missing key operator"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        read_configuration(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_configuration(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lerning_rate=1", "unknown key training.lerning_rate; did you mean learning_rate"),
+        ("operator.angels=3", "unknown key operator.angels; did you mean angles"),
+        ("trainig.steps=3", "unknown key trainig; did you mean training"),
+        ("data.phantoms.kid=3", "unknown key data.phantoms.kid; did you mean kind"),
+        ("xyz=3", "unknown key xyz$"),
+        ("training.steps=-1", "training.steps: input should be greater than or equal to 0, got -1"),
+        ("training.steps=2.5", "training.steps: input should be a valid integer.*got 2.5"),
+        ("training.learning_rate=.inf", "training.learning_rate: input should be a finite number, got inf"),
+        ("red.tau=.nan", "red.tau: input should be a finite number, got nan"),
+        ("denoiser=3", "denoiser: must hold settings by name, got 3"),
+        ("training.loss=mae", "training.loss.mae: input should be 'mse', 'l1' or 'ssim'"),
+        ("operator.kind=pet", "operator: input tag 'pet'"),
+        ("seed=abc", "seed: input should be a valid integer"),
+        ("data.train=folder", "data: needs either train .files. or phantoms"),
+        ("data={}", "data: needs either train .files. or phantoms"),
+        ("data={train: a, kspace: true, patch: 3}", "k-space cannot be cut into patches"),
+        ("red={train_tau: true, tau: 0}", "train_tau needs a tau above 0"),
+        ("training", "'training' must be written key=value"),
+        ("training.steps=[", "not a YAML value"),
+    ],
+)
+def test_what_is_refused(override, message):
+    with pytest.raises(ConfigurationError, match=message):
+        read_configuration(LEAST, [override])
+
+
+def test_all_mistakes_are_told_at_once_and_the_caller_s_tree_stays():
+    tree = {"operator": {"kind": "ct"}, "data": {"phantoms": {"kind": "ellipses"}}}
+    with pytest.raises(ConfigurationError) as caught:
+        read_configuration(tree, ["training.stepps=3", "red.taau=3"])
+    assert str(caught.value).count("unknown key") == 2
+    assert tree == LEAST
+
+
+def test_kinds_of_operators():
+    assert read_configuration(LEAST, ["operator={kind: mri}"]).operator == MRI()
+    assert read_configuration(LEAST | {"operator": {"kind": "idt", **LENSES}}).operator == IDT(**LENSES)
+    with pytest.raises(ConfigurationError, match="missing key operator.depths"):
+        read_configuration(LEAST, ["operator={kind: idt}"])
+
+
+def test_differences_between_runs():
+    one = read_configuration(LEAST)
+    assert (
+        differences(one, read_configuration(LEAST, ["output=a", "training.steps=3", "checkpoints.every=3"]))
+        == []
+    )
+    other = read_configuration(LEAST, ["seed=4", "operator.angles=3"])
+    assert differences(one, other) == ["operator.angles was 90 and is 3", "seed was 0 and is 4"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_what_is_read_can_be_written_and_read_again():
+    one = read_configuration(LEAST, ["training.loss={l1: 1, ssim: 0.2}", "pretraining.sigma=[0, 0.1]"])
+    assert read_configuration(one.model_dump(mode="json")) == one
+
+
+# ------------------------------------------------------------------ losses
+
+
+def pair(dtype, seed=0, shape=(2, 20, 24)):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=g, dtype=dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_losses_against_numpy(dtype):
+    x, y = pair(dtype)
+    difference = (x - y).numpy()
+    assert mse_loss(x, y).item() == pytest.approx((abs(difference) ** 2).mean())
+    assert l1_loss(x, y).item() == pytest.approx(abs(difference).mean())
+    for name in ("mse", "l1", "ssim"):
+        assert total_loss({name: 1.0}, y, y).item() == pytest.approx(0, abs=1e-12)
+        start = (y + 0.1).detach().requires_grad_()
+        assert torch.autograd.gradcheck(lambda v, n=name: total_loss({n: 2.0}, v, y), (start,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_ssim_against_scikit_image(dtype):
+    from skimage.metrics import structural_similarity
+
+    x, y = pair(dtype, shape=(1, 33, 40))
+    a, b = (v.abs() if v.is_complex() else v for v in (x, y))
+    span = float(b.max() - b.min())
+    expected, full = structural_similarity(
+        b[0].numpy(), a[0].numpy(), data_range=span, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, full=True, truncate=10 / 3,
+    )  # fmt: skip
+    # Both leave out the edges, where the window does not fit.
+    assert full.shape == (33, 40)
+    assert 1 - ssim_loss(x, y).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradients_of_zero_images_are_finite():
+    for dtype in (torch.float32, torch.complex64):
+        truth, image = (
+            torch.zeros(1, 16, 16, dtype=dtype),
+            torch.zeros(1, 16, 16, dtype=dtype, requires_grad=True),
+        )
+        total_loss({"mse": 1, "l1": 1, "ssim": 1}, image, truth).backward()
+        assert (
+            torch.view_as_real(image.grad).isfinite().all()
+            if dtype.is_complex
+            else image.grad.isfinite().all()
+        )
+
+
+def test_losses_that_are_refused():
+    x = torch.zeros(1, 8, 8)
+    with pytest.raises(ValueError, match=r"image must have the shape of truth, \(1, 8, 9\), got \(1, 8, 8\)"):
+        total_loss({"mse": 1}, x, torch.zeros(1, 8, 9))
+    with pytest.raises(TypeError, match="both be real or both complex"):
+        total_loss({"mse": 1}, x, x.to(torch.complex64))
+    with pytest.raises(ValueError, match="at least 11 rows and columns"):
+        ssim_loss(x, x)

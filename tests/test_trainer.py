@@ -1,0 +1,629 @@
+"""Runs: equal to uninterrupted ones, over several processes, through what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from oder_fast import DnCNN, Nesterov
+from oder_fast.data import Phantoms, psnr
+from oder_fast.data.samples import Batch
+from oder_fast.fixed_point import DivergenceError
+from oder_fast.training import (
+    CheckpointError,
+    ConfigurationError,
+    RunError,
+    Trainer,
+    load_checkpoint,
+    load_model,
+    read_configuration,
+)
+from oder_fast.training.checkpoints import list_checkpoints, newest_checkpoint
+from oder_fast.training.logs import TRAINING, VALIDATION, Table
+from oder_fast.training.trainer import HALVINGS
+
+SMALL = {
+    "operator": {"kind": "ct", "angles": 12, "snr": 40},
+    "data": {"phantoms": {"kind": "ellipses", "n": 12, "size": 16}, "workers": 0},
+    "denoiser": {"kind": "dncnn", "options": {"depth": 3, "width": 8}},
+    "red": {
+        "tau": 0.02,
+        "minibatch_size": 4,
+        "max_iterations": 30,
+        "tolerance": 1e-3,
+        "adjoint_iterations": 20,
+    },
+    "pretraining": {"steps": 8, "learning_rate": 1e-3, "batch_size": 4, "ema": 0.9, "sigma": [0.0, 0.1]},
+    "training": {"steps": 4, "batch_size": 2, "ema": 0.9},
+    "validation": {"every": 5, "samples": 1, "images": 0},
+    "checkpoints": {"every": 2, "keep": 3},
+    "threads": 1,
+}
+
+
+def small(folder, *overrides):
+    return read_configuration(SMALL, [f"output={str(folder)!r}", *overrides])
+
+
+def train(folder, *overrides, resume=False, **options):
+    return Trainer(small(folder, *overrides), progress=False, **options).fit(resume=resume)
+
+
+def weights(path):
+    state = load_checkpoint(path)
+    return {**state["model"], **{f"ema.{k}": v for k, v in (state["ema"] or {}).items()}}
+
+
+def assert_same(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def without_times(path):
+    return [(line.split(",")[:2], line.split(",")[3:]) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(folder)
+
+
+def test_a_run_leaves_what_it_should(whole):
+    folder = whole.last.parent
+    assert whole.reason == "finished"
+    assert whole.last.name == "checkpoint-1-00000004.pt"
+    assert [p.name for p in list_checkpoints(folder)] == [
+        "checkpoint-1-00000004.pt",
+        "checkpoint-1-00000002.pt",
+        "checkpoint-0-00000008.pt",
+    ]
+    rows = Table(folder / "training.csv", TRAINING).rows()
+    assert [(r["stage"], r["step"]) for r in rows] == [(0, k + 1) for k in range(8)] + [
+        (1, k + 1) for k in range(4)
+    ]
+    assert all(r["loss"] > 0 and r["gradient_norm"] > 0 for r in rows)
+    assert all(r["iterations"] <= 30 and r["adjoint_iterations"] <= 20 for r in rows[8:])
+    report = (folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 2
+    assert "finished, after 12 steps" in report
+    assert any((folder / "tensorboard").iterdir())
+    assert whole.best is not None
+    seen = Table(folder / "validation.csv", VALIDATION).rows()
+    assert [(r["stage"], r["step"]) for r in seen] == [(0, 5), (0, 8), (1, 4)]
+    assert whole.psnr == pytest.approx(seen[-1]["psnr"], abs=1e-3)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(whole, tmp_path):
+    # Nothing depends on whether, or in how many processes, the data are loaded.
+    assert_same(whole.last, train(tmp_path / "same", "data.workers=1").last)
+    other = weights(train(tmp_path / "other", "seed=1").last)
+    assert not torch.equal(other["denoiser.layers.0.weight"], weights(whole.last)["denoiser.layers.0.weight"])
+
+
+def test_training_reaches_its_aim(tmp_path):
+    """Stage 1 lowers the loss, stage 2 raises the quality of reconstructions."""
+    more = ["pretraining.steps=80", "training.steps=40", "training.learning_rate=2e-3", "validation.every=20"]
+    outcome = train(tmp_path, *more, "validation.samples=3", "pretraining.ema=null", "training.ema=null")
+    rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
+    noise, seen = ([r for r in rows if r["stage"] == stage] for stage in (0, 1))
+    assert noise[-1]["loss"] < 0.8 * noise[0]["loss"]
+    assert seen[-1]["psnr"] > seen[-1]["psnr_start"] + 1
+    assert seen[-1]["psnr"] > seen[0]["psnr"]
+    assert outcome.psnr == pytest.approx(max(r["psnr"] for r in seen), abs=1e-3)
+
+
+# ------------------------------------------------------------------ broken off and resumed
+
+KILLED = """
+import json, os, signal, sys
+from oder_fast.training import Trainer, read_configuration
+from oder_fast.training import checkpoints, trainer
+configuration, kind, at = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+count = 0
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if kind == "step":
+    step = Trainer._step
+    def dying(self, *arguments):
+        global count
+        count += 1
+        return die() if count > at else step(self, *arguments)
+    Trainer._step = dying
+elif kind == "save":
+    save = checkpoints.torch.save
+    def dying(state, file):
+        global count
+        count += 1
+        if count > at:
+            file.write(b"half of a checkpoint"), file.flush()
+            die()
+        save(state, file)
+    checkpoints.torch.save = dying
+elif kind == "rename":
+    replace = os.replace
+    def dying(source, target):
+        global count
+        count += str(target).endswith(".pt")
+        return die() if count > at and str(target).endswith(".pt") else replace(source, target)
+    os.replace = dying
+print(Trainer(read_configuration(configuration), progress=False).fit(resume=True).reason)
+"""
+
+
+def run_killed(folder, kind, at):
+    import json
+
+    configuration = json.dumps(SMALL | {"output": str(folder)})
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, configuration, kind, str(at)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    for kind, at in (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2)):
+        killed = run_killed(tmp_path, kind, at)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        for path in list_checkpoints(tmp_path):
+            load_checkpoint(path)  # none is half there
+    last = run_killed(tmp_path, "never", 0)
+    assert last.stdout == "finished\n", last.stderr
+    assert_same(whole.last, tmp_path / "checkpoint-1-00000004.pt")
+    assert_same(whole.best, tmp_path / "best.pt")
+    for name in ("training.csv", "validation.csv"):
+        assert without_times(tmp_path / name) == without_times(whole.last.parent / name)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+class Asks(Trainer):
+    """Sends itself a signal in the middle of a step."""
+
+    signal, at = signal.SIGTERM, 3
+
+    def _step(self, *arguments):
+        if self._overall() == self.at:
+            os.kill(os.getpid(), self.signal)
+        return super()._step(*arguments)
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 10)])
+def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, monkeypatch):
+    monkeypatch.setattr(Asks, "signal", number)
+    monkeypatch.setattr(Asks, "at", at)
+    before = signal.getsignal(number)
+    outcome = Asks(small(tmp_path), progress=False).fit()
+    assert outcome.reason == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+    state = load_checkpoint(outcome.last)
+    assert state["position"]["step"] + 8 * state["position"]["stage"] == at + 1
+    assert_same(whole.last, train(tmp_path, resume=True).last)
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
+    stopped = train(tmp_path, "training.steps=2")
+    content = bytearray(stopped.last.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    stopped.last.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1-00000002.pt: damaged"):
+        load_checkpoint(stopped.last)
+    path, _, problems = newest_checkpoint(tmp_path)
+    assert path.name == "checkpoint-0-00000008.pt"
+    assert len(problems) == 1
+    assert_same(whole.last, train(tmp_path, resume=True).last)
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_what_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "x.pt"
+    if content is None:
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged|not a checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_checkpoint(tmp_path)
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"format": 1, "configuration": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_that_holds_a_run(whole, tmp_path):
+    folder = whole.last.parent
+    with pytest.raises(ConfigurationError, match=r"holds a run already; resume it \(--resume\)"):
+        train(folder)
+    with pytest.raises(ConfigurationError, match=r"another configuration: red.tau was 0.02 and is 0.03"):
+        train(folder, "red.tau=0.03", resume=True)
+    with pytest.raises(
+        ConfigurationError, match=r"does not fit|another configuration: denoiser.options.width"
+    ):
+        train(folder, "denoiser.options.width=4", resume=True)
+
+
+def test_a_finished_run_can_be_made_longer(whole, tmp_path):
+    train(tmp_path, "training.steps=2")
+    assert_same(whole.last, train(tmp_path, resume=True).last)
+
+
+def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"[Nn]ot a directory|exists"):
+        train(tmp_path / "file")
+    full = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    with pytest.raises(OSError, match="0 MiB are free, and the run's checkpoints need"):
+        train(tmp_path / "full")
+
+
+# ------------------------------------------------------------------ what goes wrong in a run
+
+
+@pytest.mark.parametrize("enough", [2, HALVINGS + 1])
+def test_a_solver_that_diverges_backs_off(tmp_path, monkeypatch, capsys, enough):
+    calls = []
+
+    def compute(self, batch, seeds):
+        calls.append(self.position.halvings)
+        if self.position.stage == 1 and self.position.halvings < enough:
+            raise DivergenceError("Nesterov: the residual grew")
+        return real(self, batch, seeds)
+
+    real = Trainer._compute
+    monkeypatch.setattr(Trainer, "_compute", compute)
+    if enough > HALVINGS:
+        with pytest.raises(
+            RunError, match=r"training, step 0: Nesterov: the residual grew\. The step was halved 4"
+        ):
+            train(tmp_path)
+        return
+    outcome = train(tmp_path)
+    assert outcome.reason == "finished"
+    assert load_checkpoint(outcome.last)["position"]["halvings"] == 2
+    assert (
+        "backs off: the step is halved, the iterations are doubled (2 of 4 times)" in capsys.readouterr().err
+    )
+    assert "Backed off" in (tmp_path / "report.html").read_text()
+
+
+def test_backing_off_takes_shorter_steps_and_more_of_them():
+    trainer = Trainer(small("unused"), progress=False)
+    operator = trainer.scan.operator((16, 16))
+    one, other = trainer.model.build(operator), trainer.model.build(operator, halvings=2)
+    assert other.current_step_size() == pytest.approx(one.current_step_size() / 4)
+    assert other.solver == Nesterov(120, 1e-3)
+    assert other.differentiation.solver == Nesterov(80, 1e-3)
+
+
+def test_a_denoiser_that_expands_ends_with_advice(tmp_path):
+    class Expands(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(50.0))
+
+        def forward(self, image):
+            return self.gain * image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RunError, match=r"the denoiser does not contract\. Pre-train it longer"):
+            train(tmp_path, "pretraining.steps=0", "red.tau=3", "red.minibatch_size=null", denoiser=Expands())
+
+
+def test_losses_that_are_not_finite_in_pretraining(tmp_path):
+    class Nan(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, image):
+            return image + self.weight * torch.nan if self.training else image
+
+    with pytest.raises(
+        RunError, match=r"pre-training, step 0: the loss is nan; lower pretraining.learning_rate"
+    ):
+        train(tmp_path, denoiser=Nan())
+
+
+def test_early_stopping(tmp_path, monkeypatch):
+    monkeypatch.setattr("oder_fast.training.trainer.psnr", lambda *_: 10.0)
+    outcome = train(
+        tmp_path, "training.steps=50", "validation.every=1", "validation.patience=3", "pretraining.steps=0"
+    )
+    assert outcome.reason == "no better for long"
+    assert load_checkpoint(outcome.last)["position"]["step"] == 4
+
+
+# ------------------------------------------------------------------ what is trained
+
+
+def test_the_moving_average(tmp_path):
+    outcome = train(
+        tmp_path,
+        "pretraining.steps=3",
+        "training.steps=0",
+        "checkpoints={every: 1, keep: 9}",
+        "pretraining.ema=0.5",
+    )
+    begin = Trainer(small(tmp_path / "x"), progress=False).model.state_dict()["denoiser.layers.0.weight"]
+    states = [load_checkpoint(tmp_path / f"checkpoint-0-{k:08d}.pt") for k in (1, 2, 3)]
+    expected = begin
+    for state in states:
+        expected = 0.5 * expected + 0.5 * state["model"]["denoiser.layers.0.weight"]
+    torch.testing.assert_close(states[-1]["ema"]["denoiser.layers.0.weight"], expected)
+    model, *_ = load_model(tmp_path / "checkpoint-0-00000003.pt")
+    torch.testing.assert_close(model.denoiser.layers[0].weight, expected)
+    assert outcome.last.name == "checkpoint-1-00000000.pt"
+
+
+def test_a_model_loads_and_reconstructs_what_validation_saw(whole):
+    model, scan, configuration, state = load_model(whole.best)
+    assert state["image_shape"] == [16, 16]
+    from oder_fast.training.sets import make_sets
+    from oder_fast.training.trainer import seed_of
+
+    _, validation = make_sets(configuration, scan)
+    g = torch.Generator().manual_seed(seed_of(configuration.seed, "validation", 0))
+    image = validation[0].image[None]
+    measured = scan.measure(Batch(["x"], image), [g])
+    minibatches = torch.Generator().manual_seed(seed_of(configuration.seed, "validation minibatches", 0))
+    with torch.no_grad():
+        found = model(measured.operator, measured.data, minibatches).value
+    assert psnr(found[0], image[0]) == pytest.approx(whole.psnr, abs=1e-3)
+
+
+def test_spectral_norms_settle_on_averaged_weights(tmp_path):
+    options = "denoiser.options={depth: 3, width: 8, spectral_norm: true}"
+    outcome = train(
+        tmp_path, options, "pretraining.learning_rate=3e-2", "pretraining.ema=0.5", "training.steps=0"
+    )
+    model, *_ = load_model(outcome.last)
+    for layer in model.denoiser.layers[::2]:
+        weight = layer.weight.detach().flatten(1)
+        assert torch.linalg.matrix_norm(weight, 2) == pytest.approx(1, rel=2e-2)
+
+
+def test_tau_is_trained_with_the_denoiser(tmp_path):
+    outcome = train(tmp_path, "red.train_tau=true", "training.learning_rate=1e-2")
+    rows = Table(tmp_path / "training.csv", TRAINING).rows()
+    assert rows[7]["tau"] == pytest.approx(0.02)
+    assert rows[-1]["tau"] != pytest.approx(0.02, rel=1e-3)
+    model, *_ = load_model(outcome.last)
+    assert float(model.tau.detach()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_mixed_precision_keeps_to_the_denoiser():
+    """Gradients in bfloat16 point where those in float32 do; all that is not the denoiser stays in float32."""
+    trainer = Trainer(small("unused", "red.minibatch_size=null", "training.steps=1"), progress=False)
+    trainer.position.stage = 1
+    seen = []
+    trainer.model.denoiser.layers[0].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        section = trainer.configuration.training.model_copy(update={"precision": precision})
+        trainer.stages = (trainer.stages[0], section)
+        failed = trainer._try_gradient(*next(trainer._loader()))
+        assert isinstance(failed, dict)
+        gradients[precision] = torch.cat([p.grad.flatten() for p in trainer.parameters])
+        assert all(p.grad.dtype == torch.float32 for p in trainer.parameters)
+        assert {*seen} == {getattr(torch, precision)}
+        seen.clear()
+    exact, rough = gradients["float32"], gradients["bfloat16"]
+    cosine = torch.nn.functional.cosine_similarity(exact, rough, dim=0)
+    assert cosine > 0.98
+    assert float(rough.norm()) == pytest.approx(float(exact.norm()), rel=0.15)
+    assert not torch.equal(exact, rough)
+
+
+@pytest.mark.parametrize(
+    ("operator", "phantoms", "options"),
+    [
+        ({"kind": "mri", "coils": 3}, {"kind": "brain"}, {"depth": 3, "width": 6}),
+        ({"kind": "mri", "coils": 3, "mask": "poisson_disc"}, {"kind": "ellipses"}, {"depth": 3, "width": 6}),
+        (
+            {
+                "kind": "idt",
+                "depths": [-2.0, 0.0],
+                "rings": [[5, 0.4]],
+                "pixel_size": 0.25,
+                "wavelength": 0.5,
+                "numerical_aperture": 0.5,
+                "medium_index": 1.33,
+            },
+            {"kind": "cells"},
+            {"depth": 3, "width": 6},
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 2])
+def test_every_operator_trains(tmp_path, operator, phantoms, options, size):
+    tree = SMALL | {
+        "operator": operator,
+        "data": {"phantoms": {**phantoms, "n": 4, "size": 24}, "workers": 0},
+        "denoiser": {"kind": "dncnn", "options": options},
+        "red": SMALL["red"] | {"minibatch_size": size, "tau": 0.05},
+        "pretraining": {"steps": 2, "batch_size": 2, "loss": "l1"},
+        "training": {"steps": 2, "batch_size": 2, "loss": {"mse": 1, "ssim": 0.1}, "schedule": "cosine"},
+        "output": str(tmp_path),
+    }
+    outcome = Trainer(read_configuration(tree), progress=False).fit()
+    assert outcome.reason == "finished"
+    rows = Table(tmp_path / "training.csv", TRAINING).rows()
+    assert [r["learning_rate"] for r in rows] == pytest.approx([1e-4, 1e-4, 1e-4, 5e-5])
+    model, *_ = load_model(outcome.last)
+    assert model.denoiser.in_channels == (4 if operator["kind"] == "idt" else 2)
+
+
+def test_a_module_and_datasets_of_ones_own(tmp_path):
+    sets = {
+        "train_set": Phantoms("shepp-logan-random", 6, 16),
+        "validation_set": Phantoms("shepp-logan", 1, 16),
+    }
+    own = DnCNN(3, 4)
+    outcome = train(tmp_path, denoiser=own, **sets)
+    with pytest.raises(ConfigurationError, match="give load_model one of the same architecture"):
+        load_model(outcome.last)
+    with pytest.raises(ConfigurationError, match="do not fit the denoiser: 2 weights missing"):
+        load_model(outcome.last, DnCNN(4, 4))
+    model, *_ = load_model(outcome.last, DnCNN(3, 4))
+    assert model.denoiser.layers[0].weight.shape == (4, 1, 3, 3)
+
+
+# ------------------------------------------------------------------ refused before anything starts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["red.minibatch_size=13"], "red.minibatch_size: must be at most the 12 blocks, got 13"),
+        (["red.solver=anderson"], "red.solver: anderson takes no minibatches"),
+        (["denoiser.kind=unett"], "denoiser.kind: must be one of unet, dncnn, drunet.*did you mean unet"),
+        (["denoiser.kind=nowhere:Net"], "denoiser.kind: cannot import 'nowhere:Net'"),
+        (["denoiser.kind=math:pi"], "is no class of torch.nn.Module"),
+        (["denoiser.options.widht=3"], "DnCNN has no option widht; did you mean width"),
+        (
+            ["denoiser.options.width=0"],
+            "denoiser.options: DnCNN: depth must be at least 2 and width at least 1",
+        ),
+        (["denoiser.options.in_channels=3"], "denoiser: does not take images of shape"),
+        (["denoiser.weights=nowhere.pt"], "denoiser.weights: cannot read nowhere.pt"),
+        (["data.phantoms.kind=brain"], "operator: CT takes real images"),
+        (["data.phantoms.kind=cells"], "data: Phantoms: size must be three numbers"),
+        (["data.patch=17"], "Patches: size .* must fit into the images"),
+        (
+            ["operator={kind: mri}", "red.minibatch_size=9"],
+            "red.minibatch_size: must be at most the 8 blocks",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, overrides, message):
+    with pytest.raises((ConfigurationError, ValueError), match=message):
+        train(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_denoiser_without_weights():
+    with pytest.raises(ConfigurationError, match="nothing to train"):
+        Trainer(small("unused"), denoiser=nn.Identity())
+    with pytest.raises(ConfigurationError, match="give both train_set and validation_set"):
+        Trainer(small("unused"), train_set=Phantoms("ellipses", 3, 16))
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not here|device: 'nowhere' is not here"):
+        Trainer(small("unused", "device=nowhere"))
+
+
+# ------------------------------------------------------------------ several processes
+
+RANKS = """
+import json, os, signal, sys
+from oder_fast.training import Trainer, read_configuration
+configuration, dies = json.loads(sys.argv[1]), sys.argv[2] == "dies"
+if dies and os.environ["RANK"] == "1":
+    step = Trainer._step
+    def dying(self, *arguments):
+        if self.position.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+    Trainer._step = dying
+if sys.argv[2] == "diverges" and os.environ["RANK"] == "1":
+    from oder_fast.fixed_point import DivergenceError
+    compute = Trainer._compute
+    def diverging(self, *arguments):
+        if self.position.stage == 1 and self.position.halvings == 0:
+            raise DivergenceError("grew")
+        return compute(self, *arguments)
+    Trainer._compute = diverging
+print(Trainer(read_configuration(configuration), progress=False).fit().reason)
+"""
+
+
+def run_ranks(folder, port, mode, **changes):
+    import json
+
+    tree = SMALL | {"output": str(folder), "timeout": 60} | changes
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, json.dumps(tree), mode],
+            env=os.environ
+            | {"RANK": str(k), "WORLD_SIZE": "2", "LOCAL_RANK": str(k), "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    try:
+        return [(*p.communicate(timeout=120), p.returncode) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, port):
+    red = SMALL["red"] | {"minibatch_size": None, "max_iterations": 200, "tolerance": 1e-5}
+    red |= {"adjoint_iterations": 200, "adjoint_tolerance": 1e-5}
+    half = {
+        "red": red,
+        "pretraining": SMALL["pretraining"] | {"batch_size": 2},
+        "training": SMALL["training"] | {"batch_size": 1},
+    }
+    for out, err, status in run_ranks(tmp_path / "two", port, "", **half):
+        assert (out, status) == ("finished\n", 0), err
+    one = read_configuration(SMALL | {"red": red, "output": str(tmp_path / "one")})
+    alone = Trainer(one, progress=False).fit()
+    first, second = weights(alone.last), weights(tmp_path / "two" / alone.last.name)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=2e-5 * float(value.abs().max()))
+    rows = [Table(tmp_path / k / "training.csv", TRAINING).rows() for k in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+
+
+def test_a_process_that_dies_ends_the_others_with_a_reason(tmp_path, port):
+    start = time.monotonic()
+    (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies")
+    assert dead == -signal.SIGKILL
+    assert status == 1
+    assert "LostProcessError: process 0 of 2: another process of the run ended" in err
+    assert time.monotonic() - start < 60
+
+
+def test_a_process_that_diverges_takes_all_back(tmp_path, port):
+    for out, err, status in run_ranks(tmp_path, port, "diverges"):
+        assert (out, status) == ("finished\n", 0), err
+    rows = Table(tmp_path / "training.csv", TRAINING).rows()
+    assert {r["halvings"] for r in rows if r["stage"] == 1} == {1}
