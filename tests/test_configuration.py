@@ -107,7 +107,7 @@ def test_all_mistakes_are_told_at_once_and_the_caller_s_tree_stays():
 def test_kinds_of_operators():
     assert read_configuration(LEAST, ["operator={kind: mri}"]).operator == MRI()
     assert read_configuration(LEAST | {"operator": {"kind": "idt", **LENSES}}).operator == IDT(**LENSES)
-    with pytest.raises(ConfigurationError, match="missing key operator.depths"):
+    with pytest.raises(ConfigurationError, match=r"missing key operator\.depths"):
         read_configuration(LEAST, ["operator={kind: idt}"])
 
 

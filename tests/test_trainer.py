@@ -234,7 +234,7 @@ def test_what_is_no_checkpoint(tmp_path, content):
         torch.save({"state_dict": {}}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged|not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"damaged|not a checkpoint"):
         load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "missing.pt")
@@ -529,9 +529,9 @@ def test_settings_that_do_not_go_together(tmp_path, overrides, message):
 def test_a_denoiser_without_weights():
     with pytest.raises(ConfigurationError, match="nothing to train"):
         Trainer(small("unused"), denoiser=nn.Identity())
-    with pytest.raises(ConfigurationError, match="give both train_set and validation_set"):
+    with pytest.raises(ConfigurationError, match="give both"):
         Trainer(small("unused"), train_set=Phantoms("ellipses", 3, 16))
-    with pytest.raises(ValueError, match="device: 'cuda:99' is not here|device: 'nowhere' is not here"):
+    with pytest.raises(ValueError, match="device: .nowhere. is not here"):
         Trainer(small("unused", "device=nowhere"))
 
 
