@@ -531,7 +531,7 @@ def test_a_denoiser_without_weights():
         Trainer(small("unused"), denoiser=nn.Identity())
     with pytest.raises(ConfigurationError, match="give both"):
         Trainer(small("unused"), train_set=Phantoms("ellipses", 3, 16))
-    with pytest.raises(ValueError, match="device: .nowhere. is not here"):
+    with pytest.raises(ValueError, match="is not here"):
         Trainer(small("unused", "device=nowhere"))
 
 
