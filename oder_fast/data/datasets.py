@@ -254,7 +254,8 @@ def _as_image(values: NDArray[Any]) -> Tensor:
         raise ValueError(f"its values are {values.dtype}, not numbers")
     dtype = np.complex64 if values.dtype.kind == "c" else np.float32
     with np.errstate(over="ignore"):
-        image = torch.from_numpy(np.array(values, dtype=dtype, order="C"))
+        # Of its own, as it is changed in place.
+        image = torch.from_numpy(np.require(values, dtype, ("C", "W", "O")))
     bad = first_bad(image)
     if bad is not None:
         raise ValueError(f"pixel {bad} is {image[bad].item()}")
@@ -262,6 +263,7 @@ def _as_image(values: NDArray[Any]) -> Tensor:
 
 
 def _scaled(image: Tensor, scale: Scale) -> Tensor:
+    """Bring values to the scale, in place where they are real."""
     if scale == "none":
         return image
     if scale == "slice":
@@ -269,12 +271,12 @@ def _scaled(image: Tensor, scale: Scale) -> Tensor:
             largest = image.abs().amax()
             return image / largest if largest > 0 else image
         low, high = (float(value) for value in torch.aminmax(image))
-        return (image - low) / (high - low) if high > low else torch.zeros_like(image)
+        return image.sub_(low).div_(high - low) if high > low else image.zero_()
     assert not isinstance(scale, str)
     if image.is_complex():
         raise ValueError("it is complex, and a window is for real values; use scale='slice' or 'none'")
     low, high = scale
-    return ((image - low) / (high - low)).clamp_(0, 1)
+    return image.sub_(low).div_(high - low).clamp_(0, 1)
 
 
 # ------------------------------------------------------------------ phantoms

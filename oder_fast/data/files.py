@@ -54,10 +54,16 @@ def is_hdf5(path: Path) -> bool:
 
 def first_bad(values: Tensor) -> tuple[int, ...] | None:
     """Return the index of the first value that is NaN or Inf, None where all are finite."""
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
+    if values.numel() == 0 or not (values.is_floating_point() or values.is_complex()):
         return None
-    return tuple((~finite).nonzero()[0].tolist())
+    # Extremes are found in one pass, and NaN is one.
+    if all(torch.isfinite(extreme) for extreme in torch.aminmax(_real_view(values))):
+        return None
+    return tuple((~torch.isfinite(values)).nonzero()[0].tolist())
+
+
+def _real_view(values: Tensor) -> Tensor:
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 @contextmanager

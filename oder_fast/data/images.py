@@ -119,7 +119,7 @@ def _functional(dataset: Any, group: str, frame: int) -> Any:
 
 def _read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, Any]]:
     import pydicom
-    from pydicom.pixels import apply_modality_lut, pixel_array
+    from pydicom.pixels import pixel_array
 
     dataset = pydicom.dcmread(path, force=True, stop_before_pixels=frame is not None)
     if frame is None:
@@ -129,15 +129,32 @@ def _read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, 
     else:
         _check_frame(_dicom_frames(dataset), frame)
         values = pixel_array(path, index=frame)
-    values = apply_modality_lut(values, _functional(dataset, "PixelValueTransformationSequence", frame or 0))
-    metadata: dict[str, Any] = {"unit": "as stored"}
+    rescale = _functional(dataset, "PixelValueTransformationSequence", frame or 0)
+    is_ct = dataset.get("Modality") == "CT"
+    metadata: dict[str, Any] = {"unit": "1/mm" if is_ct else "as stored"}
     measures = _functional(dataset, "PixelMeasuresSequence", frame or 0)
     if "PixelSpacing" in measures:
         metadata["pixel_spacing"] = tuple(float(s) for s in measures.PixelSpacing)
-    if dataset.get("Modality") == "CT":
-        values = np.maximum(WATER_ATTENUATION * (1 + values / 1000), 0)
-        metadata["unit"] = "1/mm"
-    return values, metadata
+    return _rescaled(values, rescale, is_ct), metadata
+
+
+def _rescaled(values: NDArray[Any], rescale: Any, is_ct: bool) -> NDArray[Any]:
+    """Return what stored values mean, of CT the attenuation, with few arrays in between: each takes its time."""
+    from pydicom.pixels import apply_modality_lut
+
+    slope, intercept = 1.0, 0.0
+    if "ModalityLUTSequence" in rescale:
+        values = apply_modality_lut(values, rescale)
+    elif "RescaleSlope" in rescale and "RescaleIntercept" in rescale:
+        slope, intercept = float(rescale.RescaleSlope), float(rescale.RescaleIntercept)
+    if is_ct:
+        slope, intercept = WATER_ATTENUATION * slope / 1000, WATER_ATTENUATION * (1 + intercept / 1000)
+    elif (slope, intercept) == (1, 0):
+        return values
+    values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    values *= slope
+    values += intercept
+    return np.maximum(values, 0, out=values) if is_ct else values
 
 
 def _dicom_frames(dataset: Any) -> int | None:
@@ -304,7 +321,7 @@ def read_image(path: PathLike, array: str | None = None, frame: int | None = Non
         if values.dtype.kind not in "biuf":
             raise ValueError(f"its values are {values.dtype}, not real numbers")
         with np.errstate(over="ignore"):
-            image = torch.from_numpy(np.array(values, dtype=np.float32))
+            image = torch.from_numpy(np.require(values, np.float32, ("C", "W", "O")))
         bad = first_bad(image)
         if bad is not None:
             raise ValueError(f"pixel {bad} is {float(image[bad])}")
