@@ -1,0 +1,199 @@
+"""A training step through the fixed point: ours against what its denoiser costs alone, and against deepinv's.
+
+CT of 256 x 256 pixels, 90 views, the official U-Net, 30 iterations forward and 30 in the adjoint solve, no test of
+convergence; Adam. Of 30 calls of the denoiser forward and 30 vjps in the adjoint solve no method is spared one: they are
+the floor, with one more evaluation with a graph and one vjp in the weights.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oder_fast import DEQRED, Implicit, Nesterov, ParallelBeamCT, Picard, UNet
+from oder_fast.data import add_gaussian_noise, random_ellipses
+from oder_fast.denoisers import folded, frozen
+from oder_fast.testing import in_turn
+
+# The solves are stopped short of their tolerance on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning", "ignore::UserWarning")
+
+SIZE, VIEWS, MINIBATCH, ITERATIONS = 256, 90, 30, 30
+SHARE = 0.002
+
+
+class Step:
+    """A training step, in several ways."""
+
+    def __init__(self, channels=(32, 64, 128, 256, 512), size=SIZE):
+        torch.manual_seed(0)
+        g = torch.Generator().manual_seed(0)
+        self.unet = UNet(channels)
+        self.size = size
+        self.truth = random_ellipses(1, size, g)
+        self.ct = ParallelBeamCT(size, VIEWS)
+        self.y = add_gaussian_noise(self.ct(self.truth), 50, g)
+        self.norm = self.ct.norm_squared()
+        self.start = self.ct.fbp(self.y).clamp(min=0)
+        self.optimizer = torch.optim.Adam(self.unet.parameters(), 1e-4)
+
+    def model(
+        self,
+        minibatch=MINIBATCH,
+        iterations=ITERATIONS,
+        variance_reduction=False,
+        solver=Nesterov,
+        nonnegative=True,
+    ):
+        fixed = solver(iterations, 1e-4, check_every=None)
+        return DEQRED(
+            self.ct,
+            self.unet,
+            tau=SHARE * self.norm,
+            minibatch_size=minibatch,
+            variance_reduction=variance_reduction,
+            solver=fixed,
+            differentiation=Implicit(solver=fixed),
+            nonnegative=nonnegative,
+            on_failure="ignore",
+        )
+
+    def ours(self, **options):
+        model = self.model(**options)
+
+        def step():
+            self.optimizer.zero_grad()
+            (model(self.y, self.start) - self.truth).square().mean().backward()
+            self.optimizer.step()
+
+        return step
+
+    def denoiser_alone(self):
+        """What no method can leave out."""
+        self.optimizer.zero_grad()
+        image = self.start[:, None]
+        with torch.no_grad(), frozen(self.unet), folded():
+            for _ in range(ITERATIONS):
+                self.unet(image)
+        with frozen(self.unet), folded():
+            leaf = image.clone().requires_grad_()
+            denoised = self.unet(leaf)
+        for _ in range(ITERATIONS):
+            torch.autograd.grad(denoised, leaf, image, retain_graph=True)
+        denoised.backward(image)
+        self.optimizer.step()
+
+    def deepinv(self, deepinv, iterations=ITERATIONS):
+        """The same step with deepinv's gradient descent as a deep equilibrium, its RED prior and its Tomography."""
+
+        class AtLevel(torch.nn.Module):
+            def __init__(self, network):
+                super().__init__()
+                self.network = network
+
+            def forward(self, x, sigma):
+                return self.network(x)
+
+        physics = deepinv.physics.Tomography(angles=VIEWS, img_width=self.size, circle=False, normalize=False)
+        y = physics(self.truth[:, None])
+        step_size = 1 / (self.norm * (1 + 2 * SHARE))
+        model = deepinv.optim.GD(
+            data_fidelity=deepinv.optim.L2(),
+            prior=deepinv.optim.RED(denoiser=AtLevel(self.unet)),
+            lambda_reg=SHARE * self.norm,
+            stepsize=step_size,
+            sigma_denoiser=0.0,
+            max_iter=iterations,
+            early_stop=False,
+            custom_init=lambda y, physics: self.start[:, None],
+            DEQ=deepinv.optim.DEQConfig(max_iter_backward=iterations),
+            trainable_params=[],
+        )
+
+        def step():
+            self.optimizer.zero_grad()
+            (model(y, physics)[:, 0] - self.truth).square().mean().backward()
+            self.optimizer.step()
+
+        return step
+
+
+def test_step(report, one_thread, deepinv):
+    step = Step()
+    candidates = {
+        "ours": step.ours(),
+        "the denoiser alone": step.denoiser_alone,
+        "RED, all views": step.ours(minibatch=None),
+        "variance-reduced": step.ours(variance_reduction=True),
+    }
+    if deepinv is not None:
+        candidates["deepinv DEQ"] = step.deepinv(deepinv)
+    report.benchmark.pedantic(lambda: None)
+    times = in_turn(candidates, 1, rounds=2)
+    ours = times.pop("ours")
+    note = f"{ours / times['the denoiser alone']:.3f} of what the denoiser alone takes"
+    report.add("training step", "cpu", f"CT {SIZE}x{SIZE}, {MINIBATCH} of {VIEWS} views, {ITERATIONS} + {ITERATIONS} iterations", ours, peers=times, note=note)
+
+
+PEAK = """
+import ctypes, sys, torch, warnings
+sys.path.insert(0, {path!r})
+warnings.simplefilter("ignore")
+import bench_training
+from bench_training import Step, VIEWS
+bench_training.VIEWS = {views}
+torch.set_num_threads(1)
+step = Step()
+run = {what}
+run()
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
+before = peak()
+run()
+print(peak() - before)
+"""
+
+
+def peak(what, views=VIEWS):
+    """MiB that a step takes beyond what is there before it."""
+    from pathlib import Path
+
+    script = PEAK.format(path=str(Path(__file__).parent), what=what, views=views)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout.split()[-1])
+
+
+def test_memory(report, deepinv):
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    report.benchmark.pedantic(lambda: None)
+    few = peak("step.ours(iterations=4)")
+    many = peak("step.ours(iterations=12)")
+    views = peak("step.ours(iterations=4)", views=360)
+    note = f"peak memory {few:.0f} MiB; with 12 iterations for 4 {many:.0f}, with 360 views for 90 {views:.0f} MiB"
+    if deepinv is not None:
+        theirs = peak("step.deepinv(__import__('conftest').import_deepinv(), 4)")
+        note += f"; deepinv {theirs:.0f} MiB"
+    report.add("training step", "cpu", f"CT {SIZE}x{SIZE}, {MINIBATCH} views a step", None, note=note)
+
+
+def test_both_solve_the_same_problem(deepinv, one_thread):
+    """Ours, without momentum and projection, gives deepinv's gradient, but for how that discretises the transform."""
+    if deepinv is None:
+        pytest.skip("deepinv is not installed")
+    step = Step(channels=(4, 8), size=32)
+    found = []
+    for run in (step.ours(minibatch=None, iterations=60, solver=Picard, nonnegative=False), step.deepinv(deepinv, 60)):
+        before = [p.detach().clone() for p in step.unet.parameters()]
+        run()
+        found.append(torch.cat([p.grad.flatten() for p in step.unet.parameters()]))
+        with torch.no_grad():
+            for p, value in zip(step.unet.parameters(), before, strict=True):
+                p.copy_(value)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.95
