@@ -123,6 +123,52 @@ def test_scales(tmp_path):
             data.ImageFolder(tmp_path, scale=scale)
 
 
+def test_volumes(tmp_path):
+    values = ramp(4, 6, 5) * (1 + 1j)
+    np.save(tmp_path / "a.npy", values)
+    np.savez(tmp_path / "b.npz", contrast=values.real)
+    data.write_nifti(tmp_path / "c.nii.gz", torch.from_numpy(values))
+    dataset = data.ImageFolder(tmp_path, scale="none", volumes=True)
+    assert dataset.names == ["a.npy", "b.npz", "c.nii.gz"]
+    assert data.common_shape(dataset) == (4, 6, 5)
+    for sample, expected in zip(dataset, (values, values.real, values), strict=True):
+        assert sample.image.dtype == torch.complex64
+        np.testing.assert_array_equal(sample.image, expected)
+    assert data.ImageFolder(tmp_path, volumes=True)[0].image.abs().max() == pytest.approx(1)
+    assert dataset.fingerprint(0) != data.ImageFolder(tmp_path, scale="none").fingerprint(0)
+    # What is kept of a volume is not what is given out.
+    dataset[2].image.zero_()
+    np.testing.assert_array_equal(dataset[2].image, values)
+    np.save(tmp_path / "d.npy", values[0])
+    with pytest.raises(ValueError, match=r"d\.npy: it holds one image of shape \(6, 5\), not a volume"):
+        data.ImageFolder(tmp_path, volumes=True)
+
+
+def test_slices_of_a_volume_are_not_what_is_kept_of_it(tmp_path):
+    np.savez(tmp_path / "a.npz", ramp(3, 6, 5))
+    data.write_nifti(tmp_path / "b.nii.gz", torch.from_numpy(ramp(3, 6, 5)))
+    for _ in range(2):
+        for sample in data.ImageFolder(tmp_path, scale=(0, 10)):
+            sample.image.zero_()
+    found = torch.stack([sample.image for sample in data.ImageFolder(tmp_path, scale="none")])
+    np.testing.assert_array_equal(found, np.concatenate([ramp(3, 6, 5)] * 2))
+
+
+def test_pixels_that_need_another_package(tmp_path, monkeypatch):
+    from pydicom.pixels.decoders import RLELosslessDecoder
+
+    monkeypatch.setattr(type(RLELosslessDecoder), "is_available", property(lambda self: False))
+    with pytest.raises(
+        ValueError, match=r"RLE\.dcm: its pixels are compressed \(RLE Lossless\), which needs another"
+    ):
+        data.ImageFolder(get_testdata_file("MR_small_RLE.dcm"))
+    monkeypatch.undo()
+    compressed, plain = (
+        data.ImageFolder(get_testdata_file(name))[0].image for name in ("MR_small_RLE.dcm", "MR_small.dcm")
+    )
+    assert torch.equal(compressed, plain)
+
+
 def test_groups_by_rule(mixed):
     dataset = data.ImageFolder(mixed, group=lambda path: path.suffix)
     assert set(dataset.groups) == {".tif", ".PNG", ".npy", ".npz", "", ".dcm", ".nii", ".gz"}

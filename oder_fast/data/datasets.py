@@ -135,7 +135,7 @@ def _values(path: Path, header: ImageHeader, array: str | None, frame: int | Non
 
 
 class ImageFolder(Samples):
-    r"""Images of a folder, with all folders in it: each slice, frame or page is a sample.
+    r"""Images of a folder, with all folders in it: each slice, frame or page is a sample, or each volume.
 
     Read are DICOM (one frame or several), TIFF (each page), PNG, NPY and NPZ (``(H, W)`` or slices first), and NIfTI
     (each slice of a volume), real or complex. CT slices in DICOM are linear attenuation coefficients in 1/mm as
@@ -149,11 +149,12 @@ class ImageFolder(Samples):
         source: A folder, a file, or a list of files.
         scale: What values become:
 
-            - ``"slice"``: those of each slice fill [0, 1], from its least to its largest; a complex one is divided
-              by its largest magnitude.
+            - ``"slice"``: those of each slice fill [0, 1], from its least to its largest; a complex one, or a volume,
+              is divided by its largest magnitude.
             - ``(low, high)``: the same window for all, brought to [0, 1] and clipped; of CT in 1/mm.
             - ``"none"``: as read.
         array: Which array of NPZ files; needed only where they hold several.
+        volumes: Take each file as one volume ``(Z, H, W)``, complex, as diffraction tomography does.
         group: From the path of a file to the name of the patient it shows. None for the patient (or the study) that
             a DICOM file names, and else the folder in `source` that the file lies in at whatever depth, or the file
             itself where it lies in none.
@@ -184,10 +185,11 @@ class ImageFolder(Samples):
         *,
         scale: Scale = "slice",
         array: str | None = None,
+        volumes: bool = False,
         group: Callable[[Path], str] | None = None,
     ) -> None:
         self.scale = _check_scale(scale)
-        self.array = array
+        self.array, self.volumes = array, volumes
         self.left_out: dict[str, int] = {}
         files = Files(source, _is_image)
         if files.left_out:
@@ -200,6 +202,8 @@ class ImageFolder(Samples):
             try:
                 with naming(path):
                     header = _header(path, array if path.suffix.lower() == ".npz" else None)
+                    if volumes and header.frames is None:
+                        raise ValueError(f"it holds one image of shape {header.shape}, not a volume")
             except ValueError as error:
                 if not (files.from_folder and isinstance(error.__cause__, NoImageError)):
                     raise
@@ -207,12 +211,13 @@ class ImageFolder(Samples):
                 self.left_out[reason] = self.left_out.get(reason, 0) + 1
                 continue
             name, member = files.name(path), group_of(path, files, header.patient, group, "ImageFolder")
-            frames = [None] if header.frames is None else range(header.frames)
+            frames = [None] if header.frames is None or volumes else range(header.frames)
             for frame in frames:
                 self.names.append(name if frame is None else f"{name}[{frame}]")
                 self._where.append((len(self._files), frame))
             self.groups += [member] * len(frames)
-            self.shapes += [header.shape] * len(frames)
+            depth = (header.frames,) if volumes and header.frames is not None else ()
+            self.shapes += [depth + header.shape] * len(frames)
             self._files.append((path, header))
         if not self.groups:
             found = ", ".join(f"{count} of {reason}" for reason, count in self.left_out.items()) or "nothing"
@@ -225,13 +230,14 @@ class ImageFolder(Samples):
         path, header = self._files[file]
         with naming(path):
             array = self.array if header.format == "NPZ" else None
-            image = _scaled(_as_image(_values(path, header, array, frame)), self.scale)
+            image = _as_image(_values(path, header, array, frame), 3 if self.volumes else 2)
+            image = _scaled(image, self.scale)
         return Sample(self.names[number], image)
 
     def fingerprint(self, index: SupportsIndex) -> str:
         """Return what the file is, when it was last changed, and what is made of it."""
         file, frame = self._where[self._check(index)]
-        return self._hash(stamp(self._files[file][0]), frame, self.scale, self.array)
+        return self._hash(stamp(self._files[file][0]), frame, self.scale, self.array, self.volumes)
 
 
 def _check_scale(scale: Any) -> Scale:
@@ -247,12 +253,14 @@ def _check_scale(scale: Any) -> Scale:
     )
 
 
-def _as_image(values: NDArray[Any]) -> Tensor:
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"it holds an array of shape {values.shape}, not a two-dimensional image")
+def _as_image(values: NDArray[Any], dimensions: int) -> Tensor:
+    """Return an image as float32 or complex64, a volume as complex64."""
+    if values.ndim != dimensions or 0 in values.shape:
+        wanted = "a volume" if dimensions == 3 else "a two-dimensional image"
+        raise ValueError(f"it holds an array of shape {values.shape}, not {wanted}")
     if values.dtype.kind not in "biufc":
         raise ValueError(f"its values are {values.dtype}, not numbers")
-    dtype = np.complex64 if values.dtype.kind == "c" else np.float32
+    dtype = np.complex64 if values.dtype.kind == "c" or dimensions == 3 else np.float32
     with np.errstate(over="ignore"):
         # Of its own, as it is changed in place.
         image = torch.from_numpy(np.require(values, dtype, ("C", "W", "O")))

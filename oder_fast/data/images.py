@@ -168,8 +168,10 @@ def _dicom_header(path: Path) -> ImageHeader:
     dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=DICOM_TAGS)
     patient = str(dataset.get("PatientID") or dataset.get("StudyInstanceUID") or "") or None
     kind = dataset.get("SOPClassUID") or getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID")
-    if kind is not None and kind.name != kind and "Image" not in kind.name:
-        raise NoImageError(f"a DICOM file of the kind {kind.name}, not an image")
+    name = pydicom.uid.UID(str(kind or "")).name
+    # An unknown kind is named by its number.
+    if name != kind and name and "Image" not in name:
+        raise NoImageError(f"a DICOM file of the kind {name}, not an image")
     if "LOCALIZER" in (dataset.get("ImageType") or ()) and dataset.get("Modality") == "CT":
         raise NoImageError("a CT localizer: a projection, not a slice")
     if not (dataset.get("Rows") and dataset.get("Columns")):
