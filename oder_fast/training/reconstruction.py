@@ -527,6 +527,8 @@ class _Run:
         return _Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ", True)
 
     def _inspect_image(self, path: Path, name: str) -> _Job:
+        if self.maps is not None:
+            raise ValueError(f"{path}: it holds images, and coil maps are for k-space")
         if self.idt:
             nifti = path.name.lower().endswith(NIFTI_SUFFIXES)
             shape = nifti_shape(path) if nifti else self._layout(path)[0]
@@ -711,16 +713,17 @@ class _Run:
         samples = [item.sample for item in items if item.sample is not None]
         if samples:
             generators = [torch.Generator().manual_seed(item.seed) for item in items]
-            names, *tensors = collate(samples)
-            batch = Batch(names, *(None if t is None else t.to(self.device) for t in tensors))
+            batch = collate(samples)
+            kspace, maps = (None if t is None else t.to(self.device) for t in (batch.kspace, batch.maps))
+            batch = Batch(batch.names, batch.image.to(self.device), kspace, maps)
             with torch.no_grad():
                 return self.scan.measure(batch, generators), low, span
         data = torch.stack([item.data for item in items if item.data is not None]).to(self.device)
         operator: Any
         if self.mri:
-            maps = torch.stack([item.maps for item in items if item.maps is not None])
+            coil_maps = torch.stack([item.maps for item in items if item.maps is not None])
             masks = torch.stack([item.mask for item in items if item.mask is not None])
-            operator = CartesianMRI(maps.to(self.device), masks.to(self.device))
+            operator = CartesianMRI(coil_maps.to(self.device), masks.to(self.device))
         else:
             operator = self.scan.operator(self.image_shape).to(self.device)
         if self.idt:
@@ -773,7 +776,7 @@ class _Run:
             f"{job.base}{suffix}" if len(images) == 1 else f"{job.base}-{k:0{digits}d}{suffix}"
             for k in range(len(images))
         ]
-        like = self._like(job, kind)
+        like = self._like(job)
         window = None
         if kind == "png" and len(images) > 1:
             low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
@@ -783,12 +786,10 @@ class _Run:
             write_image(output / name, image, like, voxel_size=job.voxel_size, window=window)
         return names
 
-    def _like(self, job: _Job, kind: Format) -> Path | None:
-        """Return the file whose header is carried over."""
-        if job.path.name.lower().endswith(NIFTI_SUFFIXES):
-            return job.path
-        # Of k-space the voxel size was read along.
-        return job.path if self.choices.simulate and format_of(job.path) == "DICOM" else None
+    def _like(self, job: _Job) -> Path | None:
+        """Return the file whose header is carried over; of k-space the voxel size was read along."""
+        is_image = self.choices.simulate and not job.is_kspace and not self.idt
+        return job.path if is_image and _is_picture(job.path) else None
 
 
 # ------------------------------------------------------------------ files

@@ -1,0 +1,780 @@
+"""Files through a checkpoint: what comes out, what is refused, and what survives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from oder_fast import CartesianMRI
+from oder_fast.cli import main
+from oder_fast.data import birdcage_maps, brain_like, cell_like, random_ellipses, read_image, read_nifti
+from oder_fast.fixed_point import DivergenceError
+from oder_fast.training import (
+    CheckpointError,
+    ConfigurationError,
+    InputError,
+    RunError,
+    Trainer,
+    load_model,
+    read_configuration,
+    reconstruct_files,
+    reconstruction,
+)
+
+SIZE = 24
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kspace_files = load("test_kspace")
+
+COMMON = {
+    # As it is drawn, it shrinks images: the map contracts.
+    "denoiser": {"kind": "dncnn", "options": {"depth": 3, "width": 4, "predicts": "image", "bias": False}},
+    "pretraining": {"steps": 2, "batch_size": 2, "ema": None, "learning_rate": 1e-6},
+    "training": {"steps": 1, "ema": None, "learning_rate": 1e-6},
+    "validation": {"every": 1, "samples": 1, "images": 0},
+    "threads": 1,
+}
+RED = {"tau": 0.01, "max_iterations": 300, "tolerance": 1e-4, "adjoint_iterations": 5}
+KINDS = {
+    "ct": {
+        "operator": {"kind": "ct", "angles": 16, "snr": None},
+        "data": {"phantoms": {"kind": "ellipses", "n": 2, "size": SIZE}, "workers": 0},
+        "red": RED | {"minibatch_size": 4},
+    },
+    "mri": {
+        "operator": {"kind": "mri", "coils": 4, "acceleration": 2, "center_fraction": 0.5},
+        "data": {"phantoms": {"kind": "brain", "n": 2, "size": 32}, "workers": 0},
+        "red": RED,
+    },
+    "idt": {
+        "operator": {
+            "kind": "idt",
+            "depths": [-4, 0, 4],
+            "rings": [[8, 0.3]],
+            "pixel_size": 0.4,
+            "wavelength": 0.6,
+            "numerical_aperture": 0.4,
+            "medium_index": 1.33,
+        },
+        "data": {"phantoms": {"kind": "cells", "n": 2, "size": 16}, "workers": 0},
+        "red": RED | {"tolerance": 1e-2},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A checkpoint of each kind, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(kind):
+        if kind not in made:
+            configuration = read_configuration(COMMON | KINDS[kind] | {"output": str(folder / kind)})
+            made[kind] = Trainer(configuration, progress=False).fit().last
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def ct(checkpoints):
+    return checkpoints("ct")
+
+
+@pytest.fixture
+def mri(checkpoints):
+    return checkpoints("mri")
+
+
+def reconstruct(checkpoint, inputs, output, **options):
+    return reconstruct_files(checkpoint, inputs, output, progress=False, **options)
+
+
+def ellipses(n, seed=0):
+    return random_ellipses(n, SIZE, torch.Generator().manual_seed(seed))
+
+
+def sinograms(checkpoint, n, seed=0):
+    operator = load_model(checkpoint)[1].operator((SIZE, SIZE))
+    return operator(ellipses(n, seed))
+
+
+def save(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.asarray(values))
+    return path
+
+
+def tree(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def ledger(folder):
+    lines = [json.loads(line) for line in (folder / "reconstructed.jsonl").read_text().splitlines()]
+    return {line["file"]: line for line in lines[1:]}
+
+
+def error(image, truth):
+    return float(torch.linalg.vector_norm(torch.as_tensor(image) - truth) / torch.linalg.vector_norm(truth))
+
+
+# ------------------------------------------------------------------ CT
+
+
+def test_sinograms_of_a_folder(tmp_path, ct):
+    y = sinograms(ct, 4)
+    save(tmp_path / "in/one.npy", y[0])
+    save(tmp_path / "in/a/b/three.npy", y[1:])
+    (tmp_path / "in/notes.txt").write_text("no data")
+    save(tmp_path / "in/.hidden.npy", y[0])
+    # In another unit the same comes out in that unit.
+    tifffile.imwrite(tmp_path / "in/scaled.tif", 50 * y[0].numpy())
+    with h5py.File(tmp_path / "in/stored.h5", "w") as file:
+        file["scan/sinogram"] = y[0].numpy()
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out")
+    assert sorted(report.done) == ["a/b/three.npy", "one.npy", "scaled.tif", "stored.h5"]
+    assert (report.failed, report.skipped, report.not_converged) == ({}, [], [])
+    assert tree(tmp_path / "out") == [
+        "a/b/three.tif",
+        "one.tif",
+        "reconstructed.jsonl",
+        "scaled.tif",
+        "stored.tif",
+    ]
+    one, three = (tifffile.imread(tmp_path / "out" / name) for name in ("one.tif", "a/b/three.tif"))
+    assert (one.shape, three.shape) == ((SIZE, SIZE), (3, SIZE, SIZE))
+    truth = ellipses(4)
+    operator = load_model(ct)[1].operator((SIZE, SIZE))
+    assert error(one, truth[0]) < 0.7 * error(operator.initial(y[:1])[0], truth[0])
+    assert error(three, truth[1:]) < 0.7 * error(operator.initial(y[1:]), truth[1:])
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "out/scaled.tif"), 50 * one, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out/stored.tif"), one)
+
+
+def test_what_is_solved_for_is_the_fixed_point(tmp_path, ct):
+    y = sinograms(ct, 1)
+    path = save(tmp_path / "y.npy", y[0])
+    reconstruct(ct, path, tmp_path / "out", scale="none", format="npy", tolerance=1e-5, minibatch=0)
+    model, scan, _, _ = load_model(ct)
+    model.section = model.section.model_copy(update={"minibatch_size": None, "tolerance": 1e-5})
+    with torch.no_grad():
+        expected = model(scan.operator((SIZE, SIZE)), y).value[0]
+    assert error(np.load(tmp_path / "out/y.npy"), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("ct", {}), ("ct", {"simulate": True}), ("mri", {"simulate": True})]
+)
+def test_batches_give_what_single_images_do(tmp_path, checkpoints, kind, options):
+    checkpoint = checkpoints(kind)
+    for k, values in enumerate(ellipses(5, 3) if options else sinograms(checkpoint, 5, 3)):
+        save(tmp_path / f"in/{k}.npy", values)
+    options, found = options | {"tolerance": 1e-6, "max_iterations": 1000}, {}
+    for batch in (1, 2, 5):
+        output = tmp_path / str(batch)
+        report = reconstruct(checkpoint, tmp_path / "in", output, batch=batch, workers=batch, **options)
+        assert (len(report.done), report.not_converged) == (5, [])
+        found[batch] = np.stack([tifffile.imread(output / f"{k}.tif") for k in range(5)])
+    for batch in (2, 5):
+        np.testing.assert_allclose(found[batch], found[1], rtol=0, atol=2e-5)
+    # Nor do noise and masks depend on what else is reconstructed.
+    reconstruct(checkpoint, tmp_path / "in/3.npy", tmp_path / "alone", **options)
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "alone/3.tif"), found[1][3], rtol=0, atol=2e-5)
+
+
+def test_windows(tmp_path, ct):
+    # Values from 2 to 6 are 0 to 1 for the model, sinograms included.
+    image, operator = ellipses(1)[0], load_model(ct)[1].operator((SIZE, SIZE))
+    shown = 2 + 4 * image / image.max()
+    plain = save(tmp_path / "plain.npy", operator((image / image.max())[None])[0])
+    moved = save(tmp_path / "moved.npy", operator(shown[None])[0])
+    picture = save(tmp_path / "picture.npy", shown)
+    reconstruct(ct, plain, tmp_path / "out", scale="none")
+    expected = 2 + 4 * tifffile.imread(tmp_path / "out/plain.tif")
+    for path, options in ((moved, {}), (picture, {"simulate": True})):
+        reconstruct(ct, path, tmp_path / path.stem, scale=(2.0, 6.0), **options)
+        result = tifffile.imread(tmp_path / path.stem / f"{path.stem}.tif")
+        np.testing.assert_allclose(result, expected, rtol=0, atol=5e-3)
+
+
+def test_images_are_measured_and_dicom_headers_carried_over(tmp_path, ct):
+    (tmp_path / "in/patient").mkdir(parents=True)
+    shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "in/patient/IM0001")
+    ramp = np.linspace(0, 200, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "in/ramp.png")
+    # A folder's index of a medium is no image, and no failure.
+    shutil.copy(get_testdata_file("DICOMDIR"), tmp_path / "in/DICOMDIR")
+    options = {"simulate": True, "tolerance": 1e-2, "max_iterations": 30}
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", format="dicom", **options)
+    assert sorted(report.done) == ["patient/IM0001", "ramp.png"]
+    assert report.failed == {}
+    source = pydicom.dcmread(tmp_path / "in/patient/IM0001")
+    written = pydicom.dcmread(tmp_path / "out/patient/IM0001.dcm")
+    for name in ("PatientID", "StudyInstanceUID", "ImagePositionPatient", "PixelSpacing", "Modality"):
+        assert written[name].value == source[name].value
+    assert written.SeriesInstanceUID != source.SeriesInstanceUID
+    assert written.RescaleType == "HU"
+    # In the unit of the file.
+    image, truth = (read_image(f).image for f in (tmp_path / "out/patient/IM0001.dcm", source.filename))
+    assert error(image, truth) < 0.5
+    assert pydicom.dcmread(tmp_path / "out/ramp.dcm").Modality == "OT"
+
+    lines = (tmp_path / "out/quality.csv").read_text().splitlines()
+    assert lines[0] == "file,images,psnr,ssim,psnr_start,ssim_start"
+    assert [line.split(",")[0] for line in lines[1:]] == ["patient/IM0001", "ramp.png", "mean"]
+    rows = np.array([[float(v) for v in line.split(",")[2:]] for line in lines[1:]])
+    np.testing.assert_allclose(rows[2], rows[:2].mean(0), rtol=1e-4)
+    assert report.quality["psnr"] == pytest.approx(rows[2, 0], rel=1e-4)
+    # As an independent formula has it.
+    expected = 20 * np.log10(np.ptp(truth.numpy()) / (image - truth).square().mean().sqrt().item())
+    assert rows[0, 0] == pytest.approx(expected, abs=0.02)
+
+
+def test_volumes_and_numbered_files(tmp_path, ct):
+    y = sinograms(ct, 3)
+    path = save(tmp_path / "y.npy", y)
+    for kind, names in {
+        "nifti": ["y.nii.gz"],
+        "npz": ["y.npz"],
+        "png": ["y-0000.png", "y-0001.png", "y-0002.png"],
+        "dicom": ["y-0000.dcm", "y-0001.dcm", "y-0002.dcm"],
+    }.items():
+        assert reconstruct(ct, path, tmp_path / kind, format=kind, tolerance=1e-2).failed == {}
+        assert tree(tmp_path / kind) == sorted([*names, "reconstructed.jsonl"])
+        assert ledger(tmp_path / kind)["y.npy"]["outputs"] == names
+    volume = read_nifti(tmp_path / "nifti/y.nii.gz")[0]
+    np.testing.assert_array_equal(np.load(tmp_path / "npz/y.npz")["image"], volume)
+    windows = {Image.open(p).text["Window"] for p in (tmp_path / "png").glob("*.png")}
+    assert len(windows) == 1
+
+
+# ------------------------------------------------------------------ MRI
+
+
+def brain(n=1, size=32, coils=4, seed=0):
+    """Images and their k-space; ESPIRiT's maps differ from these by a phase."""
+    image = brain_like(n, size, torch.Generator().manual_seed(seed))
+    maps = birdcage_maps(coils, (size, size))
+    return image, CartesianMRI(maps, torch.ones(size, dtype=torch.bool))(image), maps
+
+
+def lines(size=32, centre=14):
+    mask = np.arange(size) % 2 == 0
+    mask[size // 2 - centre // 2 : size // 2 + centre // 2] = True
+    return mask
+
+
+def test_kspace(tmp_path, mri):
+    image, kspace, maps = brain(2)
+    kspace, mask = 7 * kspace.numpy(), lines()
+    zeroed = np.where(mask, kspace, 0)
+    (tmp_path / "in").mkdir()
+    # Of one with a mask what lies outside does not count.
+    kspace_files.write_fastmri(tmp_path / "in/with.h5", kspace, mask=mask)
+    kspace_files.write_fastmri(tmp_path / "in/without.h5", zeroed)
+    kspace_files.write_fastmri(tmp_path / "in/full.h5", kspace)
+    np.savez(tmp_path / "in/named.npz", kspace=kspace, mask=mask)
+    xml = kspace_files.header((32, 32, 1), (320.0, 320.0, 5.0), center=16).replace(
+        "<x>160.0</x>", "<x>320.0</x>"
+    )
+    steps = np.flatnonzero(mask)
+    acquisitions = [one for s in (0, 1) for one in kspace_files.scan_lines(zeroed[s], steps, slice=s)]
+    kspace_files.write_ismrmrd(tmp_path / "in/scan.mrd", acquisitions, xml)
+    report = reconstruct(mri, tmp_path / "in", tmp_path / "out", tolerance=1e-5, max_iterations=500)
+    assert report.failed == {}
+    assert sorted(report.done) == ["full.h5", "named.npz", "scan.mrd", "with.h5", "without.h5"]
+    found = {
+        name: np.load(tmp_path / f"out/{name}.npy") for name in ("with", "without", "named", "scan", "full")
+    }
+    assert found["with"].shape == (2, 32, 32)
+    assert found["with"].dtype == np.complex64
+    for name in ("without", "named", "scan"):
+        np.testing.assert_allclose(
+            found[name], found["with"], rtol=0, atol=2e-3 * np.abs(found["with"]).max()
+        )
+    truth = 7 * image.abs()
+    start = (
+        maps.conj()
+        * torch.from_numpy(
+            np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(zeroed, (-2, -1)), norm="ortho"), (-2, -1))
+        )
+    ).sum(1)
+    assert error(np.abs(found["with"]), truth) < 0.6 * error(start.abs(), truth)
+    assert error(np.abs(found["full"]), truth) < 0.1
+
+
+def test_coil_maps_of_a_file(tmp_path, mri):
+    image, kspace, maps = brain()
+    path = save(tmp_path / "few.npy", kspace[0] * torch.from_numpy(lines(centre=4)))
+    report = reconstruct(mri, path, tmp_path / "none")
+    assert "slice 0" in report.failed["few.npy"]
+    assert "too few calibration lines" in report.failed["few.npy"]
+    assert report.failed["few.npy"].endswith("or give coil maps (--maps)")
+    # Whatever their unit.
+    given = save(tmp_path / "maps.npy", 3 * maps)
+    report = reconstruct(mri, path, tmp_path / "out", maps=given, part="magnitude")
+    assert report.done == ["few.npy"]
+    assert error(tifffile.imread(tmp_path / "out/few.tif"), image[0].abs()) < 0.25
+    for wrong, message in (
+        (maps[:3], "it has 4 coils, and .* maps of 3"),
+        (maps.abs(), "coil maps must be complex"),
+        (maps[0], r"\(C, H, W\) or \(S, C, H, W\)"),
+        (0 * maps, "zero everywhere"),
+    ):
+        save(given, wrong)
+        with pytest.raises(InputError, match=message):
+            reconstruct(mri, path, tmp_path / "new", maps=given)
+    save(given, maps[..., :20])
+    assert (
+        "coil maps must have the shape"
+        in reconstruct(mri, path, tmp_path / "new", maps=given).failed["few.npy"]
+    )
+
+
+def test_an_oversampled_readout_is_cut(tmp_path, mri):
+    image, _, maps = brain()
+    wide = torch.zeros(1, 64, 32, dtype=torch.complex64)
+    wide[:, 16:48] = image
+    coils = torch.zeros(4, 64, 32, dtype=torch.complex64)
+    coils[:, 16:48] = maps
+    coils[:, :16], coils[:, 48:] = maps[:, :1], maps[:, -1:]
+    kspace = CartesianMRI(coils, torch.ones(32, dtype=torch.bool))(wide).numpy()
+    header = kspace_files.header((64, 32, 1), (640.0, 320.0, 5.0))
+    kspace_files.write_fastmri(tmp_path / "y.h5", kspace, ismrmrd_header=header)
+    report = reconstruct(mri, tmp_path / "y.h5", tmp_path / "out", format="nifti", tolerance=1e-3)
+    assert report.done == ["y.h5"]
+    volume, voxel_size = read_nifti(tmp_path / "out/y.nii.gz")
+    assert volume.shape == (1, 32, 32) or volume.shape == (32, 32)
+    assert voxel_size == pytest.approx((5.0, 10.0, 10.0))
+    assert error(volume.reshape(32, 32).abs(), image[0].abs()) < 0.15
+
+
+def test_a_fully_sampled_scan_is_undersampled_to_simulate(tmp_path, mri):
+    image, kspace, _ = brain(2)
+    kspace_files.write_fastmri(tmp_path / "full.h5", 5 * kspace.numpy())
+    kspace_files.write_fastmri(tmp_path / "few.h5", kspace.numpy() * lines())
+    report = reconstruct(mri, [tmp_path / "full.h5", tmp_path / "few.h5"], tmp_path / "out", simulate=True)
+    assert report.done == ["full.h5"], report.failed
+    assert "samples are missing: it cannot be measured anew" in report.failed["few.h5"]
+    assert report.quality["psnr"] > report.quality["psnr_start"]
+    assert error(np.abs(np.load(tmp_path / "out/full.npy")), 5 * image.abs()) < 0.2
+
+
+def test_complex_images_and_formats_that_hold_none(tmp_path, mri):
+    path = save(tmp_path / "y.npy", brain()[1][0])
+    for kind in ("tiff", "png", "dicom"):
+        with pytest.raises(
+            InputError, match=f"{kind} cannot hold the complex images of y.npy; say which part"
+        ):
+            reconstruct(mri, path, tmp_path / "out", format=kind)
+    assert not (tmp_path / "out").exists()
+    reconstruct(mri, path, tmp_path / "whole")
+    image = np.load(tmp_path / "whole/y.npy")
+    for part, function in (("magnitude", np.abs), ("phase", np.angle), ("imaginary", np.imag)):
+        reconstruct(mri, path, tmp_path / part, part=part)
+        np.testing.assert_allclose(
+            tifffile.imread(tmp_path / part / "y.tif"), function(image), rtol=0, atol=1e-5
+        )
+
+
+# ------------------------------------------------------------------ diffraction tomography
+
+
+def test_intensities(tmp_path, checkpoints):
+    checkpoint = checkpoints("idt")
+    _, scan, _, _ = load_model(checkpoint)
+    operator = scan.operator((3, 16, 16))
+    truth = cell_like(1, (3, 16, 16), torch.Generator().manual_seed(0))
+    y = operator(truth / 0.01)
+    path = save(tmp_path / "y.npy", y[0])
+    assert reconstruct(checkpoint, path, tmp_path / "out").failed == {}
+    found = np.load(tmp_path / "out/y.npy")
+    assert found.shape == (3, 16, 16)
+    assert error(operator(torch.from_numpy(found)[None] / 0.01), y) < 0.3
+    save(tmp_path / "volume.npy", truth[0])
+    report = reconstruct(checkpoint, tmp_path / "volume.npy", tmp_path / "simulated", simulate=True)
+    assert np.isfinite(report.quality["psnr"])
+    with pytest.raises(InputError, match=r"measurements must be \(L, H, W\) = \(8, 16, 16\)"):
+        reconstruct(checkpoint, save(tmp_path / "few.npy", y[0, :5]), tmp_path / "new")
+    # As a camera has it.
+    raw = save(tmp_path / "raw.npy", 300 * (1 + y[0]))
+    assert reconstruct(checkpoint, raw, tmp_path / "raw", normalize=True).failed == {}
+
+
+# ------------------------------------------------------------------ what fails
+
+
+def test_what_is_damaged_is_listed_and_the_rest_done(tmp_path, ct, capsys):
+    y = sinograms(ct, 3)
+    for k in range(3):
+        save(tmp_path / f"in/good{k}.npy", y[k])
+    whole = (tmp_path / "in/good0.npy").read_bytes()
+    (tmp_path / "in/short.npy").write_bytes(whole[:-100])
+    (tmp_path / "in/header.npy").write_bytes(b"\x93NUMPY" + bytes(200))
+    (tmp_path / "in/empty.tif").write_bytes(b"")
+    bad = y[0].clone()
+    bad[3, 4] = torch.nan
+    save(tmp_path / "in/nan.npy", bad)
+    save(tmp_path / "in/size.npy", y[0, :, :-1])
+    status = main(
+        ["reconstruct", str(ct), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--batch", "2"]
+    )
+    assert status == 1
+    failed = dict(line.split("\t") for line in (tmp_path / "out/failed.txt").read_text().splitlines())
+    assert set(failed) == {"short.npy", "header.npy", "empty.tif", "nan.npy", "size.npy"}
+    assert "empty.tif: the file is empty" in failed["empty.tif"]
+    assert "value (3, 4) is nan" in failed["nan.npy"]
+    assert "measurements must be (V, D)" in failed["size.npy"]
+    assert {p.name for p in (tmp_path / "out").glob("*.tif")} == {f"good{k}.tif" for k in range(3)}
+    captured = capsys.readouterr()
+    assert "Reconstructed 3 of 8 files" in captured.out
+    for name, reason in failed.items():
+        assert f"oder-fast: failed: {name}: {reason}" in captured.err
+    # Once mended, only the mended ones are done, and nothing is listed any more.
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tif")}
+    for name in failed:
+        (tmp_path / "in" / name).unlink()
+    save(tmp_path / "in/nan.npy", y[0])
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out")
+    assert (report.done, sorted(report.skipped)) == (["nan.npy"], [f"good{k}.npy" for k in range(3)])
+    assert not (tmp_path / "out/failed.txt").exists()
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in before.items())
+
+
+def test_an_image_that_diverges_takes_no_others_with_it(tmp_path, ct, monkeypatch):
+    for k in range(4):
+        save(tmp_path / f"in/{k}.npy", sinograms(ct, 4)[k])
+    solve, seen = reconstruction._Run.solve, []
+
+    def diverging(self, items):
+        seen.append(len(items))
+        if any(item.job.name == "2.npy" for item in items):
+            raise DivergenceError("it diverged")
+        return solve(self, items)
+
+    monkeypatch.setattr(reconstruction._Run, "solve", diverging)
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=3)
+    assert seen == [3, 1, 1, 1, 1]
+    assert report.failed == {"2.npy": "it diverged"}
+    assert report.done == ["0.npy", "1.npy", "3.npy"]
+
+
+def test_data_that_no_solver_can_take(tmp_path, ct):
+    y = sinograms(ct, 2)
+    save(tmp_path / "in/huge.npy", 1e20 * y[0])
+    save(tmp_path / "in/fine.npy", y[1])
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", scale="none")
+    assert report.done == ["fine.npy"]
+    assert "give it in another unit" in report.failed["huge.npy"]
+
+
+def test_what_did_not_converge_is_told(tmp_path, ct, capsys):
+    save(tmp_path / "y.npy", sinograms(ct, 1)[0])
+    call = ["reconstruct", str(ct), str(tmp_path / "y.npy"), "--output", str(tmp_path / "out")]
+    assert main([*call, "--max-iterations", "3", "--tolerance", "1e-6"]) == 0
+    assert "1 did not converge (raise --max-iterations or --tolerance): y.npy" in capsys.readouterr().err
+    assert ledger(tmp_path / "out")["y.npy"]["converged"] is False
+
+
+@pytest.mark.parametrize("where", ["write_image", "add"])
+def test_a_full_disk_ends_the_run(tmp_path, ct, monkeypatch, where, capsys):
+    for k in range(4):
+        save(tmp_path / f"in/{k}.npy", sinograms(ct, 4)[k])
+    target = reconstruction if where == "write_image" else reconstruction._Ledger
+    real, calls = getattr(target, where), []
+
+    def full(*args, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **options)
+
+    call = ["reconstruct", str(ct), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--batch", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, where, full)
+        with pytest.raises(RunError, match="No space left on device; the same command goes on from here"):
+            reconstruct(ct, tmp_path / "in", tmp_path / "other", batch=1)
+        calls.clear()
+        assert main(call) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert list(ledger(tmp_path / "out")) == ["0.npy"]
+    assert main(call) == 0
+    assert "Reconstructed 3 of 4 files, 1 were done before" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ going on
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, ct):
+    y = sinograms(ct, 2)
+    for k in range(12):
+        save(tmp_path / f"in/{k:02d}.npy", y[k % 2])
+    out = tmp_path / "out"
+    options = ["--batch", "1", "--tolerance", "1e-9", "--max-iterations", "400"]
+    call = [
+        sys.executable,
+        "-m",
+        "oder_fast.cli",
+        "reconstruct",
+        ct,
+        tmp_path / "in",
+        "--output",
+        out,
+        *options,
+    ]
+    run = subprocess.Popen(
+        [str(a) for a in call], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for _ in range(3000):
+        if (out / "reconstructed.jsonl").exists() and len(
+            (out / "reconstructed.jsonl").read_text().splitlines()
+        ) > 2:
+            break
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    # What was being written, and a line cut short.
+    (out / ".07-0123456789abcdef.tif").write_bytes(b"half")
+    with (out / "reconstructed.jsonl").open("a") as file:
+        file.write('{"file": "11.n')
+    killed = [line for line in (out / "reconstructed.jsonl").read_text().splitlines()[1:-1]]
+    finished = [json.loads(line)["file"] for line in killed]
+    assert 0 < len(finished) < 12
+    at = {name: (out / name).with_suffix(".tif").stat().st_mtime_ns for name in finished}
+    report = reconstruct(ct, tmp_path / "in", out, batch=1, tolerance=1e-9, max_iterations=400)
+    assert sorted(report.skipped) == sorted(finished)
+    assert sorted(report.done + report.skipped) == [f"{k:02d}.npy" for k in range(12)]
+    assert tree(out) == sorted([*(f"{k:02d}.tif" for k in range(12)), "reconstructed.jsonl"])
+    assert all((out / name).with_suffix(".tif").stat().st_mtime_ns == t for name, t in at.items())
+    images = [tifffile.imread(out / f"{k:02d}.tif") for k in range(12)]
+    for k, image in enumerate(images):
+        np.testing.assert_array_equal(image, images[k % 2])
+    again = reconstruct(ct, tmp_path / "in", out, tolerance=1e-9, max_iterations=400)
+    assert (again.done, len(again.skipped)) == ([], 12)
+
+
+def test_interrupted(tmp_path, ct, monkeypatch, capsys):
+    for k in range(3):
+        save(tmp_path / f"in/{k}.npy", sinograms(ct, 3)[k])
+    solve, seen = reconstruction._Run.solve, []
+
+    def interrupted(self, items):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return solve(self, items)
+
+    call = ["reconstruct", str(ct), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--batch", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction._Run, "solve", interrupted)
+        assert main(call) == 130
+    assert tree(tmp_path / "out") == ["0.tif", "reconstructed.jsonl"]
+    assert main(call) == 0
+    assert "Reconstructed 2 of 3 files, 1 were done before" in capsys.readouterr().out
+
+
+def test_what_changed_is_done_again(tmp_path, ct):
+    y = sinograms(ct, 3)
+    for k in range(3):
+        save(tmp_path / f"in/{k}.npy", y[k])
+    reconstruct(ct, tmp_path / "in", tmp_path / "out")
+    save(tmp_path / "in/0.npy", 2 * y[0])
+    os.utime(tmp_path / "in/0.npy", ns=(1, 1))
+    (tmp_path / "out/1.tif").unlink()
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1, workers=1)
+    assert (report.done, report.skipped) == (["0.npy", "1.npy"], ["2.npy"])
+
+
+def test_another_checkpoint_or_other_settings_are_refused(tmp_path, ct):
+    path = save(tmp_path / "y.npy", sinograms(ct, 1)[0])
+    other = tmp_path / "other.pt"
+    state = torch.load(ct, weights_only=True)
+    torch.save({**state, "position": {**state["position"], "seconds": 1e9}}, other)
+    reconstruct(ct, path, tmp_path / "out")
+    before = (tmp_path / "out/y.tif").read_bytes()
+    with pytest.raises(
+        InputError, match=r"holds reconstructions by another checkpoint; choose another .*--overwrite"
+    ):
+        reconstruct(other, path, tmp_path / "out")
+    with pytest.raises(
+        InputError, match=r"other settings: tolerance was 0\.0001 and is 0\.01; choose another"
+    ):
+        reconstruct(ct, path, tmp_path / "out", tolerance=1e-2)
+    assert (tmp_path / "out/y.tif").read_bytes() == before
+    assert reconstruct(ct, path, tmp_path / "out").skipped == ["y.npy"]
+    assert reconstruct(other, path, tmp_path / "out", tolerance=1e-1, overwrite=True).done == ["y.npy"]
+    assert (tmp_path / "out/y.tif").read_bytes() != before
+    assert reconstruct(other, path, tmp_path / "out", tolerance=1e-1).skipped == ["y.npy"]
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, ct):
+    path = save(tmp_path / "y.npy", sinograms(ct, 1)[0])
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/reconstructed.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run is writing to it"):
+            reconstruct(ct, path, tmp_path / "out")
+    assert reconstruct(ct, path, tmp_path / "out").done == ["y.npy"]
+
+
+# ------------------------------------------------------------------ before anything long starts
+
+
+def damaged(path, folder):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (folder / "damaged.pt").write_bytes(content)
+    return folder / "damaged.pt"
+
+
+def of_another_architecture(path, folder):
+    state = torch.load(path, weights_only=True)
+    state["configuration"]["denoiser"]["options"]["width"] = 8
+    torch.save(state, folder / "other.pt")
+    return folder / "other.pt"
+
+
+def test_bad_checkpoints(tmp_path, ct, capsys):
+    path = save(tmp_path / "y.npy", sinograms(ct, 1)[0])
+    for checkpoint, kind, message in (
+        (damaged(ct, tmp_path), CheckpointError, "damaged"),
+        (of_another_architecture(ct, tmp_path), ConfigurationError, "its weights do not fit"),
+        (path, CheckpointError, "not a checkpoint"),
+        (tmp_path / "missing.pt", FileNotFoundError, "missing.pt"),
+    ):
+        with pytest.raises(kind, match=message):
+            reconstruct(checkpoint, path, tmp_path / "out")
+        assert main(["reconstruct", str(checkpoint), str(path), "--output", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_inputs(tmp_path, ct, mri):
+    y = sinograms(ct, 1)[0]
+    good = save(tmp_path / "y.npy", y)
+    image = save(tmp_path / "image.npy", ellipses(1)[0])
+    dicom = Path(get_testdata_file("CT_small.dcm"))
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/notes.txt").write_text("no data")
+    for inputs, options, message in (
+        ([good, tmp_path / "a.npy", tmp_path / "b.npy"], {}, r"no such file or folder: .*a\.npy, .*b\.npy"),
+        ([tmp_path / "nothing"], {}, "no file of a known kind in"),
+        ([], {}, "no file of a known kind in nothing"),
+        (dicom, {}, r"it holds images; give --simulate"),
+        (
+            image,
+            {},
+            r"must be \(V, D\) = \(16, 35\) .* got \(24, 24\); .*\(or it holds images; give --simulate",
+        ),
+        (
+            good,
+            {"image_size": (30, 30)},
+            r"\(16, 43\) .* for images of 30 by 30, got \(16, 35\); give another image",
+        ),
+        (good, {"image_size": (0, 30)}, "image_size: must be rows and columns"),
+        (good, {"format": "jpg"}, "format: must be one of dicom, tiff, png, npy, npz, nifti, got 'jpg'"),
+        (good, {"part": "phase"}, r"the images of y\.npy are real, they have no phase part"),
+        (good, {"scale": (1.0, 1.0)}, "a window must be"),
+        (good, {"scale": "all"}, "scale: must be slice, none or a window"),
+        (good, {"batch": 0}, "batch: must be at least 1"),
+        (good, {"minibatch": 99}, "minibatch: must be at most the 16 blocks, got 99"),
+        (good, {"normalize": True}, "normalize: is for intensities"),
+        (good, {"maps": good}, "coil maps must be complex|maps: is for k-space"),
+    ):
+        with pytest.raises(InputError, match=message):
+            reconstruct(ct, inputs, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="its k-space is float32, not complex"):
+        reconstruct(mri, good, tmp_path / "out")
+    with pytest.raises(InputError, match="its images are complex, and this model's are real"):
+        reconstruct(ct, save(tmp_path / "z.npy", torch.ones(8, 8) * 1j), tmp_path / "out", simulate=True)
+    with pytest.raises(ConfigurationError, match="tolerance"):
+        reconstruct(ct, good, tmp_path / "out", tolerance=-1.0)
+    with pytest.raises(ValueError, match="nowhere"):
+        reconstruct(ct, good, tmp_path / "out", device="nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path, ct):
+    good = save(tmp_path / "in/y.tif.npy", sinograms(ct, 1)[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        reconstruct(ct, good, tmp_path / "file")
+    assert main(["reconstruct", str(ct), str(good), "--output", str(tmp_path / "file")]) == 2
+    with pytest.raises(OSError, match="proc"):
+        reconstruct(ct, good, "/proc/out")
+    with pytest.raises(InputError, match="is an input too"):
+        reconstruct(ct, tmp_path / "in", tmp_path / "in")
+    tifffile.imwrite(tmp_path / "in/z.tif", sinograms(ct, 1)[0].numpy())
+    with pytest.raises(InputError, match="would overwrite the input"):
+        reconstruct(ct, tmp_path / "in/z.tif", tmp_path / "in")
+    # In a folder below it is left alone.
+    assert len(reconstruct(ct, tmp_path / "in", tmp_path / "in/out").done) == 2
+    assert len(reconstruct(ct, tmp_path / "in", tmp_path / "in/out").skipped) == 2
+
+
+def test_names_do_not_meet(tmp_path, ct):
+    y = sinograms(ct, 1)[0]
+    save(tmp_path / "in/a.npy", y)
+    tifffile.imwrite(tmp_path / "in/a.tif", y.numpy())
+    reconstruct(ct, tmp_path / "in", tmp_path / "out")
+    assert tree(tmp_path / "out") == ["a.npy.tif", "a.tif.tif", "reconstructed.jsonl"]
+    save(tmp_path / "other/a.npy", y)
+    with pytest.raises(InputError, match="would be written to the same name"):
+        reconstruct(ct, [tmp_path / "in/a.npy", tmp_path / "other/a.npy"], tmp_path / "two")
+
+
+def test_command(tmp_path, ct, capsys):
+    save(tmp_path / "image.npy", ellipses(1)[0])
+    call = [
+        "reconstruct",
+        str(ct),
+        str(tmp_path / "image.npy"),
+        "--output",
+        str(tmp_path / "out"),
+        "--simulate",
+    ]
+    options = ["--format", "npz", "--scale", "0:1", "--minibatch", "0", "--threads", "1", "--workers", "1"]
+    assert main([*call, *options, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"Reconstructed 1 of 1 files. Wrote {tmp_path / 'out'}"
+    assert said[1].startswith("PSNR ")
+    head = json.loads((tmp_path / "out/reconstructed.jsonl").read_text().splitlines()[0])
+    assert head["settings"] | {"scale": [0.0, 1.0], "minibatch": None, "format": "npz"} == head["settings"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*call, "--scale", "half"])
+    assert stopped.value.code == 2
+    assert "must be slice, none or LOW:HIGH, got 'half'" in capsys.readouterr().err
