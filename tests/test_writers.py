@@ -197,6 +197,30 @@ def test_sources_of_other_encodings(tmp_path):
         data.write_image(tmp_path / "a.dcm", image, like=tmp_path / "bare.dcm")
 
 
+@pytest.mark.parametrize(
+    "characters, name",
+    [
+        (None, "Plain^Name"),
+        ("ISO_IR 100", "Müller^Jürgen"),
+        ("ISO_IR 144", "Люкc^O"),
+        ("ISO_IR 192", "山田^太郎"),
+    ],
+)
+def test_names_in_any_writing(tmp_path, characters, name):
+    source = pydicom.dcmread(CT)
+    source.SpecificCharacterSet, source.PatientName = characters, name
+    source.save_as(tmp_path / "source.dcm")
+    for description in ("plain", "größer: α", r"folder\file"):
+        data.write_image(
+            tmp_path / "a.dcm", noise(128, 128), tmp_path / "source.dcm", description=description
+        )
+        written = pydicom.dcmread(tmp_path / "a.dcm")
+        assert written.PatientName == name
+        assert written.SeriesDescription == description.replace("\\", "/")
+    data.write_image(tmp_path / "a.dcm", noise(4, 4), description="größer: α" * 20)
+    assert pydicom.dcmread(tmp_path / "a.dcm").SeriesDescription == "größer: α" * 5 + "grö"
+
+
 def test_window_of_ct(tmp_path):
     source = pydicom.dcmread(CT)
     source.WindowCenter, source.WindowWidth = 40, 400

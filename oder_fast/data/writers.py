@@ -171,8 +171,13 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
     now = datetime.now()
     header.SOPInstanceUID = generate_uid()
     header.InstanceCreationDate, header.InstanceCreationTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
-    header.SeriesDescription = how.description[:64]
-    header.DerivationDescription = how.description[:1024]
+    if not how.description.isascii():
+        header.decode()
+        header.SpecificCharacterSet = "ISO_IR 192"
+    # A backslash would separate values.
+    description = how.description.replace("\\", "/").encode()
+    header.SeriesDescription = description[:64].decode(errors="ignore")
+    header.DerivationDescription = description[:1024].decode(errors="ignore")
     header.Rows, header.Columns = stored.shape
     header.SamplesPerPixel = 1
     header.BitsAllocated = header.BitsStored = 16
