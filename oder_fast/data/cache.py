@@ -64,7 +64,7 @@ class Cached(Samples):
     of them in files, which later runs and other processes use, too. A sample is read anew when its file, the settings
     of the dataset or the version of oder_fast have changed; the folder can be deleted at any time.
 
-    That pays for k-space, compressed volumes and phantoms. DICOM, TIFF and NPY files are as fast as the cache.
+    That pays for k-space, compressed volumes, PNG and phantoms. TIFF and NPY files are as fast as the files of a cache.
 
     Args:
         dataset: The dataset.
