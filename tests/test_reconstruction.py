@@ -429,6 +429,10 @@ def test_intensities(tmp_path, checkpoints):
     assert np.isfinite(report.quality["psnr"])
     with pytest.raises(InputError, match=r"measurements must be \(L, H, W\) = \(8, 16, 16\)"):
         reconstruct(checkpoint, save(tmp_path / "few.npy", y[0, :5]), tmp_path / "new")
+    several = save(tmp_path / "several.npy", torch.cat([y, y]))
+    for kind, names in (("tiff", 2), ("png", 6)):
+        reconstruct(checkpoint, several, tmp_path / kind, format=kind, part="real")
+        assert len(ledger(tmp_path / kind)["several.npy"]["outputs"]) == names
     # As a camera has it.
     raw = save(tmp_path / "raw.npy", 300 * (1 + y[0]))
     assert reconstruct(checkpoint, raw, tmp_path / "raw", normalize=True).failed == {}
@@ -490,6 +494,21 @@ def test_an_image_that_diverges_takes_no_others_with_it(tmp_path, ct, monkeypatc
     assert seen == [3, 1, 1, 1, 1]
     assert report.failed == {"2.npy": "it diverged"}
     assert report.done == ["0.npy", "1.npy", "3.npy"]
+
+
+def test_an_error_that_nobody_thought_of_is_that_of_one_file(tmp_path, ct, monkeypatch):
+    for k in range(3):
+        save(tmp_path / f"in/{k}.npy", sinograms(ct, 3)[k])
+    read = reconstruction._Run.read
+
+    def failing(self, job, chunk):
+        if job.name == "1.npy":
+            raise KeyError("tag")
+        return read(self, job, chunk)
+
+    monkeypatch.setattr(reconstruction._Run, "read", failing)
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out")
+    assert (report.done, report.failed) == (["0.npy", "2.npy"], {"1.npy": "KeyError: 'tag'"})
 
 
 def test_data_that_no_solver_can_take(tmp_path, ct):
@@ -755,6 +774,11 @@ def test_names_do_not_meet(tmp_path, ct):
     save(tmp_path / "other/a.npy", y)
     with pytest.raises(InputError, match="would be written to the same name"):
         reconstruct(ct, [tmp_path / "in/a.npy", tmp_path / "other/a.npy"], tmp_path / "two")
+    save(tmp_path / "slices/a.npy", torch.stack([y, y]))
+    save(tmp_path / "slices/a-0001.npy", y)
+    assert len(reconstruct(ct, tmp_path / "slices", tmp_path / "volumes").done) == 2
+    with pytest.raises(InputError, match=r"would be written to the same name, a-0001\.png"):
+        reconstruct(ct, tmp_path / "slices", tmp_path / "pages", format="png")
 
 
 def test_command(tmp_path, ct, capsys):

@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, get_args
@@ -37,7 +37,6 @@ from ..data import (
     psnr,
     read_array,
     read_kspace,
-    read_nifti,
     remove_oversampling,
     ssim,
     write_image,
@@ -45,7 +44,7 @@ from ..data import (
 from ..data.files import is_hdf5, naming, npz_layout, npz_name
 from ..data.images import DICOM_SUFFIXES, NoImageError, format_of
 from ..data.kspace import HDF5_SUFFIXES, read_kspace_header
-from ..data.nifti import NIFTI_SUFFIXES, nifti_shape
+from ..data.nifti import NIFTI_SUFFIXES
 from ..data.writers import HOLD_VOLUMES
 from ..deqred import as_channels
 from ..operators import CartesianMRI
@@ -412,8 +411,9 @@ class _Run:
         found = _find(inputs, output)
         jobs, failed = self._plan(found)
         _name_outputs(jobs)
+        taken: dict[str, _Job] = {}
         for job in jobs:
-            self._check_output(job, output)
+            self._check_output(job, output, taken)
         output.mkdir(parents=True, exist_ok=True)
         if failed and progress:
             print(
@@ -421,16 +421,21 @@ class _Run:
                 file=sys.stderr,
             )
         with _Ledger(output, self.digest, self.settings(), overwrite) as ledger:
-            skipped = [job for job in jobs if ledger.is_finished(job)]
-            left = [job for job in jobs if job not in skipped]
+            skipped, left = list[_Job](), list[_Job]()
+            for job in jobs:
+                (skipped if ledger.is_finished(job) else left).append(job)
             work = _Work(self, ledger, output, batch, workers, progress)
+            names = [job.name for job in jobs]
             try:
                 work.run(left)
-            finally:
-                failed |= {job.name: job.failed for job in left if job.failed is not None}
-                _write_failed(output / FAILED, failed)
-                names = [job.name for job in jobs]
-                quality = ledger.write_quality(names) if self.choices.simulate else {}
+            except BaseException:
+                # What stopped the run may stop these, too.
+                with suppress(OSError):
+                    ledger.write_quality(names)
+                raise
+            failed |= {job.name: job.failed for job in left if job.failed is not None}
+            _write_failed(output / FAILED, failed)
+            quality = ledger.write_quality(names)
         done = [job for job in left if job.failed is None]
         unsettled = [job.name for job in done if not job.converged]
         return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
@@ -447,7 +452,7 @@ class _Run:
                     fits[shape] = self._try(shape)
                 if fits[shape] is not None:
                     raise ValueError(f"{path}: {fits[shape]}")
-            except (ValueError, TypeError, OSError) as error:
+            except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
                     failed[name] = _reason(error)
@@ -529,20 +534,19 @@ class _Run:
     def _inspect_image(self, path: Path, name: str) -> _Job:
         if self.maps is not None:
             raise ValueError(f"{path}: it holds images, and coil maps are for k-space")
-        if self.idt:
-            nifti = path.name.lower().endswith(NIFTI_SUFFIXES)
-            shape = nifti_shape(path) if nifti else self._layout(path)[0]
-            return _Job(path, name, 1, shape, shape, True, False)
-        images = ImageFolder([path], scale="none", array=self._array(path))
+        images = self._images(path)
         shape = images.shapes[0]
         if len(images) > 1 and self.choices.format == "dicom" and format_of(path) == "DICOM":
             raise ValueError(
                 f"{path}: of a DICOM file of several frames no header can be carried over; take nifti or tiff"
             )
-        is_complex = self._holds_complex(path)
-        if is_complex and not self.mri:
+        is_complex = self.idt or self._holds_complex(path)
+        if is_complex and not self.scan.is_complex:
             raise ValueError(f"{path}: its images are complex, and this model's are real")
         return _Job(path, name, len(images), shape, shape, is_complex, True)
+
+    def _images(self, path: Path) -> ImageFolder:
+        return ImageFolder([path], scale="none", array=self._array(path), volumes=self.idt)
 
     def _holds_complex(self, path: Path) -> bool:
         if path.name.lower().endswith(NIFTI_SUFFIXES):
@@ -561,7 +565,7 @@ class _Run:
         with naming(path):
             return _stored(path, self._array(path))
 
-    def _check_output(self, job: _Job, output: Path) -> None:
+    def _check_output(self, job: _Job, output: Path, taken: dict[str, _Job]) -> None:
         kind, part = self._format(job), self.choices.part
         if job.complex and part is None and kind not in HOLD_COMPLEX:
             raise InputError(
@@ -570,11 +574,30 @@ class _Run:
             )
         if not job.complex and part is not None and part != "magnitude":
             raise InputError(f"part: the images of {job.name} are real, they have no {part} part")
-        for path in (output / f"{job.base}{SUFFIXES[kind]}", output / job.base):
-            if path.exists() and job.path.exists() and path.samefile(job.path):
+        for name in self._outputs(job):
+            path = output / name
+            if path.exists() and path.samefile(job.path):
                 raise InputError(
                     f"{output}: would overwrite the input {job.path}; choose another output folder"
                 )
+            other = taken.setdefault(name, job)
+            if other is not job:
+                raise InputError(
+                    f"{other.path} and {job.path} would be written to the same name, {name}; reconstruct them to two "
+                    "folders"
+                )
+
+    def _outputs(self, job: _Job) -> list[str]:
+        """Return the names of what is written of a file: one volume, or numbered files."""
+        suffix = SUFFIXES[self._format(job)]
+        *depth, _, _ = job.image_shape
+        count = job.count * math.prod(depth)
+        if suffix in HOLD_VOLUMES:
+            count = job.count if depth else 1
+        if count == 1:
+            return [f"{job.base}{suffix}"]
+        digits = max(4, len(str(count - 1)))
+        return [f"{job.base}-{k:0{digits}d}{suffix}" for k in range(count)]
 
     def _format(self, job: _Job) -> Format:
         return self.choices.format or ("npy" if job.complex and self.choices.part is None else "tiff")
@@ -595,16 +618,10 @@ class _Run:
         return [_Item(job, k, data=one) for k, one in enumerate(data)]
 
     def _read_images(self, job: _Job, chunk: slice | None) -> list[_Item]:
-        items = []
-        if self.idt:
-            nifti = job.path.name.lower().endswith(NIFTI_SUFFIXES)
-            volume = read_nifti(job.path)[0] if nifti else read_array(job.path, self._array(job.path))
-            samples = {0: Sample(job.name, volume.to(torch.complex64))}
-        else:
-            images = ImageFolder([job.path], scale="none", array=self._array(job.path))
-            assert chunk is not None
-            samples = {k: images[k] for k in range(chunk.start, chunk.stop)}
-        for k, sample in samples.items():
+        assert chunk is not None
+        images, items = self._images(job.path), []
+        for k in range(chunk.start, chunk.stop):
+            sample = images[k]
             image, low, span = _scaled(sample.image, self.scale)
             seed = seed_of(self.configuration.seed, "reconstruction", job.name, k)
             generator = torch.Generator().manual_seed(seed_of(seed, "phase"))
@@ -763,19 +780,14 @@ class _Run:
         """Write what was reconstructed of a file; return the names of what was written."""
         kind = self._format(job)
         suffix = SUFFIXES[kind]
-        images = [job.images[k] for k in range(len(job.images))]
+        images = [job.images[k] for k in range(job.count)]
         if self.choices.part is not None:
             images = [PARTS[self.choices.part](image) for image in images]
-        is_volume = images[0].ndim == 3
-        if len(images) > 1 and not is_volume and suffix in HOLD_VOLUMES:
+        if len(images) > 1 and images[0].ndim == 2 and suffix in HOLD_VOLUMES:
             images = [torch.stack(images)]
-        elif is_volume and suffix not in HOLD_VOLUMES:
+        elif images[0].ndim == 3 and suffix not in HOLD_VOLUMES:
             images = [one for volume in images for one in volume]
-        digits = max(4, len(str(len(images))))
-        names = [
-            f"{job.base}{suffix}" if len(images) == 1 else f"{job.base}-{k:0{digits}d}{suffix}"
-            for k in range(len(images))
-        ]
+        names = self._outputs(job)
         like = self._like(job)
         window = None
         if kind == "png" and len(images) > 1:
@@ -795,9 +807,10 @@ class _Run:
 # ------------------------------------------------------------------ files
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     said = " ".join(str(error).split())
-    return said or type(error).__name__
+    known = isinstance(error, (ValueError, OSError, RuntimeError))
+    return said if known and said else f"{type(error).__name__}: {said}"
 
 
 def _is_picture(path: Path) -> bool:
@@ -854,14 +867,8 @@ def _name_outputs(jobs: list[_Job]) -> None:
     counts: dict[str, int] = {}
     for job in jobs:
         counts[job.base] = counts.get(job.base, 0) + 1
-    taken: dict[str, Path] = {}
     for job in jobs:
         job.base = job.base if counts[job.base] == 1 else job.name
-        if job.base in taken:
-            raise InputError(
-                f"{taken[job.base]} and {job.path} would be written to the same name; reconstruct them to two folders"
-            )
-        taken[job.base] = job.path
 
 
 def _stored(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
@@ -960,6 +967,8 @@ class _Ledger:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.folder}: another run is writing to it") from None
+        except OSError:
+            pass  # some network file systems know no locks
         self.file.seek(0)
         text = self.file.read()
         lines = []
@@ -1124,14 +1133,15 @@ class _Work:
             yield
         except RunError:
             raise
-        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             self._fail(job, error)
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
+    def _fail(self, job: _Job, error: Exception) -> None:
         if job.failed is None:
             job.failed = _reason(error)
             self.bar.update(job.count - len(job.images))
-            tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr) if self.progress else None
+            if self.progress:
+                tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr)
         job.images.clear()
 
     def _flush(self) -> None:
@@ -1140,7 +1150,7 @@ class _Work:
             return
         try:
             results = self.task.solve(items)
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             if len(items) == 1:
                 self._fail(items[0].job, error)
                 return
