@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from . import ops
-from .denoisers import DnCNN, UNet
+from .denoisers import (
+    BM3D,
+    AtNoiseLevel,
+    DnCNN,
+    DRUNet,
+    TotalVariation,
+    UNet,
+    bound_lipschitz,
+    estimate_lipschitz,
+)
 from .deqred import DEQRED
+from .diagnosis import Diagnosis, diagnose
 from .fixed_point import (
     Anderson,
     Average,
@@ -47,12 +57,16 @@ from .ops import (
 __version__ = metadata.version("oder-fast")
 
 __all__ = [
+    "BM3D",
     "DEQRED",
     "Anderson",
+    "AtNoiseLevel",
     "Average",
     "BackendUnavailableError",
     "CartesianMRI",
+    "DRUNet",
     "Decay",
+    "Diagnosis",
     "DiffractionTomography",
     "DivergenceError",
     "DnCNN",
@@ -68,13 +82,17 @@ __all__ = [
     "Picard",
     "RedUpdate",
     "Solution",
+    "TotalVariation",
     "UNet",
     "Unrolled",
+    "bound_lipschitz",
     "build_info",
+    "diagnose",
     "diffraction_adjoint",
     "diffraction_forward",
     "diffraction_gradient",
     "diffraction_gram",
+    "estimate_lipschitz",
     "fourier_adjoint",
     "fourier_forward",
     "fourier_gradient",

@@ -12,6 +12,10 @@ from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 from oder_fast.denoisers import DnCNN, DRUNet, UNet, bound_lipschitz, estimate_lipschitz
 from oder_fast.denoisers.lipschitz import conv_norm
+from oder_fast.deqred import DEQRED
+from oder_fast.diagnosis import diagnose
+from oder_fast.fixed_point import Nesterov, Picard
+from oder_fast.operators import ParallelBeamCT
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -349,3 +353,126 @@ class Twice(nn.Conv2d):
 def test_what_cannot_be_bounded_is_named(module, message):
     with pytest.raises(ValueError, match=message):
         bound_lipschitz(module)
+
+
+# ------------------------------------------------------------------ the whole map
+
+
+def dense_map(model, y, x):
+    """Derivative of T at an image, from T as it is written."""
+    step_size = 1 / (model.operator.norm_squared() + 2 * model.tau)
+
+    def step(v):
+        residual = v - model.denoiser(v[:, None])[:, 0]
+        return v - step_size * (model.operator.gradient(v, y) + model.tau * residual)
+
+    jacobian = torch.autograd.functional.jacobian(step, x).reshape(x.numel(), x.numel())
+    return jacobian * (x.reshape(-1, 1) > 0) if model.nonnegative else jacobian
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("minibatch_size", [None, 3])
+def test_diagnosis_is_that_of_the_dense_derivative(nonnegative, minibatch_size):
+    ct = ParallelBeamCT(8, 6).double()
+    net = lengthen(DnCNN(3, 4), 0.8).double()
+    model = DEQRED(ct, net, tau=20.0, nonnegative=nonnegative, minibatch_size=minibatch_size)
+    y = ct(torch.rand(1, 8, 8, dtype=torch.float64) - 0.2)
+    x = torch.randn(1, 8, 8, dtype=torch.float64)
+    found = diagnose(model, y, x, iterations=64, tolerance=1e-10)
+    full = DEQRED(ct, net, tau=20.0, nonnegative=nonnegative)
+    start = x.clamp(min=0) if nonnegative else x
+    jacobian = dense_map(full, y, start)
+    if minibatch_size is None:
+        assert float(found.norm) == pytest.approx(spectral(jacobian), rel=1e-8)
+        assert float(found.contraction) == pytest.approx(
+            float(torch.linalg.eigvals(jacobian).abs().max()), rel=1e-6
+        )
+        assert found.step_size == pytest.approx(1 / (ct.norm_squared() + 40))
+    assert found.norm_squared == pytest.approx(ct.norm_squared())
+    assert found.errors.max() < 1e-6
+    exact = spectral(dense(net, start[0][None]))
+    assert float(found.denoiser.denoiser) == pytest.approx(exact, rel=1e-8)
+
+
+def test_the_predicted_contraction_is_the_one_seen():
+    torch.manual_seed(0)
+    ct = ParallelBeamCT(8, 6).double()
+    model = DEQRED(ct, lambda x: 0.5 * x, tau=30.0, solver=Picard(3000, 1e-10))
+    y = ct(torch.rand(2, 8, 8, dtype=torch.float64))
+    solution = model(y, return_solution=True)
+    found = diagnose(model, y, iterations=64, tolerance=1e-8)
+    torch.testing.assert_close(found.contraction, solution.contraction, rtol=0, atol=0.02)
+    assert bool(found.converges.all())
+    assert float(found.residual.max()) < 1e-9
+    # The first iterations, which shrink much faster, are not in the prediction.
+    assert bool((solution.iterations <= found.iterations).all())
+    assert bool((solution.iterations >= 0.5 * found.iterations).all())
+
+
+class ComplexIdentity:
+    """A physics without a norm: complex images, measured as they are."""
+
+    def A(self, x):
+        return 2 * x
+
+    def A_adjoint(self, y):
+        return 2 * y
+
+
+def test_complex_images_and_operators_without_a_norm():
+    model = DEQRED(ComplexIdentity(), lambda x: 0.25 * x, tau=1.0, step_size=0.1)
+    y = torch.randn(1, 6, 6, dtype=torch.complex128)
+    found = diagnose(model, y)
+    assert found.norm_squared == pytest.approx(4.0)
+    assert float(found.contraction) == pytest.approx(1 - 0.1 * (4 + 0.75))
+    assert float(found.norm) == pytest.approx(1 - 0.1 * (4 + 0.75))
+
+
+class Measured(ComplexIdentity):
+    """Of the left half alone."""
+
+    def A(self, x):
+        return x * (torch.arange(x.shape[-1]) < x.shape[-1] // 2)
+
+    A_adjoint = A
+
+    def norm_squared(self):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "denoiser, options, message, converges",
+    [
+        (
+            lambda x: 0.5 * x,
+            {},
+            r"at the solution .*T contracts there: Picard\(\) takes about \d+ iterations",
+            True,
+        ),
+        (lambda x: x, {}, "Some direction is determined by neither the data nor D", False),
+        (
+            lambda x: 3 * x,
+            {},
+            "at the start, for the solve diverges .*x - D.x. is not monotone there, .* lower tau",
+            False,
+        ),
+        (lambda x: -2 * x, {"tau": 9.0}, r"T contracts there, but .* diverges: take Picard\(\)", True),
+        (lambda x: -6 * x, {}, "T expands there: .* a smaller step_size makes T contract", False),
+        (lambda x: 0 * x, {"step_size": 3.0}, r"\(9 of 1 / .*Leave step_size to its default first", False),
+        (lambda x: -1.1 * x, {}, "T contracts there: .* But D expands there", True),
+    ],
+)
+def test_the_diagnosis_says_what_to_change(denoiser, options, message, converges):
+    model = DEQRED(Measured(), denoiser, **{"tau": 1.0, "solver": Nesterov(300, 1e-6), **options})
+    found = diagnose(model, torch.ones(1, 6, 6), generator=torch.Generator().manual_seed(0))
+    assert re.search(message, str(found).replace("\n", " "))
+    assert bool(found.converges.all()) is converges
+    assert bool(found.iterations.isfinite().all()) is converges
+
+
+def test_what_cannot_be_diagnosed_is_named():
+    with pytest.raises(TypeError, match="diagnose: model must be a DEQRED, got ReLU"):
+        diagnose(nn.ReLU(), torch.zeros(1, 4, 4))
+    model = DEQRED(Measured(), lambda x: x.detach(), tau=1.0)
+    with pytest.raises(ValueError, match="the denoiser must be differentiable"):
+        diagnose(model, torch.ones(1, 4, 4))

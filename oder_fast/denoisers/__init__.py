@@ -1,6 +1,7 @@
 """Denoisers: networks that map a noisy image to a clean one, and what keeps them fixed during a solve."""
 
 from .base import Denoiser
+from .bm3d import BM3D
 from .dncnn import DnCNN
 from .drunet import DRUNet
 from .freeze import folded, frozen
@@ -10,6 +11,7 @@ from .total_variation import TotalVariation
 from .unet import UNet
 
 __all__ = [
+    "BM3D",
     "AtNoiseLevel",
     "DRUNet",
     "Denoiser",

@@ -78,6 +78,13 @@ def arnoldi(
     return theta, relative
 
 
+def random_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return normal random numbers, drawn where the generator lives."""
+    device = images.device if generator is None else generator.device
+    drawn = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=device)
+    return drawn.to(images.device)
+
+
 def symmetric(projected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest eigenvalue of a symmetric map, and the norms of their residuals."""
     values, vectors = torch.linalg.eigh((projected + projected.T) / 2)

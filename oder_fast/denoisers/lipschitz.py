@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._krylov import arnoldi, largest, symmetric
+from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
 from .freeze import _legacy_spectral_norms, folded, frozen
 
 # A constant that exceeds 1 by less than this is taken for 1.
@@ -159,26 +159,27 @@ def estimate_lipschitz(
         )
     module = denoiser if isinstance(denoiser, nn.Module) else nn.Identity()
     with frozen(module), folded():
-        jacobian = Jacobian(denoiser, images)
+        return estimate_from(Jacobian(denoiser, images), iterations, tolerance, generator)
 
-        def residual(v: Tensor) -> Tensor:
-            return v - jacobian.jvp(v)
 
-        def residual_transposed(v: Tensor) -> Tensor:
-            return v - jacobian.vjp(v)
+def estimate_from(
+    jacobian: Jacobian, iterations: int, tolerance: float, generator: torch.Generator | None
+) -> LipschitzEstimate:
+    """Return the estimate of a denoiser that is linearized already, see `estimate_lipschitz`."""
 
-        def solve(apply: Callable[[Tensor], Tensor], spectrum: Any) -> tuple[Tensor, Tensor]:
-            start = torch.randn(
-                images.shape,
-                generator=generator,
-                dtype=images.dtype,
-                device=images.device if generator is None else generator.device,
-            ).to(images.device)
-            return arnoldi(apply, start, spectrum, iterations, tolerance)
+    def residual(v: Tensor) -> Tensor:
+        return v - jacobian.jvp(v)
 
-        of_denoiser, denoiser_error = solve(lambda v: jacobian.vjp(jacobian.jvp(v)), largest)
-        of_residual, residual_error = solve(lambda v: residual_transposed(residual(v)), largest)
-        ends, ends_error = solve(lambda v: (residual(v) + residual_transposed(v)) / 2, symmetric)
+    def residual_transposed(v: Tensor) -> Tensor:
+        return v - jacobian.vjp(v)
+
+    def solve(apply: Callable[[Tensor], Tensor], spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+        start = random_like(jacobian.output, generator)
+        return arnoldi(apply, start, spectrum, iterations, tolerance)
+
+    of_denoiser, denoiser_error = solve(lambda v: jacobian.vjp(jacobian.jvp(v)), largest)
+    of_residual, residual_error = solve(lambda v: residual_transposed(residual(v)), largest)
+    ends, ends_error = solve(lambda v: (residual(v) + residual_transposed(v)) / 2, symmetric)
     norm, residual_norm = (v[:, 0].clamp(min=0).sqrt() for v in (of_denoiser, of_residual))
     errors = torch.cat([denoiser_error, residual_error, ends_error], 1)
     message = _describe(norm, residual_norm, ends, errors)
