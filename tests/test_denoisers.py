@@ -532,6 +532,14 @@ def test_the_duality_gap_bounds_the_error_of_each_image(tolerance):
         torch.testing.assert_close(denoised[b : b + 1], denoiser(x[b : b + 1]), rtol=0, atol=1e-12)
 
 
+def test_the_bound_of_the_error_at_the_start_is_that_of_the_variation():
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    denoiser = TotalVariation(0.3)
+    found = denoiser._error(x, torch.zeros_like(differences(x)), torch.tensor(0.3, dtype=torch.float64))
+    variation = float(differences(x).norm(dim=2).sum())
+    assert float(found) == pytest.approx((2 * 0.3 * variation) ** 0.5 / float(x.norm()))
+
+
 def test_an_image_that_is_done_takes_no_more_iterations():
     counts = []
     for tolerance in (0.0, 1e-2):
@@ -685,7 +693,7 @@ def test_bm3d_refuses_to_be_trained_through(package):
 def test_what_bm3d_refuses_is_named(package, monkeypatch):
     with pytest.raises(ValueError, match="BM3D: sigma must be above 0, got 0"):
         BM3D(0)
-    with pytest.raises(TypeError, match="BM3D: sigma must be a float, for it cannot be trained, got Tensor"):
+    with pytest.raises(TypeError, match="BM3D: sigma must be a float, it cannot be trained, got Tensor"):
         BM3D(torch.tensor(0.1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="BM3D: the package bm3d is not installed: pip install bm3d"):

@@ -246,6 +246,20 @@ def test_convolutions_are_bounded(cls, options):
     assert bound <= (1.2 if "stride" not in options else 2.5) * exact
 
 
+def test_a_dilation_that_meets_the_stride_puts_a_pixel_in_more_patches():
+    layer = nn.Conv2d(1, 1, (1, 4), stride=(1, 2), dilation=(1, 2), bias=False).double()
+    nn.init.ones_(layer.weight)
+    exact = spectral(matrix_of(layer, (1, 1, 60)))
+    assert exact <= bound_lipschitz(layer) <= 1.05 * exact
+
+
+def test_unet_adds_the_squares_of_what_it_concatenates():
+    unet = UNet((4, 4, 4), predicts="image")
+    for name, _ in list(unet.named_children()):
+        setattr(unet, name, nn.Identity())
+    assert bound_lipschitz(unet) == pytest.approx(math.sqrt(3))
+
+
 def test_convolution_of_patches_that_do_not_overlap_is_exact():
     for layer in (nn.Conv2d(3, 5, 2, stride=2), nn.ConvTranspose2d(3, 5, 2, stride=2), nn.Conv2d(3, 5, 1)):
         layer = layer.double()

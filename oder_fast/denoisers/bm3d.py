@@ -44,10 +44,8 @@ class BM3D(nn.Module):
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
-        if isinstance(sigma, Tensor):
-            raise TypeError(  # type: ignore[unreachable]
-                "BM3D: sigma must be a float, for it cannot be trained, got Tensor"
-            )
+        if not isinstance(sigma, (float, int)):
+            raise TypeError(f"BM3D: sigma must be a float, it cannot be trained, got {type(sigma).__name__}")
         set_scalar(self, "sigma", sigma)
         if sigma == 0:
             raise ValueError("BM3D: sigma must be above 0, got 0")

@@ -30,7 +30,7 @@ class AtNoiseLevel(nn.Module):
 
     Example:
         >>> import torch
-        >>> shrink = AtNoiseLevel(lambda x, sigma: torch.nn.functional.softshrink(x, sigma), 0.5)
+        >>> shrink = AtNoiseLevel(lambda x, sigma: (x - sigma).relu(), 0.5)
         >>> shrink(torch.tensor([[[[1.0, -0.2]]]]))
         tensor([[[[0.5000, 0.0000]]]])
     """
