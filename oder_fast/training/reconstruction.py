@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TextIO, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import (
@@ -224,6 +224,7 @@ def reconstruct_files(
     minibatch: int | None = None,
     batch: int = 4,
     device: str = "auto",
+    denoiser: nn.Module | None = None,
     threads: int | None = None,
     workers: int = 2,
     overwrite: bool = False,
@@ -245,7 +246,8 @@ def reconstruct_files(
 
     Each result is written whole or not at all, and then noted in ``reconstructed.jsonl``; a run that was broken off
     goes on when it is called again. A file that fails is noted in ``failed.txt``, the others are done. An image's
-    noise, mask and minibatches depend on its file's name and number there, not on the files before it or on `batch`.
+    noise and mask depend on its file's name and its number there, not on other files; minibatches are drawn alike for
+    each batch. So what else is reconstructed, and `batch`, make no difference beyond the solver's tolerance.
 
     Args:
         checkpoint: As ``best.pt`` in the folder of the run.
@@ -255,8 +257,8 @@ def reconstruct_files(
             or in DICOM and PNG numbered files. From DICOM to DICOM the header is carried over.
         part: Of complex images, to be written.
         simulate: Measure images.
-        image_size: Rows and columns that sinograms are of; by default those of the images that the run was validated
-            with.
+        image_size: Rows and columns that sinograms or intensities are of; by default those of the images that the run
+            was validated with.
         scale: In place of the run's: ``"slice"``, ``"none"`` or the window ``(low, high)``.
         array: Which array of NPZ and HDF5 files.
         maps: File of coil maps, ``(C, H, W)`` or ``(S, C, H, W)``, in place of ESPIRiT's.
@@ -266,6 +268,7 @@ def reconstruct_files(
         minibatch: Blocks a step, in place of the run's; 0 for all.
         batch: Images of equal shape that are solved for together.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``...
+        denoiser: Where `Trainer` was given a module: one of the same architecture; see `load_model`.
         threads: Of the CPU; None for torch's default.
         workers: Threads that read ahead.
         overwrite: Do again what is done, and replace what another checkpoint or other settings made.
@@ -281,17 +284,33 @@ def reconstruct_files(
             another checkpoint or other settings made; a format that cannot hold the images.
         OSError: Where the output folder cannot be written.
         RunError: Where nothing more can be written, as to a full disk; what was written stays.
+
+    Example:
+        >>> import tempfile
+        >>> from oder_fast.training import Trainer, read_configuration
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> configuration = read_configuration({
+        ...     "operator": {"kind": "ct", "angles": 8}, "output": str(folder / "run"),
+        ...     "data": {"phantoms": {"kind": "ellipses", "n": 2, "size": 16}, "workers": 0},
+        ...     "denoiser": {"kind": "dncnn", "options": {"depth": 3, "width": 4}},
+        ...     "pretraining": {"steps": 2}, "training": {"steps": 1}})
+        >>> outcome = Trainer(configuration, progress=False).fit()
+        >>> np.save(folder / "scan.npy", np.ones((8, 23), np.float32))
+        >>> report = reconstruct_files(outcome.last, folder / "scan.npy", folder / "images", progress=False)
+        >>> report.done, (folder / "images" / "scan.tif").exists()
+        (['scan.npy'], True)
     """
+    for name, value in (("batch", batch), ("workers", workers), ("threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: must be at least 1, got {value}")
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     run = _Run(
         Path(checkpoint),
         _Choices(format, part, simulate, image_size, scale, array, maps, normalize),
         {"tolerance": tolerance, "max_iterations": max_iterations, "minibatch_size": minibatch},
         device,
+        denoiser,
     )
-    for name, value, least in (("batch", batch, 1), ("workers", workers, 1), ("threads", threads, 1)):
-        if value is not None and value < least:
-            raise InputError(f"{name}: must be at least {least}, got {value}")
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -334,10 +353,15 @@ class _Run:
     """A checkpoint and how it is used."""
 
     def __init__(
-        self, checkpoint: Path, choices: _Choices, solver: Mapping[str, float | None], device: str
+        self,
+        checkpoint: Path,
+        choices: _Choices,
+        solver: Mapping[str, float | None],
+        device: str,
+        denoiser: nn.Module | None,
     ) -> None:
         self.device = pick_device(device)
-        self.model, self.scan, configuration, state = load_model(checkpoint)
+        self.model, self.scan, configuration, state = load_model(checkpoint, denoiser)
         self.model.to(self.device)
         self.configuration, self.choices = configuration, choices
         self.halvings = int(state.get("position", {}).get("halvings", 0))
@@ -455,11 +479,11 @@ class _Run:
             except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
-                    failed[name] = _reason(error)
+                    failed[name] = _reason(error, path)
                 continue
             jobs.append(job)
         if not jobs:
-            listed = "".join(f"\n  {reason}" for reason in [*failed.values()][:10])
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in [*failed.items()][:10])
             more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
             raise InputError(f"none of {len(found)} files can be reconstructed:{listed}{more}")
         return sorted(jobs, key=lambda job: job.shape), failed
@@ -807,8 +831,9 @@ class _Run:
 # ------------------------------------------------------------------ files
 
 
-def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split())
+def _reason(error: Exception, path: Path) -> str:
+    """Return what went wrong with a file, in a line without its name."""
+    said = " ".join(str(error).split()).removeprefix(f"{path}: ")
     known = isinstance(error, (ValueError, OSError, RuntimeError))
     return said if known and said else f"{type(error).__name__}: {said}"
 
@@ -1138,7 +1163,7 @@ class _Work:
 
     def _fail(self, job: _Job, error: Exception) -> None:
         if job.failed is None:
-            job.failed = _reason(error)
+            job.failed = _reason(error, job.path)
             self.bar.update(job.count - len(job.images))
             if self.progress:
                 tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr)
