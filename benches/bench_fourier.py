@@ -169,7 +169,10 @@ def test_other_packages(report, one_thread, deepinv):
     scan = Scan(*CASES[0])
     scan.check()
     report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
-    candidates = {"sigpy Sense": sigpy_gradient(scan), "deepinv MultiCoilMRI": deepinv_gradient(scan, deepinv)}
+    candidates = {
+        "sigpy Sense": sigpy_gradient(scan),
+        "deepinv MultiCoilMRI": deepinv_gradient(scan, deepinv),
+    }
     candidates = {name: call for name, call in candidates.items() if call is not None}
     if not candidates:
         pytest.skip("neither sigpy nor deepinv is installed")

@@ -326,6 +326,12 @@ class Configuration(_Section):
     threads: PositiveInt | None = None
     timeout: PositiveFloat = 1800.0
 
+    @model_validator(mode="after")
+    def _kspace_is_of_mri(self) -> Configuration:
+        if self.data.kspace and self.operator.kind != "mri":
+            raise ValueError(f"data.kspace needs the operator mri, got {self.operator.kind}")
+        return self
+
 
 RUN_MAY_CHANGE = (
     "output",
@@ -446,7 +452,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = "must hold settings by name"
     got = "" if isinstance(problem["input"], Mapping | BaseModel) else f", got {problem['input']!r}"
-    return f"{key}: {said[:1].lower()}{said[1:]}{got}"
+    return f"{key}: {said[:1].lower()}{said[1:]}{got}" if key else said
 
 
 def _classes(annotation: Any) -> list[type]:

@@ -154,7 +154,8 @@ class FixedPointModel(nn.Module):
 
     def __init__(self, denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        # Convolutions are faster so, on CPUs by a tenth to a quarter.
+        self.denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.section = section
         self.nonnegative = nonnegative if section.nonnegative is None else section.nonnegative
         self.log_tau = nn.Parameter(torch.tensor(math.log(section.tau))) if section.train_tau else None

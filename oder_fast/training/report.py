@@ -98,7 +98,7 @@ def _curves(training: Sequence[Mapping[str, float]], validation: Sequence[Mappin
     if validation:
         loss.semilogy(at, [row["loss"] for row in validation], "o-", color="tab:orange", label="validation")
         quality.plot(at, [row["psnr"] for row in validation], "o-", label="reconstruction")
-        quality.plot(at, [row["psnr_start"] for row in validation], ":", color="gray", label="start")
+        quality.plot(at, [row["psnr_start"] for row in validation], "o:", color="gray", label="start")
         quality.legend()
     loss.set(title="Loss", xlabel="step")
     loss.legend()

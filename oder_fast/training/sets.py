@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..data import (
+    Cached,
     Compose,
     ImageFolder,
+    KSpaceFolder,
     Patches,
     Phantoms,
     RandomFlip,
@@ -35,18 +37,14 @@ def training_transform(section: settings.Data) -> Compose:
     return Compose(transforms)
 
 
-def _files(source: settings.Source, section: settings.Data) -> Samples:
+def _files(source: settings.Source, configuration: Configuration) -> Samples:
+    section, kind = configuration.data, configuration.operator.kind
+    dataset: Samples
     if section.kspace:
-        from ..data import KSpaceFolder
-
-        dataset: Samples = KSpaceFolder(source)
+        dataset = KSpaceFolder(source, array=section.array, cache=section.cache)
     else:
-        dataset = ImageFolder(source, scale=section.scale, array=section.array)
-    if section.cache is not None:
-        from ..data import Cached
-
-        dataset = Cached(dataset, section.cache)
-    return dataset
+        dataset = ImageFolder(source, scale=section.scale, array=section.array, volumes=kind == "idt")
+    return dataset if section.cache is None else Cached(dataset, section.cache)
 
 
 def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Samples]:
@@ -74,10 +72,13 @@ def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Sample
             )
         elif section.validation is not None:
             assert section.train is not None
-            train, validation = _files(section.train, section), _files(section.validation, section)
+            train, validation = (
+                _files(section.train, configuration),
+                _files(section.validation, configuration),
+            )
         else:
             assert section.train is not None
-            train, validation = split(_files(section.train, section), shares, seed)
+            train, validation = split(_files(section.train, configuration), shares, seed)
         if section.patch is None and configuration.training.batch_size > 1:
             common_shape(train)
     except (ValueError, TypeError) as error:
