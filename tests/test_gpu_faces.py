@@ -367,6 +367,31 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
         oder_fast.red_update(*torch.zeros(3, 1, 8), 0.1, 1.0, backend="cuda")
 
 
+RESOURCES = TESTS / "kernel_resources.json"
+
+
+def assert_no_more_resources(compiler, group, found):
+    """Compare registers and bytes of shared memory with the committed table; ODER_FAST_RECORD=1 writes it anew."""
+    table = json.loads(RESOURCES.read_text())
+    if os.environ.get("ODER_FAST_RECORD") == "1":
+        table.setdefault(compiler, {})[group] = found
+        text = json.dumps(table, indent=1, sort_keys=True)
+        # A kernel a line.
+        RESOURCES.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+        return
+    # Another release of a compiler allocates otherwise.
+    recorded = table.get(compiler, {}).get(group)
+    if recorded is None:
+        return
+    assert found.keys() == recorded.keys(), "record the kernels of today with ODER_FAST_RECORD=1"
+    worse = {
+        k: (recorded[k], n)
+        for k, n in found.items()
+        if any(a > b for a, b in zip(n, recorded[k], strict=True))
+    }
+    assert not worse, f"registers or shared memory, recorded and now: {worse}"
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: nothing to compile with")
 @pytest.mark.parametrize(
     ("stem", "kernels"), [("radon", 27), ("red_update", 4), ("fourier", 3), ("diffraction", 6)]
@@ -380,6 +405,22 @@ def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
         capture_output=True,
         text=True,
     ).stderr
+    report = subprocess.run(["c++filt"], input=report, check=True, capture_output=True, text=True).stdout
+    entries = re.findall(
+        r"Compiling entry function '([^']+)' for '(\w+)'\n.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+        report,
+        re.S,
+    )
+    found = {
+        f"{arch} {kernel.replace('(anonymous namespace)::', '').removeprefix('void ').rpartition('(')[0]}": [
+            int(used),
+            int(shared or 0),
+        ]
+        for kernel, arch, used, shared in entries
+    }
+    assert len(found) >= 3 * kernels
+    release = re.search(r"release ([\d.]+)", subprocess.check_output(["nvcc", "--version"], text=True))[1]
+    assert_no_more_resources(f"nvcc {release}", stem, found)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) >= 3 * kernels
@@ -449,6 +490,11 @@ def test_triton_compiles_ahead_of_time(tmp_path):
         "_red_update_kernel",
         "_red_finish_kernel",
     }
+    import triton
+
+    found = {f"{k} {row['kernel']} {row['storage']} {row['constants']}": row for k, row in enumerate(rows)}
+    found = {name: [row["registers"], row["shared"]] for name, row in found.items()}
+    assert_no_more_resources(f"triton {triton.__version__}", "sm_90", found)
     # Sine and cosine reduce large angles in local memory.
     assert not [row for row in rows if row["local"] and row["kernel"] != "_radon_views_kernel"]
 
