@@ -169,9 +169,11 @@ class NinjaBuild(build_ext):
 setup(
     package_dir={"oder_fast.kernels": "kernels", "oder_fast": "oder_fast"},
     packages=[
-        "oder_fast",
         "oder_fast.kernels",
-        *(f"oder_fast.{p.parent.name}" for p in sorted((ROOT / "oder_fast").glob("*/__init__.py"))),
+        *(
+            ".".join(p.parent.relative_to(ROOT).parts)
+            for p in sorted((ROOT / "oder_fast").rglob("__init__.py"))
+        ),
     ],
     ext_modules=[Extension("oder_fast._cpu_baseline", [])],
     cmdclass={"build_ext": NinjaBuild},

@@ -36,8 +36,9 @@ from oder_fast.training import (
     load_model,
     read_configuration,
     reconstruct_files,
-    reconstruction,
 )
+from oder_fast.training.reconstruction import ledger as ledgers
+from oder_fast.training.reconstruction import run as reconstruction
 
 SIZE = 24
 
@@ -541,7 +542,7 @@ def test_what_did_not_converge_is_told(tmp_path, ct, capsys):
 def test_a_full_disk_ends_the_run(tmp_path, ct, monkeypatch, where, capsys):
     for k in range(4):
         save(tmp_path / f"in/{k}.npy", sinograms(4)[k])
-    target = reconstruction if where == "write_image" else reconstruction._Ledger
+    target = reconstruction if where == "write_image" else ledgers.Ledger
     real, calls = getattr(target, where), []
 
     def full(*args, **options):

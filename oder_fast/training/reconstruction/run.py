@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import errno
-import fcntl
-import hashlib
 import json
 import math
 import os
-import re
 import sys
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..data import (
-    WRITERS,
+from ...data import (
     Batch,
     ImageFolder,
     Sample,
@@ -41,19 +31,22 @@ from ..data import (
     ssim,
     write_image,
 )
-from ..data.files import is_hdf5, naming, npz_layout, npz_name
-from ..data.images import DICOM_SUFFIXES, NoImageError, format_of
-from ..data.kspace import HDF5_SUFFIXES, read_kspace_header
-from ..data.nifti import NIFTI_SUFFIXES
-from ..data.writers import HOLD_VOLUMES
-from ..deqred import as_channels
-from ..operators import CartesianMRI
-from . import configuration as settings
-from .configuration import ConfigurationError
-from .model import load_model
-from .processes import pick_device
-from .scans import IDTScan, Measured, MRIScan
-from .trainer import RunError, seed_of
+from ...data.files import is_hdf5, naming, npz_layout, npz_name
+from ...data.images import NoImageError, format_of
+from ...data.kspace import read_kspace_header
+from ...data.nifti import NIFTI_SUFFIXES
+from ...data.writers import HOLD_VOLUMES
+from ...deqred import as_channels
+from ...operators import CartesianMRI
+from .. import configuration as settings
+from ..configuration import ConfigurationError
+from ..model import load_model
+from ..processes import pick_device
+from ..scans import IDTScan, Measured, MRIScan
+from ..trainer import seed_of
+from .jobs import Found, InputError, Item, Job, Solved, find_files, is_picture, name_outputs, reason_of
+from .ledger import MEASURES, Ledger, digest_of
+from .pipeline import Pipeline, Task
 
 Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
 Part = Literal["magnitude", "phase", "real", "imaginary"]
@@ -76,23 +69,10 @@ PARTS = {
     "real": torch.real,
     "imaginary": torch.imag,
 }
-
-LEDGER, FAILED, QUALITY = "reconstructed.jsonl", "failed.txt", "quality.csv"
-MEASURES = ("psnr", "ssim", "psnr_start", "ssim_start")
-
-INPUT_SUFFIXES = (*WRITERS, *DICOM_SUFFIXES, *HDF5_SUFFIXES)
-UNFINISHED = re.compile(r"\..+-[0-9a-f]{16}(\.\w+)+")
-"""Names of files that `atomic` had not renamed when a run was killed."""
-
 FULL = 0.95
 """Share of its samples that are not 0 from which on a line of k-space counts as measured: some may be 0 by chance."""
 
-NO_MORE_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errors after which no other file can be written either."""
-
-
-class InputError(ValueError):
-    """Files or settings that cannot be reconstructed with, found before anything long starts."""
+FAILED = "failed.txt"
 
 
 @dataclass(frozen=True)
@@ -112,98 +92,6 @@ class Report:
     failed: dict[str, str]
     not_converged: list[str]
     quality: dict[str, float]
-
-
-@dataclass
-class _Job:
-    """An input file.
-
-    Attributes:
-        path: Of the file.
-        name: Below the folder given.
-        count: Images in it.
-        shape: Of what is read of each image, by which files are put in order.
-        image_shape: Of each image.
-        complex: Whether the images to be written are complex.
-        by_slice: Whether slices can be read one by one, without the others.
-        is_kspace: Whether it holds k-space.
-    """
-
-    path: Path
-    name: str
-    count: int
-    shape: tuple[int, ...]
-    image_shape: tuple[int, ...]
-    complex: bool
-    by_slice: bool
-    is_kspace: bool = False
-    base: str = ""
-    images: dict[int, Tensor] = field(default_factory=dict)
-    quality: list[list[float]] = field(default_factory=list)
-    converged: bool = True
-    voxel_size: tuple[float, float, float] | None = None
-    failed: str | None = None
-
-    def chunks(self, size: int) -> list[slice | None]:
-        """Return what is read at once."""
-        if not self.by_slice:
-            return [None]
-        return [slice(first, min(first + size, self.count)) for first in range(0, self.count, size)]
-
-
-class _Found(NamedTuple):
-    """A file.
-
-    Attributes:
-        path: Of it.
-        name: Below the folder given.
-        named: Whether it was given itself, not its folder.
-    """
-
-    path: Path
-    name: str
-    named: bool
-
-
-class _Item(NamedTuple):
-    """An image to be solved for.
-
-    Attributes:
-        job: Its file.
-        number: Its number there.
-        sample: The image to be measured; or None.
-        data: What was measured of it; or None.
-        maps: Coil maps (MRI).
-        mask: Of k-space, ``(H, W)``.
-        low: Value that the model sees as 0.
-        span: Difference of values that it sees as 1.
-        seed: Of noise and mask.
-    """
-
-    job: _Job
-    number: int
-    sample: Sample | None = None
-    data: Tensor | None = None
-    maps: Tensor | None = None
-    mask: Tensor | None = None
-    low: float = 0.0
-    span: float = 1.0
-    seed: int = 0
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What images of one batch have in common."""
-        if self.sample is not None:
-            coils = 0 if self.sample.kspace is None else len(self.sample.kspace)
-            return (tuple(self.sample.image.shape), coils)
-        assert self.data is not None
-        return (tuple(self.data.shape), None if self.maps is None else tuple(self.maps.shape))
-
-
-class _Solved(NamedTuple):
-    image: Tensor
-    converged: bool
-    quality: list[float] | None
 
 
 def reconstruct_files(
@@ -349,7 +237,7 @@ class _Choices:
             raise InputError(f"scale: a window must be (low, high) with low < high, got {self.scale}")
 
 
-class _Run:
+class _Run(Task):
     """A checkpoint and how it is used."""
 
     def __init__(
@@ -368,7 +256,7 @@ class _Run:
         self._override(solver)
         shape = tuple(state["image_shape"])
         self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
-        self.digest = _digest(checkpoint)
+        self.digest = digest_of(checkpoint)
         self.mri, self.idt = isinstance(self.scan, MRIScan), isinstance(self.scan, IDTScan)
         scale: Scale = configuration.data.scale if choices.scale is None else choices.scale
         self.scale: Scale = "none" if self.idt else scale
@@ -415,7 +303,7 @@ class _Run:
         """Return what results depend on besides the checkpoint."""
         chosen = asdict(self.choices)
         if self.choices.maps is not None:
-            chosen["maps"] = _digest(Path(self.choices.maps))
+            chosen["maps"] = digest_of(Path(self.choices.maps))
         red = self.model.section
         chosen |= {"scale": self.scale, "image_size": self.image_shape[-2:], "array": self.array}
         solver = {
@@ -432,10 +320,10 @@ class _Run:
         self, inputs: list[Path], output: Path, batch: int, workers: int, overwrite: bool, progress: bool
     ) -> Report:
         """Do it all."""
-        found = _find(inputs, output)
+        found = find_files(inputs, output)
         jobs, failed = self._plan(found)
-        _name_outputs(jobs)
-        taken: dict[str, _Job] = {}
+        name_outputs(jobs)
+        taken: dict[str, Job] = {}
         for job in jobs:
             self._check_output(job, output, taken)
         output.mkdir(parents=True, exist_ok=True)
@@ -444,11 +332,11 @@ class _Run:
                 f"oder-fast: {len(failed)} of {len(found)} files cannot be reconstructed; the end tells why",
                 file=sys.stderr,
             )
-        with _Ledger(output, self.digest, self.settings(), overwrite) as ledger:
-            skipped, left = list[_Job](), list[_Job]()
+        with Ledger(output, self.digest, self.settings(), overwrite) as ledger:
+            skipped, left = list[Job](), list[Job]()
             for job in jobs:
                 (skipped if ledger.is_finished(job) else left).append(job)
-            work = _Work(self, ledger, output, batch, workers, progress)
+            work = Pipeline(self, ledger, output, batch, workers, progress)
             names = [job.name for job in jobs]
             try:
                 work.run(left)
@@ -464,7 +352,7 @@ class _Run:
         unsettled = [job.name for job in done if not job.converged]
         return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
 
-    def _plan(self, found: list[_Found]) -> tuple[list[_Job], dict[str, str]]:
+    def _plan(self, found: list[Found]) -> tuple[list[Job], dict[str, str]]:
         """Look at the headers of all files; return the jobs, those of equal shape side by side, and what fails."""
         jobs, failed = [], {}
         fits: dict[tuple[int, ...], str | None] = {}
@@ -479,7 +367,7 @@ class _Run:
             except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
-                    failed[name] = _reason(error, path)
+                    failed[name] = reason_of(error, path)
                 continue
             jobs.append(job)
         if not jobs:
@@ -506,12 +394,12 @@ class _Run:
             return f"the denoiser returns {tuple(denoised.shape[1:])} for images of shape {shape}"
         return None
 
-    def _inspect(self, path: Path, name: str) -> _Job:
+    def _inspect(self, path: Path, name: str) -> Job:
         """Look at a file's header."""
         if self.choices.simulate and not self._is_kspace(path):
             return self._inspect_image(path, name)
         hint = "it holds images; give --simulate (simulate=True) to measure and reconstruct them"
-        if _is_picture(path):
+        if is_picture(path):
             raise ValueError(f"{path}: {hint}")
         if self.mri:
             return self._inspect_kspace(path, name)
@@ -527,7 +415,7 @@ class _Run:
                 f"of this scan{looks}"
             )
         count = shape[0] if len(shape) > len(wanted) else 1
-        return _Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
+        return Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
 
     def _is_kspace(self, path: Path) -> bool:
         """Tell whether a file to be measured holds all of k-space, which is then undersampled, and not images."""
@@ -545,7 +433,7 @@ class _Run:
             raise ValueError(f"{path}: {error}") from error
         return shape
 
-    def _inspect_kspace(self, path: Path, name: str) -> _Job:
+    def _inspect_kspace(self, path: Path, name: str) -> Job:
         with naming(path):
             kind, (slices, coils, height, width), metadata = read_kspace_header(path, array=self._array(path))
             if self.maps is not None and self.maps.shape[-3] != coils:
@@ -553,9 +441,9 @@ class _Run:
                     f"it has {coils} coils, and {self.choices.maps} maps of {self.maps.shape[-3]}"
                 )
         image = (round(height / _oversampling(metadata)), width)
-        return _Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ", True)
+        return Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ", True)
 
-    def _inspect_image(self, path: Path, name: str) -> _Job:
+    def _inspect_image(self, path: Path, name: str) -> Job:
         if self.maps is not None:
             raise ValueError(f"{path}: it holds images, and coil maps are for k-space")
         images = self._images(path)
@@ -567,7 +455,7 @@ class _Run:
         is_complex = self.idt or self._holds_complex(path)
         if is_complex and not self.scan.is_complex:
             raise ValueError(f"{path}: its images are complex, and this model's are real")
-        return _Job(path, name, len(images), shape, shape, is_complex, True)
+        return Job(path, name, len(images), shape, shape, is_complex, True)
 
     def _images(self, path: Path) -> ImageFolder:
         return ImageFolder([path], scale="none", array=self._array(path), volumes=self.idt)
@@ -589,7 +477,7 @@ class _Run:
         with naming(path):
             return _stored(path, self._array(path))
 
-    def _check_output(self, job: _Job, output: Path, taken: dict[str, _Job]) -> None:
+    def _check_output(self, job: Job, output: Path, taken: dict[str, Job]) -> None:
         kind, part = self._format(job), self.choices.part
         if job.complex and part is None and kind not in HOLD_COMPLEX:
             raise InputError(
@@ -611,7 +499,7 @@ class _Run:
                     "folders"
                 )
 
-    def _outputs(self, job: _Job) -> list[str]:
+    def _outputs(self, job: Job) -> list[str]:
         """Return the names of what is written of a file: one volume, or numbered files."""
         suffix = SUFFIXES[self._format(job)]
         *depth, _, _ = job.image_shape
@@ -623,12 +511,12 @@ class _Run:
         digits = max(4, len(str(count - 1)))
         return [f"{job.base}-{k:0{digits}d}{suffix}" for k in range(count)]
 
-    def _format(self, job: _Job) -> Format:
+    def _format(self, job: Job) -> Format:
         return self.choices.format or ("npy" if job.complex and self.choices.part is None else "tiff")
 
     # -------------------------------------------------------------- reading (in threads)
 
-    def read(self, job: _Job, chunk: slice | None) -> list[_Item]:
+    def read(self, job: Job, chunk: slice | None) -> list[Item]:
         """Read some images of a file, or all of them."""
         if self.mri and job.is_kspace:
             return self._read_kspace(job, chunk)
@@ -639,9 +527,9 @@ class _Run:
         if self.choices.normalize:
             with naming(job.path):
                 data = normalize_background(data)
-        return [_Item(job, k, data=one) for k, one in enumerate(data)]
+        return [Item(job, k, data=one) for k, one in enumerate(data)]
 
-    def _read_images(self, job: _Job, chunk: slice | None) -> list[_Item]:
+    def _read_images(self, job: Job, chunk: slice | None) -> list[Item]:
         assert chunk is not None
         images, items = self._images(job.path), []
         for k in range(chunk.start, chunk.stop):
@@ -652,10 +540,10 @@ class _Run:
             sample = self.scan.prepare(sample._replace(image=image), generator)
             if self.idt:
                 span *= self.configuration.operator.contrast_unit  # type: ignore[union-attr]
-            items.append(_Item(job, k, sample=sample, low=low, span=span, seed=seed))
+            items.append(Item(job, k, sample=sample, low=low, span=span, seed=seed))
         return items
 
-    def _read_kspace(self, job: _Job, chunk: slice | None) -> list[_Item]:
+    def _read_kspace(self, job: Job, chunk: slice | None) -> list[Item]:
         kspace, masks, metadata = read_kspace(job.path, chunk, array=self._array(job.path))
         first = 0 if chunk is None else chunk.start
         job.voxel_size = metadata.get("voxel_size")
@@ -677,10 +565,10 @@ class _Run:
             if self.choices.simulate:
                 items.append(self._reference(job, k, y, maps, mask))
             else:
-                items.append(_Item(job, k, data=y, maps=maps, mask=mask))
+                items.append(Item(job, k, data=y, maps=maps, mask=mask))
         return items
 
-    def _reference(self, job: _Job, k: int, y: Tensor, maps: Tensor, mask: Tensor) -> _Item:
+    def _reference(self, job: Job, k: int, y: Tensor, maps: Tensor, mask: Tensor) -> Item:
         """Return an image and all its k-space, to be undersampled."""
         lines = mask.any(0).nonzero()[:, 0]
         # Files leave out lines at the ends.
@@ -695,9 +583,9 @@ class _Run:
         largest = float(image.abs().max()) or 1.0
         sample = Sample(f"{job.name}[{k}]", image / largest, y / largest, maps)
         seed = seed_of(self.configuration.seed, "reconstruction", job.name, k)
-        return _Item(job, k, sample=sample, span=largest, seed=seed)
+        return Item(job, k, sample=sample, span=largest, seed=seed)
 
-    def _maps_of(self, job: _Job, k: int, y: Tensor, mask: Tensor) -> Tensor:
+    def _maps_of(self, job: Job, k: int, y: Tensor, mask: Tensor) -> Tensor:
         if self.maps is not None:
             if self.maps.ndim == 4 and k >= len(self.maps):
                 raise ValueError(
@@ -724,7 +612,7 @@ class _Run:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def solve(self, items: Sequence[_Item]) -> list[_Solved]:
+    def solve(self, items: Sequence[Item]) -> list[Solved]:
         """Reconstruct images of equal shape; the results in the unit of their files."""
         measured, low, span = self._measure(items)
         # Drawn afresh for each batch: an image sees the same minibatches whatever else is in it.
@@ -745,10 +633,10 @@ class _Run:
             # Of a real image's phase nothing is known.
             image = image.abs() if image.is_complex() and not item.job.complex else image
             image = image * span[k] + low[k] if low[k] else image * span[k]
-            results.append(_Solved(image, bool(solution.converged[k]), quality))
+            results.append(Solved(image, bool(solution.converged[k]), quality))
         return results
 
-    def _measure(self, items: Sequence[_Item]) -> tuple[Measured, list[float], list[float]]:
+    def _measure(self, items: Sequence[Item]) -> tuple[Measured, list[float], list[float]]:
         """Return the data in the unit of the model, and value and span of the files' that it sees as 0 and as 1."""
         low, span = [item.low for item in items], [item.span for item in items]
         samples = [item.sample for item in items if item.sample is not None]
@@ -800,7 +688,7 @@ class _Run:
             values += [psnr(one, truth), sum(similar) / len(similar)]
         return values
 
-    def write(self, job: _Job, output: Path) -> list[str]:
+    def write(self, job: Job, output: Path) -> list[str]:
         """Write what was reconstructed of a file; return the names of what was written."""
         kind = self._format(job)
         suffix = SUFFIXES[kind]
@@ -822,78 +710,10 @@ class _Run:
             write_image(output / name, image, like, voxel_size=job.voxel_size, window=window)
         return names
 
-    def _like(self, job: _Job) -> Path | None:
+    def _like(self, job: Job) -> Path | None:
         """Return the file whose header is carried over; of k-space the voxel size was read along."""
         is_image = self.choices.simulate and not job.is_kspace and not self.idt
-        return job.path if is_image and _is_picture(job.path) else None
-
-
-# ------------------------------------------------------------------ files
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """Return what went wrong with a file, in a line without its name."""
-    said = " ".join(str(error).split()).removeprefix(f"{path}: ")
-    known = isinstance(error, (ValueError, OSError, RuntimeError))
-    return said if known and said else f"{type(error).__name__}: {said}"
-
-
-def _is_picture(path: Path) -> bool:
-    """Tell whether a file is of a kind that holds images alone."""
-    with path.open("rb") as file:
-        head = file.read(132)
-    picture = head[128:] == b"DICM" or head.startswith(b"\x89PNG")
-    return picture or path.name.lower().endswith((*NIFTI_SUFFIXES, *DICOM_SUFFIXES))
-
-
-def _is_known(path: Path) -> bool:
-    if path.name.lower().endswith(INPUT_SUFFIXES):
-        return True
-    # Archives give DICOM files names of their own.
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _find(inputs: Iterable[Path], output: Path) -> list[_Found]:
-    """Return the files in an order that does not depend on the system.
-
-    Raises:
-        InputError: For a file that is missing, or folders without files of a known kind.
-    """
-    missing = [str(path) for path in inputs if not path.exists()]
-    if missing:
-        raise InputError(f"no such file or folder: {', '.join(missing)}")
-    own = output.resolve()
-    found: dict[Path, _Found] = {}
-    for given in inputs:
-        if not given.is_dir():
-            found.setdefault(given, _Found(given, given.name, True))
-            continue
-        if given.resolve() == own:
-            raise InputError(f"{output}: is an input too; choose another output folder")
-        for folder, folders, files in os.walk(given, followlinks=False):
-            here = Path(folder)
-            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
-            for name in sorted(files):
-                path = here / name
-                if name[0] != "." and path.is_file() and _is_known(path):
-                    found.setdefault(path, _Found(path, path.relative_to(given).as_posix(), False))
-    if not found:
-        raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")
-    return list(found.values())
-
-
-def _name_outputs(jobs: list[_Job]) -> None:
-    """Name outputs as inputs, less the suffix; with it where two would be the same."""
-    suffixes = sorted(INPUT_SUFFIXES, key=len, reverse=True)
-    for job in jobs:
-        cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
-        job.base = job.name[: len(job.name) - cut]
-    counts: dict[str, int] = {}
-    for job in jobs:
-        counts[job.base] = counts.get(job.base, 0) + 1
-    for job in jobs:
-        job.base = job.base if counts[job.base] == 1 else job.name
+        return job.path if is_image and is_picture(job.path) else None
 
 
 def _stored(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
@@ -958,256 +778,3 @@ def _write_failed(path: Path, failed: Mapping[str, str]) -> None:
         return
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in failed.items()))
-
-
-# ------------------------------------------------------------------ what is done
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class _Ledger:
-    """What was finished in an output folder: a line for each file, written after its outputs.
-
-    Raises:
-        InputError: Where another run is writing there, or what is there was made by another checkpoint or with other
-            settings.
-        OSError: Where the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path, checkpoint: str, chosen: dict[str, Any], overwrite: bool) -> None:
-        self.folder, self.checkpoint, self.chosen = folder, checkpoint, chosen
-        self.digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.file: TextIO = (folder / LEDGER).open("a+", encoding="utf-8")
-        try:
-            self._open(overwrite)
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _open(self, overwrite: bool) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another run is writing to it") from None
-        except OSError:
-            pass  # some network file systems know no locks
-        self.file.seek(0)
-        text = self.file.read()
-        lines = []
-        for line in text.splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # cut short by a crash: that file is done again
-        for folder, _, files in os.walk(self.folder):
-            for name in filter(UNFINISHED.fullmatch, files):
-                Path(folder, name).unlink(missing_ok=True)
-        if lines and not overwrite:
-            self._check(lines[0])
-            self.entries = {line["file"]: line for line in lines[1:]}
-            if not text.endswith("\n"):
-                self._append_text("\n")
-            return
-        self.file.truncate(0)
-        self._append({"checkpoint": self.checkpoint, "settings": self.chosen})
-
-    def _check(self, head: Mapping[str, Any]) -> None:
-        way_out = "choose another output, or --overwrite (overwrite=True) to do all again"
-        if head.get("checkpoint") != self.checkpoint:
-            raise InputError(f"{self.folder}: holds reconstructions by another checkpoint; {way_out}")
-        before = head.get("settings", {})
-        changed = [
-            f"{key} was {before.get(key)!r} and is {value!r}"
-            for key, value in self.chosen.items()
-            if before.get(key) != value
-        ]
-        if changed:
-            raise InputError(
-                f"{self.folder}: holds reconstructions with other settings: {'; '.join(changed)}; {way_out}"
-            )
-
-    def __enter__(self) -> _Ledger:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-
-    def _append_text(self, text: str) -> None:
-        self.file.write(text)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        self._append_text(json.dumps(entry) + "\n")
-
-    def _stamp(self, job: _Job) -> dict[str, Any]:
-        status = job.path.stat()
-        return {
-            "file": job.name,
-            "path": str(job.path.resolve()),
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "checkpoint": self.checkpoint,
-            "settings": self.digest,
-        }
-
-    def is_finished(self, job: _Job) -> bool:
-        """Tell whether a file was done as it is, and all that was written is there."""
-        entry = self.entries.get(job.name)
-        if entry is None or any(entry.get(key) != value for key, value in self._stamp(job).items()):
-            return False
-        return all((self.folder / name).is_file() for name in entry["outputs"])
-
-    def add(self, job: _Job, outputs: list[str]) -> None:
-        """Note that a file is done."""
-        entry = {**self._stamp(job), "outputs": outputs, "converged": job.converged}
-        if job.quality:
-            columns = zip(*job.quality, strict=True)
-            entry["quality"] = {
-                name: float(np.mean(column)) for name, column in zip(MEASURES, columns, strict=True)
-            }
-            entry["images"] = len(job.quality)
-        self._append(entry)
-        self.entries[job.name] = entry
-
-    def write_quality(self, names: Sequence[str]) -> dict[str, float]:
-        """Write the table of the files that are done, now or before; return the means over them."""
-        entries = [e for e in (self.entries.get(name) for name in names) if e is not None and "quality" in e]
-        if not entries:
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            mean = {m: float(np.nanmean([e["quality"][m] for e in entries])) for m in MEASURES}
-        with atomic(self.folder / QUALITY) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "images", *MEASURES])
-            for e in sorted(entries, key=lambda e: str(e["file"])):
-                writer.writerow([e["file"], e["images"], *(f"{e['quality'][m]:.6g}" for m in MEASURES)])
-            writer.writerow(["mean", sum(e["images"] for e in entries), *(f"{v:.6g}" for v in mean.values())])
-        return mean
-
-
-class _Work:
-    """Files being read in some threads, solved for in this one, and written in another."""
-
-    def __init__(
-        self, run: _Run, ledger: _Ledger, output: Path, batch: int, workers: int, progress: bool
-    ) -> None:
-        self.task, self.ledger, self.output = run, ledger, output
-        self.batch, self.workers, self.progress = batch, workers, progress
-        self.waiting: list[_Item] = []
-        self.writes: deque[tuple[_Job, Future[None]]] = deque()
-        self.reader = ThreadPoolExecutor(workers, "read")
-        self.writer = ThreadPoolExecutor(1, "write")
-
-    def run(self, jobs: list[_Job]) -> None:
-        """Do all jobs; what fails is noted in them.
-
-        Raises:
-            RunError: Where nothing more can be written.
-        """
-        often = 0.5 if sys.stderr.isatty() else 30.0
-        total = sum(job.count for job in jobs)
-        with tqdm(
-            total=total,
-            desc="reconstruct",
-            unit="image",
-            disable=not (self.progress and total),
-            mininterval=often,
-        ) as self.bar:
-            try:
-                for items in self._read_ahead(jobs):
-                    for item in items:
-                        if self.waiting and item.key != self.waiting[0].key:
-                            self._flush()
-                        self.waiting.append(item)
-                        if len(self.waiting) == self.batch:
-                            self._flush()
-                self._flush()
-                while self.writes:
-                    self._finish_write()
-            finally:
-                # What is complete is written; what is being read is not needed any more.
-                self.reader.shutdown(cancel_futures=True)
-                self.writer.shutdown()
-
-    def _read_ahead(self, jobs: list[_Job]) -> Iterator[list[_Item]]:
-        chunks = iter([(job, chunk) for job in jobs for chunk in job.chunks(self.batch)])
-        ahead: deque[tuple[_Job, Future[list[_Item]]]] = deque()
-        while True:
-            while len(ahead) <= self.workers and (following := next(chunks, None)) is not None:
-                job, chunk = following
-                if job.failed is None:
-                    ahead.append((job, self.reader.submit(self.task.read, job, chunk)))
-            if not ahead:
-                return
-            job, future = ahead.popleft()
-            items: list[_Item] = []
-            with self._failing(job):
-                items = future.result()
-            if job.failed is None:
-                yield items
-
-    @contextmanager
-    def _failing(self, job: _Job) -> Iterator[None]:
-        """Note what goes wrong with one file."""
-        try:
-            yield
-        except RunError:
-            raise
-        except Exception as error:
-            self._fail(job, error)
-
-    def _fail(self, job: _Job, error: Exception) -> None:
-        if job.failed is None:
-            job.failed = _reason(error, job.path)
-            self.bar.update(job.count - len(job.images))
-            if self.progress:
-                tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr)
-        job.images.clear()
-
-    def _flush(self) -> None:
-        items, self.waiting = [item for item in self.waiting if item.job.failed is None], []
-        if not items:
-            return
-        try:
-            results = self.task.solve(items)
-        except Exception as error:
-            if len(items) == 1:
-                self._fail(items[0].job, error)
-                return
-            # One image that cannot be solved for takes no others with it.
-            for item in items:
-                self.waiting = [item]
-                self._flush()
-            return
-        for item, (image, converged, quality) in zip(items, results, strict=True):
-            job = item.job
-            job.images[item.number] = image
-            job.converged &= converged
-            if quality is not None:
-                job.quality.append(quality)
-            self.bar.update()
-            if len(job.images) == job.count:
-                self.writes.append((job, self.writer.submit(self._write, job)))
-        while len(self.writes) > self.workers:
-            self._finish_write()
-
-    def _write(self, job: _Job) -> None:
-        self.ledger.add(job, self.task.write(job, self.output))
-        job.images.clear()
-
-    def _finish_write(self) -> None:
-        job, future = self.writes.popleft()
-        with self._failing(job):
-            try:
-                future.result()
-            except OSError as error:
-                if error.errno in NO_MORE_FILES:
-                    raise RunError(
-                        f"{self.output}: cannot write any more: {error.strerror}; the same command goes on from here"
-                    ) from error
-                raise

@@ -1,0 +1,190 @@
+"""Input files as jobs, and where their outputs go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...data import (
+    WRITERS,
+    Sample,
+)
+from ...data.images import DICOM_SUFFIXES
+from ...data.kspace import HDF5_SUFFIXES
+from ...data.nifti import NIFTI_SUFFIXES
+
+INPUT_SUFFIXES = (*WRITERS, *DICOM_SUFFIXES, *HDF5_SUFFIXES)
+
+
+class InputError(ValueError):
+    """Files or settings that cannot be reconstructed with, found before anything long starts."""
+
+
+@dataclass
+class Job:
+    """An input file.
+
+    Attributes:
+        path: Of the file.
+        name: Below the folder given.
+        count: Images in it.
+        shape: Of what is read of each image, by which files are put in order.
+        image_shape: Of each image.
+        complex: Whether the images to be written are complex.
+        by_slice: Whether slices can be read one by one, without the others.
+        is_kspace: Whether it holds k-space.
+    """
+
+    path: Path
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    image_shape: tuple[int, ...]
+    complex: bool
+    by_slice: bool
+    is_kspace: bool = False
+    base: str = ""
+    images: dict[int, Tensor] = field(default_factory=dict)
+    quality: list[list[float]] = field(default_factory=list)
+    converged: bool = True
+    voxel_size: tuple[float, float, float] | None = None
+    failed: str | None = None
+
+    def chunks(self, size: int) -> list[slice | None]:
+        """Return what is read at once."""
+        if not self.by_slice:
+            return [None]
+        return [slice(first, min(first + size, self.count)) for first in range(0, self.count, size)]
+
+
+class Found(NamedTuple):
+    """A file.
+
+    Attributes:
+        path: Of it.
+        name: Below the folder given.
+        named: Whether it was given itself, not its folder.
+    """
+
+    path: Path
+    name: str
+    named: bool
+
+
+class Item(NamedTuple):
+    """An image to be solved for.
+
+    Attributes:
+        job: Its file.
+        number: Its number there.
+        sample: The image to be measured; or None.
+        data: What was measured of it; or None.
+        maps: Coil maps (MRI).
+        mask: Of k-space, ``(H, W)``.
+        low: Value that the model sees as 0.
+        span: Difference of values that it sees as 1.
+        seed: Of noise and mask.
+    """
+
+    job: Job
+    number: int
+    sample: Sample | None = None
+    data: Tensor | None = None
+    maps: Tensor | None = None
+    mask: Tensor | None = None
+    low: float = 0.0
+    span: float = 1.0
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What images of one batch have in common."""
+        if self.sample is not None:
+            coils = 0 if self.sample.kspace is None else len(self.sample.kspace)
+            return (tuple(self.sample.image.shape), coils)
+        assert self.data is not None
+        return (tuple(self.data.shape), None if self.maps is None else tuple(self.maps.shape))
+
+
+class Solved(NamedTuple):
+    """What became of an image.
+
+    Attributes:
+        image: As it is to be written.
+        converged: Whether the solve reached its tolerance.
+        quality: PSNR and SSIM of the image and of its start, where the truth is known.
+    """
+
+    image: Tensor
+    converged: bool
+    quality: list[float] | None
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """Return what went wrong with a file, in a line without its name."""
+    said = " ".join(str(error).split()).removeprefix(f"{path}: ")
+    known = isinstance(error, (ValueError, OSError, RuntimeError))
+    return said if known and said else f"{type(error).__name__}: {said}"
+
+
+def is_picture(path: Path) -> bool:
+    """Tell whether a file is of a kind that holds images alone."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    picture = head[128:] == b"DICM" or head.startswith(b"\x89PNG")
+    return picture or path.name.lower().endswith((*NIFTI_SUFFIXES, *DICOM_SUFFIXES))
+
+
+def _is_known(path: Path) -> bool:
+    if path.name.lower().endswith(INPUT_SUFFIXES):
+        return True
+    # Archives give DICOM files names of their own.
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
+    """Return the files in an order that does not depend on the system.
+
+    Raises:
+        InputError: For a file that is missing, or folders without files of a known kind.
+    """
+    missing = [str(path) for path in inputs if not path.exists()]
+    if missing:
+        raise InputError(f"no such file or folder: {', '.join(missing)}")
+    own = output.resolve()
+    found: dict[Path, Found] = {}
+    for given in inputs:
+        if not given.is_dir():
+            found.setdefault(given, Found(given, given.name, True))
+            continue
+        if given.resolve() == own:
+            raise InputError(f"{output}: is an input too; choose another output folder")
+        for folder, folders, files in os.walk(given, followlinks=False):
+            here = Path(folder)
+            folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
+            for name in sorted(files):
+                path = here / name
+                if name[0] != "." and path.is_file() and _is_known(path):
+                    found.setdefault(path, Found(path, path.relative_to(given).as_posix(), False))
+    if not found:
+        raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")
+    return list(found.values())
+
+
+def name_outputs(jobs: list[Job]) -> None:
+    """Name outputs as inputs, less the suffix; with it where two would be the same."""
+    suffixes = sorted(INPUT_SUFFIXES, key=len, reverse=True)
+    for job in jobs:
+        cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
+        job.base = job.name[: len(job.name) - cut]
+    counts: dict[str, int] = {}
+    for job in jobs:
+        counts[job.base] = counts.get(job.base, 0) + 1
+    for job in jobs:
+        job.base = job.base if counts[job.base] == 1 else job.name
