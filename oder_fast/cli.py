@@ -6,12 +6,16 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, build_info
+
+SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+"""A setting of a configuration, as training.steps=500."""
 
 
 def _whole_number(least: int) -> Callable[[str], int]:
@@ -80,7 +84,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from .training import ConfigurationError, LostProcessError, RunError, Trainer, read_configuration
 
-    overrides = list(arguments.settings)
+    # Denoisers of one's own, module:Name, lie where one works.
+    sys.path.insert(0, os.getcwd())
+    overrides = [*arguments.settings, *arguments.more]
     if arguments.output is not None:
         overrides.append(f"output={json.dumps(str(arguments.output))}")
     try:
@@ -90,7 +96,8 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError | RunError) else 2
     if int(os.environ.get("RANK", "0")) == 0:
-        best = f"; the best ({outcome.psnr:.2f} dB) is {outcome.best}" if outcome.best is not None else ""
+        known = outcome.best is not None and math.isfinite(outcome.psnr)
+        best = f"; the best ({outcome.psnr:.2f} dB) is {outcome.best}" if known else ""
         print(
             f"Ended: {outcome.reason}. Wrote {outcome.last}{best}; see {outcome.last.parent / 'report.html'}"
         )
@@ -178,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="wins over the file's, as training.steps=500"
     )
+    train.add_argument("--set", dest="more", nargs="*", default=[], help=argparse.SUPPRESS)
     train.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: the file's)")
     train.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
@@ -368,6 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         and not {"-h", "--help"} & {*given}
     ):
         given.insert(1, "ct")
+    if given[:1] == ["train"]:
+        # Settings may stand before and after options, which argparse's positional arguments may not.
+        settings = [k for k in range(2, len(given)) if SETTING.match(given[k]) and given[k - 1] != "--output"]
+        given = [a for k, a in enumerate(given) if k not in settings] + [
+            "--set",
+            *(given[k] for k in settings),
+        ]
     arguments = _parser().parse_args(given)
     try:
         status: int = arguments.run(arguments)

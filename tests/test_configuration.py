@@ -81,7 +81,9 @@ def test_files_that_are_refused(tmp_path, name, text, message):
         ("red.tau=.nan", "red.tau: input should be a finite number, got nan"),
         ("denoiser=3", "denoiser: must hold settings by name, got 3"),
         ("training.loss=mae", "training.loss.mae: input should be 'mse', 'l1' or 'ssim'"),
-        ("operator.kind=pet", "operator: input tag 'pet'"),
+        ("operator.kind=pet", "operator.kind: must be ct, mri or idt, got 'pet'"),
+        ("training.loss={}", "training.loss: "),
+        ("pretraining.sigma=[0.1, 0.05]", "sigma must be the least and then the largest"),
         ("seed=abc", "seed: input should be a valid integer"),
         ("data.train=folder", "data: needs either train .files. or phantoms"),
         ("data={}", "data: needs either train .files. or phantoms"),
@@ -175,6 +177,26 @@ def test_gradients_of_zero_images_are_finite():
             if dtype.is_complex
             else image.grad.isfinite().all()
         )
+
+
+def test_ssim_of_truths_with_a_small_range():
+    g = torch.Generator().manual_seed(0)
+    for span in (1e-2, 1e-3, 1e-4, 1e-5):
+        truth = 0.5 + span * torch.rand(1, 32, 32, generator=g)
+        image = truth + 0.3 * span * torch.randn(1, 32, 32, generator=g)
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaf = image.to(dtype).detach().requires_grad_()
+            loss = ssim_loss(leaf, truth.to(dtype))
+            loss.backward()
+            found.append((loss.item(), leaf.grad.double()))
+        assert found[0][0] == pytest.approx(found[1][0], abs=2e-2)
+        assert torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in found), dim=0) > 0.99
+
+
+def test_numbers_without_a_point():
+    read = read_configuration(LEAST, ["training.steps=1e3", "training.learning_rate=2e-4"])
+    assert (read.training.steps, read.training.learning_rate) == (1000, 2e-4)
 
 
 def test_losses_that_are_refused():

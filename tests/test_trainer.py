@@ -15,7 +15,7 @@ from torch import nn
 
 from oder_fast import DnCNN, Nesterov
 from oder_fast.data import Phantoms, psnr
-from oder_fast.data.samples import Batch
+from oder_fast.data.samples import Batch, Sample
 from oder_fast.fixed_point import DivergenceError
 from oder_fast.training import (
     CheckpointError,
@@ -216,7 +216,8 @@ def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, monkey
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
     stopped = train(tmp_path, "training.steps=2")
     content = bytearray(stopped.last.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    middle = slice(len(content) // 2, len(content) // 2 + 400)
+    content[middle] = bytes(b ^ 0xFF for b in content[middle])
     stopped.last.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checkpoint-1-00000002.pt: damaged"):
         load_checkpoint(stopped.last)
@@ -334,6 +335,101 @@ def test_a_denoiser_that_expands_ends_with_advice(tmp_path):
             train(tmp_path, "pretraining.steps=0", "red.tau=3", "red.minibatch_size=null", denoiser=Expands())
 
 
+class Own(torch.utils.data.Dataset):
+    """Samples as they are given."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def images(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [Sample(f"image {k}", torch.rand(16, 16, generator=g)) for k in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["ct", "mri"])
+def test_empty_images_are_drawn_again_and_uniform_ones_not_compared(tmp_path, capsys, kind):
+    nothing = Sample("nothing", torch.zeros(16, 16))
+    operator = {"ct": SMALL["operator"], "mri": {"kind": "mri", "coils": 2}}[kind]
+    tree = SMALL | {"operator": operator, "output": str(tmp_path)}
+    tree["red"] = SMALL["red"] | {"minibatch_size": None}
+    tree["validation"] = {"every": 5, "samples": 3, "images": 3, "patience": 2}
+    sets = {
+        "train_set": Own([nothing, *images(2), nothing]),
+        "validation_set": Own([images(1)[0], nothing, nothing]),
+    }
+    outcome = Trainer(read_configuration(tree), progress=False, **sets).fit()
+    assert outcome.best is not None
+    assert outcome.psnr > 0
+    assert "2 of 3 validation images are uniform and left out" in capsys.readouterr().err
+    rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
+    assert all(0 < r["psnr"] < 100 for r in rows)
+    only = {"train_set": Own([nothing] * 3), "validation_set": Own(images(1))}
+    with pytest.raises(
+        ConfigurationError, match=r"data: nothing: of 100 images or patches drawn after it all are 0"
+    ):
+        Trainer(read_configuration(tree), progress=False, **only)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.zeros(16, 16), r"must return oder_fast.data.Sample\(name, image\).*got Tensor"),
+        (Sample("a", torch.zeros(16, 16).numpy()), "with a torch.Tensor as image, got ndarray"),
+        (
+            Sample("a", torch.zeros(16, 16).double()),
+            "a: its image must be float32 or complex64, got torch.float64",
+        ),
+        (Sample("a", torch.full((16, 16), torch.nan)), r"a: its image must be finite, got nan at \(0, 0\)"),
+        (Sample("a", torch.ones(5, 5)), "at least 7 rows and columns"),
+    ],
+)
+def test_datasets_that_give_something_else(tmp_path, sample, message):
+    with pytest.raises(ConfigurationError, match=message):
+        train(tmp_path, train_set=Own(images(2)), validation_set=Own([sample]))
+    with pytest.raises(TypeError, match="must be a Configuration"):
+        Trainer("ct.yaml")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_breaks_a_run_leaves_a_checkpoint(tmp_path, workers):
+    bad = Sample("the bad one", torch.full((16, 16), torch.nan))
+    sets = {"train_set": Own([*images(9), bad]), "validation_set": Own(images(1))}
+    with pytest.raises(
+        RunError, match=r"step \d+: the bad one: its image must be finite.*mend it, and go on"
+    ):
+        train(tmp_path, f"data.workers={workers}", "pretraining.batch_size=2", **sets)
+    assert list_checkpoints(tmp_path)
+
+
+def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path):
+    outcome = train(tmp_path, "training.steps=0")
+    rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
+    assert outcome.psnr == pytest.approx(max(r["psnr"] for r in rows), abs=1e-3)
+    assert "(pre-training), best.pt" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_goes_on_with_as_many_processes(tmp_path, monkeypatch):
+    train(tmp_path, "training.steps=2")
+    monkeypatch.setattr("oder_fast.training.trainer.world_size", lambda: 2)
+    with pytest.raises(ConfigurationError, match="a run of 1 processes, and here are 2"):
+        Trainer(small(tmp_path), progress=False)._restore(*newest_checkpoint(tmp_path)[:2])
+
+
+def test_checkpoints_that_are_all_damaged_stop_a_run(tmp_path):
+    train(tmp_path, "training.steps=0")
+    for path in list_checkpoints(tmp_path):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ConfigurationError, match="none of its checkpoints is whole"):
+        train(tmp_path, resume=True)
+
+
 def test_losses_that_are_not_finite_in_pretraining(tmp_path):
     class Nan(nn.Module):
         def __init__(self):
@@ -356,6 +452,16 @@ def test_early_stopping(tmp_path, monkeypatch):
     )
     assert outcome.reason == "no better for long"
     assert load_checkpoint(outcome.last)["position"]["step"] == 4
+    # Again it ends where it was.
+    again = train(
+        tmp_path,
+        "training.steps=50",
+        "validation.every=1",
+        "validation.patience=3",
+        "pretraining.steps=0",
+        resume=True,
+    )
+    assert (again.reason, again.last) == (outcome.reason, outcome.last)
 
 
 # ------------------------------------------------------------------ what is trained
@@ -372,8 +478,9 @@ def test_the_moving_average(tmp_path):
     begin = Trainer(small(tmp_path / "x"), progress=False).model.state_dict()["denoiser.layers.0.weight"]
     states = [load_checkpoint(tmp_path / f"checkpoint-0-{k:08d}.pt") for k in (1, 2, 3)]
     expected = begin
-    for state in states:
-        expected = 0.5 * expected + 0.5 * state["model"]["denoiser.layers.0.weight"]
+    # The first steps weigh more.
+    for decay, state in zip((1 / 10, 2 / 11, 3 / 12), states, strict=True):
+        expected = decay * expected + (1 - decay) * state["model"]["denoiser.layers.0.weight"]
     torch.testing.assert_close(states[-1]["ema"]["denoiser.layers.0.weight"], expected)
     model, *_ = load_model(tmp_path / "checkpoint-0-00000003.pt")
     torch.testing.assert_close(model.denoiser.layers[0].weight, expected)
@@ -514,6 +621,8 @@ def test_a_module_and_datasets_of_ones_own(tmp_path):
         (["data.phantoms.kind=brain"], "operator: CT takes real images"),
         (["data.phantoms.kind=cells"], "data: Phantoms: size must be three numbers"),
         (["data.patch=17"], "Patches: size .* must fit into the images"),
+        (["operator={kind: mri, center_fraction: 0.5}"], "operator: random_lines: "),
+        (["training.loss=ssim", "data.phantoms.size=8"], "loss: ssim_loss: images must have at least 11"),
         (
             ["operator={kind: mri}", "red.minibatch_size=9"],
             "red.minibatch_size: must be at most the 8 blocks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ class Data(_Section):
     """Images to train on, and to validate with.
 
     Attributes:
-        train: Folder or files of images (DICOM, TIFF, PNG, NPY, NPZ, NIfTI), or of fully sampled k-space for MRI.
+        train: Folder or files of images (DICOM, TIFF, PNG, NPY, NPZ, NIfTI), or with `kspace` of fully sampled k-space.
         validation: The same; by default `validation_share` of the patients of `train`.
         validation_share: Share of the patients, where there is no `validation`; and of phantoms beyond `n`.
         phantoms: In place of files.
@@ -237,7 +238,7 @@ class Stage(_Section):
     clip_norm: PositiveFloat | None = 1.0
     ema: Share | None = 0.999
     precision: Literal["float32", "bfloat16"] = "float32"
-    loss: dict[Literal["mse", "l1", "ssim"], PositiveFloat] = {"mse": 1.0}
+    loss: Annotated[dict[Literal["mse", "l1", "ssim"], PositiveFloat], Field(min_length=1)] = {"mse": 1.0}
 
     @model_validator(mode="before")
     @classmethod
@@ -256,6 +257,12 @@ class Pretraining(Stage):
 
     steps: NonNegativeInt = 10_000
     sigma: PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] = 5 / 255
+
+    @model_validator(mode="after")
+    def _least_then_largest(self) -> Pretraining:
+        if isinstance(self.sigma, tuple) and self.sigma[0] > self.sigma[1]:
+            raise ValueError(f"sigma must be the least and then the largest, got {list(self.sigma)}")
+        return self
 
 
 class Training(Stage):
@@ -369,15 +376,17 @@ def read_configuration(
         (30, 0.0001)
     """
     name = "the configuration" if isinstance(source, Mapping) else str(source)
-    tree = dict(source) if isinstance(source, Mapping) else _parse(Path(source))
+    tree: dict[str, Any] = _with_numbers(
+        dict(source) if isinstance(source, Mapping) else _parse(Path(source))
+    )
     for override in overrides:
         _override(tree, override)
     try:
         return Configuration.model_validate(tree)
     except ValidationError as error:
-        # A value of none of several types is told once.
-        sentences = dict.fromkeys(f"{name}: {_explain(problem)}" for problem in error.errors())
-        raise ConfigurationError("\n".join(sentences)) from None
+        raise ConfigurationError(
+            "\n".join(f"{name}: {line}" for line in explain(error).split("\n"))
+        ) from None
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -406,6 +415,16 @@ def _parse(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _with_numbers(value: Any) -> Any:
+    """Return what was read with numbers such as 1e-4, which YAML 1.1 takes for text without a point."""
+    if isinstance(value, Mapping):
+        return {name: _with_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     import yaml
 
@@ -413,7 +432,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigurationError(f"{override!r} must be written key=value, as training.steps=500")
     try:
-        value = yaml.safe_load(text)
+        value = _with_numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{override!r}: not a YAML value: {error}") from error
     *sections, last = key.split(".")
@@ -423,6 +442,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[section] = dict(inner) if isinstance(inner, Mapping) else {}
         tree = tree[section]
     tree[last] = value
+
+
+def explain(error: ValidationError) -> str:
+    """Say in a line for each setting what is wrong."""
+    # A value of none of several types is told once.
+    return "\n".join(dict.fromkeys(_explain(problem) for problem in error.errors()))
 
 
 def _explain(problem: Any) -> str:
@@ -446,6 +471,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], section.model_fields, n=1, cutoff=0.4)
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if problem["type"].startswith("union_tag"):
+        return f"{key}.kind: must be ct, mri or idt, got {problem['ctx'].get('tag', 'none')!r}"
     if problem["type"] == "missing":
         return f"missing key {key}"
     said = str(problem["msg"]).removeprefix("Value error, ")

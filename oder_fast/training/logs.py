@@ -27,7 +27,18 @@ TRAINING = (
     "tau",
     "halvings",
 )
-VALIDATION = ("stage", "step", "seconds", "loss", "psnr", "ssim", "psnr_start", "ssim_start", "iterations")
+VALIDATION = (
+    "stage",
+    "step",
+    "seconds",
+    "loss",
+    "psnr",
+    "ssim",
+    "psnr_start",
+    "ssim_start",
+    "iterations",
+    "converged",
+)
 
 Value = float | int | str | None
 

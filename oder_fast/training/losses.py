@@ -13,6 +13,10 @@ WINDOW, SIGMA = 11, 1.5
 """Gaussian window of the structural similarity, as Wang et al. have it."""
 
 
+FLATTEST = 1e-3
+"""Least range of a true image over its largest magnitude."""
+
+
 def mse_loss(image: Tensor, truth: Tensor) -> Tensor:
     r"""Return the mean squared error, :math:`|x - \hat x|^2` of complex images."""
     difference = image - truth
@@ -49,8 +53,13 @@ def ssim_loss(image: Tensor, truth: Tensor) -> Tensor:
         )
     x, y = (magnitude(v).reshape(len(v), -1, *v.shape[-2:]) for v in (image, truth))
     span = (y.flatten(1).amax(1) - y.flatten(1).amin(1))[:, None, None, None]
-    # A uniform truth has no range: any will do that keeps the quotient defined.
-    span = torch.where(span > 0, span, torch.ones_like(span))
+    # A truth that is uniform, but for rounding, has no range of its own.
+    span = torch.maximum(span, FLATTEST * y.flatten(1).abs().amax(1)[:, None, None, None])
+    # Squares of squares of it must not vanish.
+    span = torch.where(span > torch.finfo(x.dtype).tiny ** 0.2, span, torch.ones_like(span))
+    # Variances of what differs from one level: else they would be small differences of large squares.
+    level = y.flatten(1).mean(1)[:, None, None, None]
+    x, y = x - level, y - level
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     ramp = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     window = torch.exp(-(ramp**2) / (2 * SIGMA**2))
@@ -64,6 +73,7 @@ def ssim_loss(image: Tensor, truth: Tensor) -> Tensor:
     mean_x, mean_y = average(x), average(y)
     var_x, var_y = average(x * x) - mean_x**2, average(y * y) - mean_y**2
     covariance = average(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + level, mean_y + level
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -100,8 +100,8 @@ def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
     ]
 
 
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace gradients by their mean over all processes, in one message.
+def average_gradients(parameters: Sequence[nn.Parameter], buffers: Iterable[Tensor]) -> None:
+    """Replace gradients, and buffers such as running statistics, by their mean over all processes, in one message.
 
     After the backward pass and not within it, where its adjoint solve may fail in one process and leave the others
     waiting.
@@ -111,10 +111,15 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
+    floats = [b for b in buffers if b.is_floating_point()]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = sum_over_processes(torch.cat([g.flatten() for g in gradients])) / world_size()
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    values = [*gradients, *floats]
+    flat = sum_over_processes(torch.cat([v.flatten() for v in values])) / world_size()
+    means = flat.split([v.numel() for v in values])
+    for parameter, mean in zip(parameters, means[: len(parameters)], strict=True):
+        parameter.grad = mean.view_as(parameter).clone()
+    for buffer, mean in zip(floats, means[len(parameters) :], strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def same_everywhere(module: nn.Module) -> None:

@@ -53,8 +53,9 @@ def write_report(
                 "PSNR of the start",
                 "SSIM of the start",
                 "iterations",
+                "converged",
             )
-            keys = ("step", "loss", "psnr", "ssim", "psnr_start", "ssim_start", "iterations")
+            keys = ("step", "loss", "psnr", "ssim", "psnr_start", "ssim_start", "iterations", "converged")
             parts.append(_table([header, *[tuple(_number(row.get(k)) for k in keys) for row in seen]]))
     if picture is not None and picture.exists():
         parts += ["<h2>Images</h2>", _image(picture.read_bytes())]

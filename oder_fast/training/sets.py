@@ -65,21 +65,29 @@ def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Sample
             if p.kind == "cells" and isinstance(configuration.operator, settings.IDT):
                 size = (len(configuration.operator.depths), p.size, p.size)
             n = max(1, round(p.n * section.validation_share / (1 - section.validation_share)))
-            everything = Phantoms(p.kind, p.n + n, size, seed, **p.options)
+            drawn = Phantoms(p.kind, p.n + n, size, seed, **p.options)
             train, validation = (
-                Subset(everything, range(p.n)),
-                Subset(everything, range(p.n, p.n + n)),
+                Subset(drawn, range(p.n)),
+                Subset(drawn, range(p.n, p.n + n)),
             )
         elif section.validation is not None:
             assert section.train is not None
-            train, validation = (
-                _files(section.train, configuration),
-                _files(section.validation, configuration),
-            )
+            train = _files(section.train, configuration)
+            validation = _files(section.validation, configuration)
+            known = {train.fingerprint(k): train.names[k] for k in range(len(train))}
+            shared = [known[f] for f in map(validation.fingerprint, range(len(validation))) if f in known]
+            if shared:
+                raise ValueError(
+                    f"{len(shared)} images of validation are in train too, the first {shared[0]}"
+                )
         else:
             assert section.train is not None
-            train, validation = split(_files(section.train, configuration), shares, seed)
-        if section.patch is None and configuration.training.batch_size > 1:
+            everything = _files(section.train, configuration)
+            if len(set(everything.groups)) == 1:
+                raise ValueError("train shows one patient alone, so give validation too, of others")
+            train, validation = split(everything, shares, seed)
+        stages = (configuration.pretraining, configuration.training)
+        if section.patch is None and any(s.steps and s.batch_size > 1 for s in stages):
             common_shape(train)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"data: {error}") from error

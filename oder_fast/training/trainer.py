@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 import signal
 import time
@@ -56,6 +57,15 @@ from .sets import make_sets, training_transform
 HALVINGS = 4
 """How many times a solver that diverges gets shorter steps before the run ends."""
 
+DRAWS = 100
+"""How many images are drawn until one is not 0 everywhere."""
+
+SMALLEST = 7
+"""Rows and columns that the structural similarity of validation images needs."""
+
+USUAL = 10.0
+"""Largest magnitude of images that networks are initialized for, generously."""
+
 CHECKPOINTS_OF_ROOM = 2
 """Beyond those that are kept: the one being written, and the tables and pictures."""
 
@@ -89,8 +99,11 @@ def seed_of(*key: Any) -> int:
 class _Stream(Dataset[tuple[Sample, int]]):
     """Samples by their position in the run: epoch after epoch, each in an order of its own."""
 
-    def __init__(self, samples: Dataset[Sample], transform: Any, scan: Scan, key: tuple[Any, ...]) -> None:
+    def __init__(
+        self, samples: Dataset[Sample], transform: Any, scan: Scan, key: tuple[Any, ...], with_kspace: bool
+    ) -> None:
         self.samples, self.transform, self.scan, self.key = samples, transform, scan, key
+        self.with_kspace = with_kspace
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, position: int) -> tuple[Sample, int]:
@@ -99,10 +112,39 @@ class _Stream(Dataset[tuple[Sample, int]]):
             g = torch.Generator().manual_seed(seed_of(*self.key, "order", epoch))
             self._order = epoch, torch.randperm(len(self.samples), generator=g).tolist()  # type: ignore[arg-type]
         g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
-        sample = self.samples[self._order[1][place]]
-        if self.transform is not None:
+        index = self._order[1][place]
+        for _ in range(DRAWS):
+            sample = checked(self.samples[index])
+            if not self.with_kspace:
+                sample = sample._replace(kspace=None, maps=None)
             sample = self.transform(sample, g)
-        return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
+            if bool(sample.image.any()):
+                return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
+            # An empty slice or patch, as volumes have at their ends, has nothing to be measured: another one.
+            index = int(torch.randint(len(self.samples), (), generator=g))  # type: ignore[arg-type]
+        raise ValueError(f"{sample.name}: of {DRAWS} images or patches drawn after it all are 0 everywhere")
+
+
+def checked(sample: Any) -> Sample:
+    """Return a sample if it is one.
+
+    Raises:
+        TypeError: For something else, or an image of another dtype.
+        ValueError: For NaN or infinity.
+    """
+    if not isinstance(sample, Sample) or not isinstance(sample.image, Tensor):
+        kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
+        raise TypeError(
+            f"a dataset must return oder_fast.data.Sample(name, image) with a torch.Tensor as image, got {kind}"
+        )
+    image = sample.image
+    if image.dtype not in (torch.float32, torch.complex64):
+        raise TypeError(f"{sample.name}: its image must be float32 or complex64, got {image.dtype}")
+    bad = (~image.isfinite()).nonzero()
+    if len(bad):
+        index = tuple(bad[0].tolist())
+        raise ValueError(f"{sample.name}: its image must be finite, got {image[index].item()} at {index}")
+    return sample
 
 
 def _collate(items: Sequence[tuple[Sample, int]]) -> tuple[Batch, list[int]]:
@@ -134,6 +176,7 @@ class _Position:
     step: int = 0
     halvings: int = 0
     best: float = -math.inf
+    best_stage: int = -1
     waiting: int = 0
     seconds: float = 0.0
     reason: str | None = None
@@ -158,6 +201,9 @@ class _Stop:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if rank() == 0:
+            # Not by print, which may be in the middle of something.
+            os.write(2, b"\noder-fast: stops after this step, with a checkpoint\n")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
@@ -208,6 +254,11 @@ class Trainer:
         validation_set: Dataset[Sample] | None = None,
         progress: bool = True,
     ) -> None:
+        if not isinstance(configuration, Configuration):
+            raise TypeError(
+                f"Trainer: configuration must be a Configuration (read_configuration), got "
+                f"{type(configuration).__name__}"
+            )
         if (train_set is None) != (validation_set is None):
             raise ConfigurationError("Trainer: give both train_set and validation_set, or neither")
         self.device = pick_device(configuration.device)
@@ -223,6 +274,10 @@ class Trainer:
                 torch.manual_seed(seed_of(configuration.seed, "weights"))
                 denoiser = make_denoiser(configuration.denoiser, self.scan.channels)
         self.configuration = configuration
+        self.stages: tuple[settings.Pretraining, settings.Training] = (
+            configuration.pretraining,
+            configuration.training,
+        )
         self.folder = Path(configuration.output)
         self.model = FixedPointModel(denoiser, configuration.red, self.scan.nonnegative).to(self.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -232,41 +287,56 @@ class Trainer:
         self.position = _Position()
         self.ema: dict[str, Tensor] | None = None
         self.optimizer = self._new_optimizer()
-        self.stages: tuple[settings.Pretraining, settings.Training] = (
-            configuration.pretraining,
-            configuration.training,
-        )
         self._check_samples()
 
     # -------------------------------------------------------------- before anything long starts
 
     def _check_samples(self) -> None:
-        """Try the way from a sample to the denoiser's output once."""
+        """Go the way from a sample to the loss once, all but the solve."""
         for name, samples in (("train", self.train_set), ("validation", self.validation_set)):
             if len(samples) == 0:  # type: ignore[arg-type]
                 raise ConfigurationError(f"data: the {name} set is empty")
-        whole = self.scan.prepare(self.validation_set[0], torch.Generator()).image
-        self.image_shape = tuple(whole.shape)
-        batch, _ = _collate([self._stream(0)[0]])
+        red = self.configuration.red
+        if red.solver == "anderson" and red.minibatch_size is not None:
+            raise ConfigurationError("red.solver: anderson takes no minibatches; take nesterov or picard")
+        try:
+            whole = self.scan.prepare(checked(self.validation_set[0]), torch.Generator()).image
+            self.image_shape = tuple(whole.shape)
+            batch, seeds = _collate([self._stream(1)[0]])
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"data: {error}") from error
+        self.largest = float(batch.image.abs().max())
         shape = tuple(batch.image.shape[1:])
         try:
             self.scan.check(self.image_shape, whole.is_complex())
             self.scan.check(shape, batch.image.is_complex())
-            operator = self.scan.operator(shape)
+            measured = self.scan.measure(batch, [torch.Generator().manual_seed(seeds[0])])
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"operator: {error}") from error
-        size, blocks = self.configuration.red.minibatch_size, operator.n_blocks
-        if size is not None and size > blocks and batch.kspace is None:
+        size, blocks = red.minibatch_size, measured.operator.n_blocks
+        if size is not None and size > blocks:
             raise ConfigurationError(f"red.minibatch_size: must be at most the {blocks} blocks, got {size}")
-        if self.configuration.red.solver == "anderson" and size is not None:
-            raise ConfigurationError("red.solver: anderson takes no minibatches; take nesterov or picard")
+        for stage in self.stages:
+            try:
+                total_loss(stage.loss, batch.image, batch.image)
+            except ValueError as error:
+                raise ConfigurationError(f"loss: {error}") from error
+        if min(self.image_shape[-2:]) < SMALLEST:
+            raise ConfigurationError(
+                f"data: validation images must have at least {SMALLEST} rows and columns, got {self.image_shape}"
+            )
+        self._check_denoiser(batch.image)
+
+    def _check_denoiser(self, image: Tensor) -> None:
         was_training = self.model.training
         try:
             with torch.no_grad():
-                channels = as_channels(batch.image.to(self.device))
+                channels = as_channels(image.to(self.device))
                 denoised = self.model.eval().denoiser(channels)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigurationError(f"denoiser: does not take images of shape {shape}: {error}") from error
+            raise ConfigurationError(
+                f"denoiser: does not take images of shape {tuple(image.shape[1:])}: {error}"
+            ) from error
         finally:
             self.model.train(was_training)
         if denoised.shape != channels.shape:
@@ -285,16 +355,15 @@ class Trainer:
                 f"{self.folder}: holds a run already; resume it (--resume), or choose another output"
             )
         path, state, problems = newest_checkpoint(self.folder) if resume else (None, None, [])
+        if problems and path is None:
+            raise ConfigurationError(
+                f"{self.folder}: none of its checkpoints is whole ({problems[0]}); remove them, or choose "
+                "another output"
+            )
         if path is not None and state is not None:
             self._restore(path, state)
         else:
-            torch.manual_seed(seed_of(self.configuration.seed, "global"))
             self._begin_stage()
-        if rank():
-            # What checkpoints keep is the first process's.
-            torch.manual_seed(
-                seed_of(self.configuration.seed, "global", rank(), *vars(self.position).values())
-            )
         found = torch.tensor([self.position.stage, self.position.step], dtype=torch.float64)
         mean = sum_over_processes(found.clone().to(self.device, torch.float32)).cpu() / world_size()
         if not torch.equal(mean.double(), found):
@@ -309,7 +378,15 @@ class Trainer:
         if path is not None:
             self.logs.say(f"goes on from {path}")
         elif resume:
-            self.logs.say(f"{self.folder} holds no whole checkpoint: starts anew")
+            self.logs.say(f"{self.folder} holds no checkpoint: starts anew")
+        asked = self.stages[self.position.stage].steps
+        if self.position.step > asked:
+            self.logs.say(f"{self.position.step} steps are done already, and {asked} are asked for")
+        if self.largest > USUAL:
+            self.logs.say(
+                f"images reach {self.largest:.3g}; networks, sigma and learning rates are for values of about 1: see "
+                "data.scale"
+            )
         if rank() == 0:
             (self.folder / "images").mkdir(exist_ok=True)
             (self.folder / "configuration.json").write_text(
@@ -343,6 +420,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "random": random_states(),
             "image_shape": list(self.image_shape),
+            "processes": world_size(),
             "versions": {
                 "oder_fast": oder_fast.__version__,
                 "torch": str(torch.__version__),
@@ -357,6 +435,11 @@ class Trainer:
         if changed:
             raise ConfigurationError(
                 f"{path}: belongs to another configuration: {'; '.join(changed)}; choose another output for this one"
+            )
+        if state["processes"] != world_size():
+            raise ConfigurationError(
+                f"{path}: belongs to a run of {state['processes']} processes, and here are {world_size()}: each step "
+                "takes a batch from every one; go on with as many"
             )
         problem = misfit(self.model, state["model"])
         if problem:
@@ -386,7 +469,7 @@ class Trainer:
     def _stream(self, stage: int) -> _Stream:
         key = (self.configuration.seed, "training", stage)
         transform = training_transform(self.configuration.data)
-        return _Stream(self.train_set, transform, self.scan, key)
+        return _Stream(self.train_set, transform, self.scan, key, with_kspace=stage == 1)
 
     def _loader(self) -> Iterator[tuple[Batch, list[int]]]:
         section, workers = self.stages[self.position.stage], self.configuration.data.workers
@@ -456,6 +539,8 @@ class Trainer:
         """Take one step of the optimizer; return what the log tells of it."""
         position, section = self.position, self.stages[self.position.stage]
         batch = self._to_device(batch)
+        # What dropout draws follows from the position too, in every process.
+        torch.manual_seed(seed_of(self.configuration.seed, "global", position.stage, position.step, rank()))
         while True:
             failed = self._try_gradient(batch, seeds)
             if isinstance(failed, dict):
@@ -474,8 +559,10 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         if self.ema is not None and section.ema is not None:
+            # The first steps weigh more: weights as they were drawn are no part of a mean.
+            decay = min(section.ema, (1 + position.step) / (10 + position.step))
             for name, parameter in self._trained():
-                self.ema[name].lerp_(parameter.detach(), 1 - section.ema)
+                self.ema[name].lerp_(parameter.detach(), 1 - decay)
         tau = self.model.tau
         return row | {
             "gradient_norm": float(norm),
@@ -510,7 +597,7 @@ class Trainer:
             reason = str(error)
         if any_process([bool(reason)], self.device)[0]:
             return reason or "another process could not solve"
-        average_gradients(self.parameters)
+        average_gradients(self.parameters, self.model.buffers())
         mean = sum_over_processes(loss.detach().clone().reshape(1)) / world_size()
         if solution is not None and solution.adjoint:
             row["adjoint_iterations"] = float(solution.adjoint[-1].iterations.double().mean())
@@ -554,7 +641,7 @@ class Trainer:
         """Compare reconstructions with truths, keep the best weights, draw some."""
         position, section = self.position, self.configuration.validation
         count = min(section.samples, len(self.validation_set))  # type: ignore[arg-type]
-        sums = torch.zeros(7, dtype=torch.float32, device=self.device)
+        sums = torch.zeros(9, dtype=torch.float32, device=self.device)
         shown = []
         failed = None
         with self._evaluating(), torch.no_grad():
@@ -564,15 +651,22 @@ class Trainer:
                 except FixedPointError as error:
                     failed = str(error)
                     continue
-                sums += torch.tensor([*values, 1.0], device=self.device)
+                if values is None:
+                    sums[-1] += 1
+                    continue
+                sums += torch.tensor([*values, 1.0, 0.0], device=self.device)
                 if k < section.images:
                     shown.append(drawn)
         sums = sum_over_processes(sums)
-        n = float(sums[-1])
+        n, uniform = sums[-2:].tolist()
+        if uniform:
+            self.logs.say(f"{uniform:.0f} of {count} validation images are uniform and left out")
         if n == 0:
-            self.logs.say(f"step {position.step}: no validation image could be solved for: {failed}")
+            self.logs.say(
+                f"step {position.step}: no validation image could be solved for: {failed or 'all are uniform'}"
+            )
             return
-        loss, quality, similarity, quality_0, similarity_0, iterations = (sums[:-1] / n).tolist()
+        loss, quality, similarity, quality_0, similarity_0, iterations, converged = (sums[:-2] / n).tolist()
         row = {
             "stage": position.stage,
             "step": position.step,
@@ -583,31 +677,37 @@ class Trainer:
             "psnr_start": quality_0,
             "ssim_start": similarity_0,
             "iterations": iterations if position.stage else None,
+            "converged": converged if position.stage else None,
         }
         self.logs.validated(self._overall(), row)
         self.logs.say(
             f"{STAGES[position.stage]}, step {position.step}: PSNR {quality:.2f} dB (start {quality_0:.2f}), "
             f"SSIM {similarity:.3f} (start {similarity_0:.3f})"
+            + (f"; {1 - converged:.0%} of the solves did not converge" if converged < 1 else "")
         )
         if rank() == 0 and shown:
             path = self._picture_path()
             draw_images(path, shown)
             self.logs.picture(self._overall(), path)
         position.waiting += 1
-        if quality > position.best:
-            position.best, position.waiting = quality, 0
+        if quality > position.best or position.best_stage != position.stage:
+            position.best, position.best_stage, position.waiting = quality, position.stage, 0
             self._save(self.folder / "best.pt")
 
     def _picture_path(self) -> Path:
         return self.folder / "images" / f"validation-{self.position.stage}-{self.position.step:08d}.png"
 
-    def _validate_one(self, k: int) -> tuple[list[float], tuple[str, Tensor, Tensor, Tensor]]:
+    def _validate_one(self, k: int) -> tuple[list[float] | None, tuple[str, Tensor, Tensor, Tensor]]:
+        """Return the numbers of an image, and what is drawn of it; no numbers of a uniform one, which has no scale."""
         seed = self.configuration.seed
         g = torch.Generator().manual_seed(seed_of(seed, "validation", k))
-        batch = self._to_device(collate([self.scan.prepare(self.validation_set[k], g)]))
+        batch = self._to_device(collate([self.scan.prepare(checked(self.validation_set[k]), g)]))
+        truth = self.scan.show(batch.image[0]).cpu()
+        if truth.min() == truth.max():
+            return None, (batch.names[0], truth, truth, truth)
+        iterations, converged = 0.0, 1.0
         if self.position.stage == 0:
             start, image = self._denoise(batch.image, [g])
-            iterations = 0.0
         else:
             measured = self.scan.measure(batch, [g])
             start = measured.operator.initial(measured.data)
@@ -615,8 +715,9 @@ class Trainer:
             with self._autocast():
                 solution = self.model(measured.operator, measured.data, minibatches, self.position.halvings)
             image, iterations = solution.value, float(solution.iterations.double().mean())
+            converged = float(solution.converged.double().mean())
         loss = float(total_loss(self.stages[self.position.stage].loss, image, batch.image))
-        truth, first, result = (self.scan.show(v[0]).cpu() for v in (batch.image, start, image))
+        first, result = (self.scan.show(v[0]).cpu() for v in (start, image))
         quality = [
             psnr(result, truth),
             _similarity(result, truth),
@@ -624,7 +725,7 @@ class Trainer:
             _similarity(first, truth),
         ]
         truth, first, result = (v if v.ndim == 2 else v[len(v) // 2] for v in (truth, first, result))
-        return [loss, *quality, iterations], (batch.names[0], truth, first, result)
+        return [loss, *quality, iterations, converged], (batch.names[0], truth, first, result)
 
     # -------------------------------------------------------------- the run
 
@@ -663,8 +764,7 @@ class Trainer:
         while reason is None:
             reason = self._run_stage(stop)
             if reason is None and position.stage == 0:
-                position.stage, position.step = 1, 0
-                position.best, position.waiting = -math.inf, 0
+                position.stage, position.step, position.waiting = 1, 0, 0
                 self._begin_stage()
             elif reason is None:
                 reason = "finished"
@@ -683,12 +783,14 @@ class Trainer:
         every, watch = self.configuration.checkpoints.every, self.configuration.validation
         if position.step >= section.steps:
             return None
+        if self._waits_too_long():
+            return "no better for long"
         self.logs.begin_stage(STAGES[position.stage], section.steps, position.step)
         loader = self._loader()
         try:
             while position.step < section.steps:
                 start = time.perf_counter()
-                row = self._step(*next(loader), stop)
+                row = self._step(*self._load(loader), stop)
                 position.step += 1
                 position.seconds += time.perf_counter() - start
                 where = {"stage": position.stage, "step": position.step, "seconds": position.seconds}
@@ -699,8 +801,7 @@ class Trainer:
                 asked = any_process([stop.name is not None], self.device)[0]
                 if asked:
                     return stop.name or "a signal to another process"
-                patience = watch.patience
-                if position.stage == 1 and patience is not None and position.waiting >= patience:
+                if self._waits_too_long():
                     return "no better for long"
                 if last or position.step % every == 0:
                     self._save()
@@ -708,6 +809,23 @@ class Trainer:
             self.logs.end_stage()
             del loader
         return None
+
+    def _waits_too_long(self) -> bool:
+        patience = self.configuration.validation.patience
+        return self.position.stage == 1 and patience is not None and self.position.waiting >= patience
+
+    def _load(self, loader: Iterator[tuple[Batch, list[int]]]) -> tuple[Batch, list[int]]:
+        try:
+            return next(loader)
+        except (ValueError, TypeError, OSError) as error:
+            # Of a worker's error the last line is the error itself.
+            said = str(error).strip().splitlines()[-1]
+            said = said.partition("Error: ")[2] or said
+            path = self._save()
+            raise RunError(
+                f"{STAGES[self.position.stage]}, step {self.position.step}: {said}; wrote {path}: mend it, and go on "
+                "with --resume (resume=True)"
+            ) from error
 
     def _report(self, reason: str) -> None:
         position = self.position
@@ -719,7 +837,7 @@ class Trainer:
             "Seed": str(self.configuration.seed),
         }
         if math.isfinite(position.best):
-            summary["Best validation"] = f"{position.best:.2f} dB ({STAGES[position.stage]}), best.pt"
+            summary["Best validation"] = f"{position.best:.2f} dB ({STAGES[position.best_stage]}), best.pt"
         if position.halvings:
             summary["Backed off"] = (
                 f"{position.halvings} times: the steps are {2**position.halvings} times shorter"

@@ -102,6 +102,12 @@ class Item(NamedTuple):
     seed: int = 0
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to be reconstructed: all is 0."""
+        values = self.data if self.sample is None else self.sample.image
+        return values is None or not bool(values.any())
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What images of one batch have in common."""
         if self.sample is not None:

@@ -130,10 +130,13 @@ class Ledger:
         entry = {**self._stamp(job), "outputs": outputs, "converged": job.converged}
         if job.quality:
             columns = zip(*job.quality, strict=True)
-            entry["quality"] = {
-                name: float(np.mean(column)) for name, column in zip(MEASURES, columns, strict=True)
-            }
-            entry["images"] = len(job.quality)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                entry["quality"] = {
+                    name: float(np.nanmean(column)) for name, column in zip(MEASURES, columns, strict=True)
+                }
+            # Uniform ones have no scale to be compared on.
+            entry["images"] = sum(not np.isnan(row[0]) for row in job.quality)
         self._append(entry)
         self.entries[job.name] = entry
 

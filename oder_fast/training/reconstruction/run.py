@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...data import (
@@ -39,7 +40,7 @@ from ...data.writers import HOLD_VOLUMES
 from ...deqred import as_channels
 from ...operators import CartesianMRI
 from .. import configuration as settings
-from ..configuration import ConfigurationError
+from ..configuration import ConfigurationError, explain
 from ..model import load_model
 from ..processes import pick_device
 from ..scans import IDTScan, Measured, MRIScan
@@ -278,8 +279,8 @@ class _Run(Task):
             update["minibatch_size"] = None  # type: ignore[assignment]
         try:
             section = settings.RED.model_validate(section.model_dump() | update)
-        except ValueError as error:
-            raise ConfigurationError(f"red: {error}") from error
+        except ValidationError as error:
+            raise ConfigurationError(f"red: {explain(error)}") from error
         if section.solver == "anderson" and section.minibatch_size is not None:
             raise ConfigurationError("minibatch: the run's solver, anderson, takes no minibatches")
         self.model.section = section
@@ -293,11 +294,15 @@ class _Run(Task):
                 f"{self.choices.maps}: coil maps must be complex, (C, H, W) or (S, C, H, W), got {maps.dtype} of shape "
                 f"{tuple(maps.shape)}"
             )
-        # The model knows maps of unit norm.
-        power = maps.abs().square().sum(-3).flatten(-2).amax(-1).sqrt()
-        if not bool((power > 0).all()):
+        if not bool((_norms(maps) > 0).all()):
             raise InputError(f"{self.choices.maps}: its coil maps are zero everywhere")
-        return maps / power[..., None, None, None]
+        return maps
+
+    def _maps_norm(self, k: int) -> float:
+        """Return the norm of the coil maps given for a slice, which the model sees at norm 1."""
+        if self.maps is None:
+            return 1.0
+        return float(_norms(self.maps[k] if self.maps.ndim == 4 else self.maps))
 
     def settings(self) -> dict[str, Any]:
         """Return what results depend on besides the checkpoint."""
@@ -411,8 +416,8 @@ class _Run(Task):
             looks = f" (or {hint})" if shape[-2:] == image and not self.idt else ""
             raise ValueError(
                 f"{path}: measurements must be {axes} = {wanted} or several of them, for images of {image[0]} by "
-                f"{image[1]}, got {'complex ' if is_complex else ''}{shape}; give another image size or the geometry "
-                f"of this scan{looks}"
+                f"{image[1]}, got {'complex ' if is_complex else ''}{shape}; the run's "
+                f"geometry is fixed, so train with this scan's, or give another image size (--image-size){looks}"
             )
         count = shape[0] if len(shape) > len(wanted) else 1
         return Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
@@ -471,7 +476,7 @@ class _Run(Task):
     def _array(self, path: Path) -> str | None:
         """Return the name of the array to be read, of files that have names."""
         named = path.suffix.lower() == ".npz" or (not self.mri and is_hdf5(path))
-        return self.array if named else None
+        return self.array.strip("/") if named and self.array is not None else None
 
     def _layout(self, path: Path) -> tuple[tuple[int, ...], bool]:
         with naming(path):
@@ -551,7 +556,10 @@ class _Run(Task):
         for k, y in enumerate(kspace, first):
             mask = _sampled(y) if masks is None else masks[k - first]
             if not bool(mask.any()):
-                raise ValueError(f"{job.path}: slice {k} has no sample")
+                # An empty slice at an end of the volume.
+                nothing = torch.zeros(len(y), job.image_shape[-2], y.shape[-1], dtype=y.dtype)
+                items.append(Item(job, k, data=nothing, maps=nothing, mask=mask[: nothing.shape[-2]]))
+                continue
             y, factor = y * mask, _oversampling(metadata)
             if factor > 1:
                 if not bool((mask == mask[:1]).all()):
@@ -563,9 +571,10 @@ class _Run(Task):
                 mask = mask[: y.shape[-2]]
             maps = self._maps_of(job, k, y, mask)
             if self.choices.simulate:
-                items.append(self._reference(job, k, y, maps, mask))
+                item = self._reference(job, k, y, maps, mask)
             else:
-                items.append(Item(job, k, data=y, maps=maps, mask=mask))
+                item = Item(job, k, data=y, maps=maps, mask=mask)
+            items.append(item._replace(span=item.span / self._maps_norm(k)))
         return items
 
     def _reference(self, job: Job, k: int, y: Tensor, maps: Tensor, mask: Tensor) -> Item:
@@ -597,7 +606,7 @@ class _Run(Task):
                     f"{job.path}: coil maps must have the shape of its k-space, {tuple(y.shape)}, got "
                     f"{tuple(maps.shape)} in {self.choices.maps}"
                 )
-            return maps
+            return maps / self._maps_norm(k)
         if len(y) == 1:
             return torch.ones_like(y)
         try:
@@ -614,6 +623,17 @@ class _Run(Task):
 
     def solve(self, items: Sequence[Item]) -> list[Solved]:
         """Reconstruct images of equal shape; the results in the unit of their files."""
+        full = [item for item in items if not item.is_empty]
+        solved = iter(self._solve(full) if full else [])
+        return [self._nothing(item) if item.is_empty else next(solved) for item in items]
+
+    def _nothing(self, item: Item) -> Solved:
+        """Return what becomes of an image or data that are 0 everywhere."""
+        shape = item.job.image_shape if item.sample is None else tuple(item.sample.image.shape)
+        image = torch.full(shape, item.low, dtype=torch.complex64 if item.job.complex else torch.float32)
+        return Solved(image, True, [math.nan] * len(MEASURES) if self.choices.simulate else None)
+
+    def _solve(self, items: Sequence[Item]) -> list[Solved]:
         measured, low, span = self._measure(items)
         # Drawn afresh for each batch: an image sees the same minibatches whatever else is in it.
         minibatches = torch.Generator().manual_seed(seed_of(self.configuration.seed, "reconstruction"))
@@ -672,7 +692,7 @@ class _Run(Task):
                 largest = operator.initial(data).abs().flatten(1).amax(1)
             largest = torch.where(largest > 0, largest, 1)
             data = data / largest.reshape(-1, *(1,) * (data.ndim - 1))
-            span = largest.tolist()
+            span = [s * n for s, n in zip(span, largest.tolist(), strict=True)]
         return Measured(operator, data), low, span
 
     def _compare(self, truth: Tensor, image: Tensor, start: Tensor) -> list[float]:
@@ -694,7 +714,7 @@ class _Run(Task):
         suffix = SUFFIXES[kind]
         images = [job.images[k] for k in range(job.count)]
         if self.choices.part is not None:
-            images = [PARTS[self.choices.part](image) for image in images]
+            images = [_part(self.choices.part, image) for image in images]
         if len(images) > 1 and images[0].ndim == 2 and suffix in HOLD_VOLUMES:
             images = [torch.stack(images)]
         elif images[0].ndim == 3 and suffix not in HOLD_VOLUMES:
@@ -714,6 +734,21 @@ class _Run(Task):
         """Return the file whose header is carried over; of k-space the voxel size was read along."""
         is_image = self.choices.simulate and not job.is_kspace and not self.idt
         return job.path if is_image and is_picture(job.path) else None
+
+
+def _norms(maps: Tensor) -> Tensor:
+    """Return the largest norm over the coils of maps ``(..., C, H, W)``."""
+    norms: Tensor = maps.abs().square().sum(-3).flatten(-2).amax(-1).sqrt()
+    return norms
+
+
+def _part(part: Part, image: Tensor) -> Tensor:
+    if image.is_complex():
+        return PARTS[part](image)
+    # The magnitude of a real image would lose its sign, and it has no other part.
+    return (
+        image if part in ("magnitude", "real") else PARTS[part](torch.complex(image, torch.zeros_like(image)))
+    )
 
 
 def _stored(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
