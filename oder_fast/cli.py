@@ -84,8 +84,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from .training import ConfigurationError, LostProcessError, RunError, Trainer, read_configuration
 
-    # Denoisers of one's own, module:Name, lie where one works.
-    sys.path.insert(0, os.getcwd())
     overrides = [*arguments.settings, *arguments.more]
     if arguments.output is not None:
         overrides.append(f"output={json.dumps(str(arguments.output))}")
@@ -378,16 +376,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.insert(1, "ct")
     if given[:1] == ["train"]:
         # Settings may stand before and after options, which argparse's positional arguments may not.
-        settings = [k for k in range(2, len(given)) if SETTING.match(given[k]) and given[k - 1] != "--output"]
+        settings = [k for k in range(1, len(given)) if SETTING.match(given[k]) and given[k - 1] != "--output"]
         given = [a for k, a in enumerate(given) if k not in settings] + [
             "--set",
             *(given[k] for k in settings),
         ]
     arguments = _parser().parse_args(given)
+    # Denoisers of one's own, module:Name, lie where one works.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("\noder-fast: interrupted; no file was left half-written", file=sys.stderr)
+        again = "; the same command goes on from here" if given[:1] == ["reconstruct"] else ""
+        print(f"\noder-fast: interrupted; no file was left half-written{again}", file=sys.stderr)
         return 130
     return status
 

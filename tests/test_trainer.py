@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from oder_fast import DnCNN, Nesterov
+from oder_fast.cli import main
 from oder_fast.data import Phantoms, psnr
 from oder_fast.data.samples import Batch, Sample
 from oder_fast.fixed_point import DivergenceError
@@ -598,6 +599,48 @@ def test_a_module_and_datasets_of_ones_own(tmp_path):
         load_model(outcome.last, DnCNN(4, 4))
     model, *_ = load_model(outcome.last, DnCNN(3, 4))
     assert model.denoiser.layers[0].weight.shape == (4, 1, 3, 3)
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def file(tmp_path):
+    import yaml
+
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"output": str(tmp_path / "unused")}))
+    return str(path)
+
+
+def test_the_command(tmp_path, file, monkeypatch, capsys):
+    (tmp_path / "tiny_denoiser.py").write_text(
+        "import torch\nclass Tiny(torch.nn.Module):\n    def __init__(self, gain=0.9):\n        super().__init__()\n"
+        "        self.gain = torch.nn.Parameter(torch.tensor(gain))\n    def forward(self, x):\n        return self.gain * x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ["denoiser={kind: 'tiny_denoiser:Tiny', options: {gain: 0.8}}", "pretraining.steps=2"]
+    # Settings stand before and after options.
+    assert main(["train", file, own[0], "--output", "run=1", "training.steps=1", own[1]]) == 0
+    out = capsys.readouterr().out
+    assert "Ended: finished. Wrote run=1/checkpoint-1-00000001.pt; the best (" in out
+    assert main(["train", "--resume", "--output", "run=1", file, *own, "training.steps=2"]) == 0
+    assert "checkpoint-1-00000002.pt" in capsys.readouterr().out
+    assert not (tmp_path / "unused").exists()
+    for arguments, status, message in (
+        ([file, *own, "--output", "run=1"], 2, "holds a run already"),
+        ([file, "trainin.steps=1"], 2, "unknown key trainin; did you mean training?"),
+        (["missing.yaml"], 2, "missing.yaml"),
+        ([file, "denoiser.options.width=0"], 2, "width at least 1"),
+        (
+            [file, "pretraining.learning_rate=1e30", "pretraining.clip_norm=null", "--output", "b"],
+            1,
+            "the loss is",
+        ),
+    ):
+        assert main(["train", *arguments]) == status
+        assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ refused before anything starts
