@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +113,20 @@ def test_kinds_of_operators():
     assert read_configuration(LEAST | {"operator": {"kind": "idt", **LENSES}}).operator == IDT(**LENSES)
     with pytest.raises(ConfigurationError, match=r"missing key operator\.depths"):
         read_configuration(LEAST, ["operator={kind: idt}"])
+
+
+def test_the_configurations_of_the_readme():
+    import yaml
+
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.exists():
+        pytest.skip("no README beside the tests")
+    blocks = re.findall(r"```yaml\n(.*?)```", readme.read_text(), re.S)
+    assert {read_configuration(yaml.safe_load(block)).operator.kind for block in blocks} == {
+        "ct",
+        "mri",
+        "idt",
+    }
 
 
 def test_differences_between_runs():
