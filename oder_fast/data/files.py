@@ -41,6 +41,23 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def map_npy(path: Path) -> NDArray[Any]:
+    """Return the array of an NPY file, of which only what is used is read.
+
+    Raises:
+        ValueError: For a file that is truncated, or holds no numbers.
+    """
+    try:
+        values: NDArray[Any] = np.load(path, allow_pickle=False, mmap_mode="r")
+    except ValueError as error:
+        if "mmap length" in str(error):
+            raise ValueError("it is truncated") from error
+        if "Python objects" in str(error):
+            raise ValueError("it holds Python objects, not numbers") from error
+        raise
+    return values
+
+
 def is_hdf5(path: Path) -> bool:
     """Tell from its content whether a file is HDF5."""
     # The signature may follow a user block of 512 bytes or a power of two times that.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import TIFF_SIGNATURES, PathLike, first_bad, naming, npz_layout, npz_name, read_npz
+from .files import TIFF_SIGNATURES, PathLike, first_bad, map_npy, naming, npz_layout, npz_name, read_npz
 
 WATER_ATTENUATION = 0.02
 """Linear attenuation coefficient of water in 1/mm, at about 66 keV."""
@@ -234,7 +234,7 @@ def read_values(path: Path, array: str | None, frame: int | None) -> tuple[NDArr
     elif kind == "TIFF":
         values = _read_tiff(path, frame)
     elif kind == "NPY":
-        values = _pick(np.load(path, allow_pickle=False, mmap_mode=None if frame is None else "r"), frame)
+        values = _pick(np.load(path, allow_pickle=False) if frame is None else map_npy(path), frame)
     else:
         values = _pick(read_npz(path, array), frame)
     return grey(values), {"format": kind, **metadata}
@@ -262,7 +262,7 @@ def read_header(path: Path, array: str | None = None) -> ImageHeader:
         with tifffile.TiffFile(path) as file:
             shape, dtype = file.series[0].shape, file.series[0].dtype
     elif kind == "NPY":
-        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        values = map_npy(path)
         shape, dtype = values.shape, values.dtype
     else:
         shape, dtype = npz_layout(path, lambda names: npz_name(names, array))

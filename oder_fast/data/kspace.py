@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name
+from .files import PathLike, first_bad, is_hdf5, map_npy, naming, npz_layout, npz_name
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".mrd")
 
@@ -477,7 +477,7 @@ def _kspace_name(names: list[str], array: str | None) -> str:
 def _numpy_header(path: Path, kind: str, array: str | None) -> KSpaceHeader:
     shape: tuple[int, ...]
     if kind == "NPY":
-        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        values = map_npy(path)
         shape, dtype = values.shape, values.dtype
     else:
         shape, dtype = npz_layout(path, lambda names: _kspace_name(names, array))
@@ -491,7 +491,7 @@ def _read_numpy(
 ) -> tuple[NDArray[Any], Tensor | None, dict[str, Any]]:
     stored = None
     if kind == "NPY":
-        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        values = map_npy(path)
     else:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             values = archive[_kspace_name(archive.files, array)]

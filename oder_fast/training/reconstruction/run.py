@@ -32,7 +32,7 @@ from ...data import (
     ssim,
     write_image,
 )
-from ...data.files import is_hdf5, naming, npz_layout, npz_name
+from ...data.files import is_hdf5, map_npy, naming, npz_layout, npz_name
 from ...data.images import NoImageError, format_of
 from ...data.kspace import read_kspace_header
 from ...data.nifti import NIFTI_SUFFIXES
@@ -765,7 +765,7 @@ def _stored(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
             return (shape[::-1] if "MATLAB_class" in dataset.attrs else shape), is_complex
     kind = format_of(path)
     if kind == "NPY":
-        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        values = map_npy(path)
         return values.shape, values.dtype.kind == "c"
     if kind == "NPZ":
         shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
