@@ -51,8 +51,8 @@ OF_PIXELS = (
     ),
 )
 
-# Slices written by one run belong to one study and, of one source series, to one series.
 RUN = uuid.uuid4().hex
+"""Slices written by one run belong to one study and, of one source series, to one series."""
 
 
 class _How(NamedTuple):
@@ -63,6 +63,7 @@ class _How(NamedTuple):
     window: tuple[float, float] | None
     bits: int
     description: str
+    run: str
 
 
 def _real(values: NDArray[Any]) -> NDArray[Any]:
@@ -103,7 +104,7 @@ def _source_header(path: Path, shape: tuple[int, ...]) -> Any:
     return source
 
 
-def _derived(source: Any, description: str) -> Any:
+def _derived(source: Any, how: _How) -> Any:
     """Return the header of a source without what speaks of its pixels, as that of an image derived from it."""
     import pydicom
     from pydicom.uid import generate_uid
@@ -122,14 +123,14 @@ def _derived(source: Any, description: str) -> Any:
     header.SourceImageSequence = [reference]
     header.ImageType = ["DERIVED", *(source.get("ImageType") or ("", "SECONDARY"))[1:]]
     series = str(source.get("SeriesInstanceUID", ""))
-    header.SeriesInstanceUID = generate_uid(entropy_srcs=[RUN, description, series])
+    header.SeriesInstanceUID = generate_uid(entropy_srcs=[how.run, how.description, series])
     header.SeriesNumber = int(source.get("SeriesNumber") or 0) + 1000
     if source.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         header.PhotometricInterpretation = "MONOCHROME2"
     return header
 
 
-def _captured(description: str) -> Any:
+def _captured(how: _How) -> Any:
     """Return the header of an image that nothing is known of: what Secondary Capture asks for."""
     import pydicom
     from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
@@ -141,8 +142,8 @@ def _captured(description: str) -> Any:
     for name in ("ReferringPhysicianName", "StudyID", "AccessionNumber", "Laterality", "PatientOrientation"):
         setattr(header, name, "")
     header.SeriesNumber = header.InstanceNumber = None
-    header.StudyInstanceUID = generate_uid(entropy_srcs=[RUN])
-    header.SeriesInstanceUID = generate_uid(entropy_srcs=[RUN, description])
+    header.StudyInstanceUID = generate_uid(entropy_srcs=[how.run])
+    header.SeriesInstanceUID = generate_uid(entropy_srcs=[how.run, how.description])
     header.Modality, header.ConversionType = "OT", "SYN"
     header.ImageType = ["DERIVED", "SECONDARY"]
     header.PhotometricInterpretation = "MONOCHROME2"
@@ -158,7 +159,7 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
     if how.like is not None and format_of(how.like) == "DICOM":
         with naming(how.like):
             source = _source_header(how.like, values.shape)
-    header = _captured(how.description) if source is None else _derived(source, how.description)
+    header = _captured(how) if source is None else _derived(source, how)
     is_ct = header.Modality == "CT"
     if is_ct:
         values = 1000 * (values / WATER_ATTENUATION - 1)
@@ -336,13 +337,14 @@ def write_image(
     window: tuple[float, float] | None = None,
     bits: int = 16,
     description: str = DESCRIPTION,
+    run: str = RUN,
 ) -> None:
     r"""Write an image in the format that the suffix of the file says, atomically.
 
     - ``.dcm``, ``.dicom``: one slice in 16 bits, over a rescale slope and intercept that span its values. With a DICOM
       file `like`, its header is carried over (patient, study, frame of reference, geometry; without private elements
-      and overlays), as a derived image in a new series; slices of one source series, written by one run with one
-      `description`, are one series again. Where that is CT, the image is taken to be the linear attenuation
+      and overlays), as a derived image in a new series; slices of one source series, written by one `run` with
+      one `description`, are one series again. Where that is CT, the image is taken to be the linear attenuation
       coefficient in 1/mm that `read_image` returns, and becomes Hounsfield units. Without one, it is a Secondary
       Capture with values as they are.
     - ``.tif``, ``.tiff``: float32, a page for each slice, with the resolution where the pixel spacing is known.
@@ -363,6 +365,7 @@ def write_image(
             or of CT the window of `like`.
         bits: Of PNG, 8 or 16.
         description: Of the series in DICOM, and in PNG.
+        run: What new series in DICOM are told apart by; by default a text of this process's own.
 
     Raises:
         OSError: Where the file cannot be written, or `like` not be read.
@@ -390,4 +393,4 @@ def write_image(
     if voxel_size is None and like is not None:
         voxel_size = _voxel_size(like)
     with atomic(path) as temporary:
-        write(temporary, values.numpy(), _How(like, voxel_size, window, bits, description))
+        write(temporary, values.numpy(), _How(like, voxel_size, window, bits, description, run))

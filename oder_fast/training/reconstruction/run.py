@@ -727,8 +727,14 @@ class _Run(Task):
             window = (low, high) if low < high else None
         (output / job.base).parent.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, images, strict=True):
-            write_image(output / name, image, like, voxel_size=job.voxel_size, window=window)
+            # A run that was broken off and goes on adds to the series that it began.
+            write_image(
+                output / name, image, like, voxel_size=job.voxel_size, window=window, run=self._series(output)
+            )
         return names
+
+    def _series(self, output: Path) -> str:
+        return json.dumps([self.digest, self.settings(), str(output.resolve())], sort_keys=True)
 
     def _like(self, job: Job) -> Path | None:
         """Return the file whose header is carried over; of k-space the voxel size was read along."""
