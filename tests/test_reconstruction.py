@@ -262,6 +262,18 @@ def test_images_are_measured_and_dicom_headers_carried_over(tmp_path, ct):
     assert error(image, truth) < 0.5
     assert pydicom.dcmread(tmp_path / "out/ramp.dcm").Modality == "OT"
 
+    # A slice that comes later belongs to the same series, whichever process writes it.
+    shutil.copy(get_testdata_file("CT_small.dcm"), tmp_path / "in/patient/IM0002")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("oder_fast.data.writers.RUN", "another process")
+        again = reconstruct(ct, tmp_path / "in", tmp_path / "out", format="dicom", **options)
+    assert (again.done, len(again.skipped)) == (["patient/IM0002"], 2)
+    later = pydicom.dcmread(tmp_path / "out/patient/IM0002.dcm")
+    assert later.SeriesInstanceUID == written.SeriesInstanceUID
+    assert later.SOPInstanceUID != written.SOPInstanceUID
+    (tmp_path / "in/patient/IM0002").unlink()
+    reconstruct(ct, tmp_path / "in", tmp_path / "out", format="dicom", **options)
+
     lines = (tmp_path / "out/quality.csv").read_text().splitlines()
     assert lines[0] == "file,images,psnr,ssim,psnr_start,ssim_start"
     assert [line.split(",")[0] for line in lines[1:]] == ["patient/IM0001", "ramp.png", "mean"]
@@ -813,3 +825,37 @@ def test_command(tmp_path, ct, capsys):
         main([*call, "--scale", "half"])
     assert stopped.value.code == 2
     assert "must be slice, none or LOW:HIGH, got 'half'" in capsys.readouterr().err
+
+
+def test_empty_slices_become_zeros_and_are_not_compared(tmp_path, ct, mri):
+    truths = ellipses(3)
+    truths[1] = 0
+    save(tmp_path / "volume.npy", truths)
+    report = reconstruct(ct, tmp_path / "volume.npy", tmp_path / "study", simulate=True)
+    assert report.failed == {}
+    images = tifffile.imread(tmp_path / "study/volume.tif")
+    assert not images[1].any()
+    assert images[0].any()
+    name, count, quality, *_ = (tmp_path / "study/quality.csv").read_text().splitlines()[1].split(",")
+    assert (name, count) == ("volume.npy", "2")
+    assert float(quality) > 0
+
+    _, kspace, _ = brain(2)
+    kspace = torch.as_tensor(kspace).clone()
+    kspace[0] = 0
+    save(tmp_path / "scan.npy", kspace)
+    report = reconstruct(mri, tmp_path / "scan.npy", tmp_path / "mr", part="magnitude")
+    assert report.failed == {}
+    found = tifffile.imread(tmp_path / "mr/scan.tif")
+    assert not found[0].any()
+    assert found[1].any()
+
+
+def test_the_magnitude_of_real_images_keeps_their_sign(tmp_path, ct):
+    y = sinograms(1)[0]
+    save(tmp_path / "y.npy", y)
+    reconstruct(ct, tmp_path / "y.npy", tmp_path / "plain", scale=(-1.0, 1.0))
+    reconstruct(ct, tmp_path / "y.npy", tmp_path / "part", scale=(-1.0, 1.0), part="magnitude")
+    one, other = (tifffile.imread(tmp_path / f"{name}/y.tif") for name in ("plain", "part"))
+    assert one.min() < 0
+    np.testing.assert_array_equal(one, other)
