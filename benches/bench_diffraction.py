@@ -195,6 +195,11 @@ def test_two_threads(report):
 
         return run
 
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        results.append(scan.ours())
+    assert torch.equal(*results)
     times = in_turn({"two": with_threads(2), "one": with_threads(1)}, 2)
     torch.set_num_threads(before)
     report.add(

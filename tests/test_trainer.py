@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -280,6 +281,23 @@ def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     with pytest.raises(OSError, match="0 MiB are free, and the run's checkpoints need"):
         train(tmp_path / "full")
+
+
+def test_a_disk_that_fills_up(whole, tmp_path, monkeypatch):
+    def save(state, file, real=torch.save):
+        if state["position"]["stage"] == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("oder_fast.training.checkpoints.torch.save", save)
+        message = (
+            r"cannot be written any more: No space left on device; .* is .*checkpoint-0-00000008.pt; mend it"
+        )
+        with pytest.raises(RunError, match=message):
+            train(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert_same(whole.last, train(tmp_path, resume=True).last)
 
 
 # ------------------------------------------------------------------ what goes wrong in a run

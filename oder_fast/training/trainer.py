@@ -741,7 +741,8 @@ class Trainer:
         Raises:
             ConfigurationError: Where the folder holds another run.
             OSError: Where the folder cannot be written, or has no room.
-            RunError: Where the loss or the solver diverges and backing off does not help.
+            RunError: Where the loss or the solver diverges and backing off does not help, a file of the data is
+                damaged, or the folder cannot be written any more.
             LostProcessError: Where another process of the run is gone.
         """
         threads = torch.get_num_threads()
@@ -752,6 +753,12 @@ class Trainer:
                 self._begin(resume)
                 try:
                     return self._run(stop)
+                except OSError as error:
+                    whole = next(iter(list_checkpoints(self.folder)), "none")
+                    raise RunError(
+                        f"{self.folder}: cannot be written any more: {error.strerror or error}; the newest checkpoint "
+                        f"is {whole}; mend it, and go on with --resume (resume=True)"
+                    ) from error
                 finally:
                     self.logs.close()
         finally:
