@@ -72,6 +72,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads only wait for each other at the sizes of tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _fill_uninitialized_memory():
     """Give fresh tensors NaN, so that a kernel that leaves an element unwritten is seen."""

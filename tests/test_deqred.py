@@ -32,14 +32,7 @@ from oder_fast.operators import ParallelBeamCT
 
 SIZE, VIEWS = 16, 12
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads only wait for each other at these sizes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Blur(nn.Module):

@@ -29,14 +29,7 @@ SIZE = 8
 EXACT = {"tolerance": 1e-13, "max_iterations": 3000}
 SOLVERS = {"picard": Picard(**EXACT), "nesterov": Nesterov(**EXACT), "anderson": Anderson(**EXACT)}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads only wait for each other at these sizes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class SmallDenoiser(nn.Module):

@@ -25,14 +25,7 @@ from oder_fast.fixed_point import (
 SOLVERS = [Picard, Nesterov, Anderson]
 SIZE = 12
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Threads only wait for each other at these sizes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spectrum_map(rates: list[float], seed: int = 0, dtype: torch.dtype = torch.float64):

@@ -17,13 +17,7 @@ from oder_fast.diagnosis import diagnose
 from oder_fast.fixed_point import Nesterov, Picard
 from oder_fast.operators import ParallelBeamCT
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -510,9 +510,9 @@ def test_a_model_loads_and_reconstructs_what_validation_saw(whole):
     model, scan, configuration, state = load_model(whole.best)
     assert state["image_shape"] == [16, 16]
     from oder_fast.training.sets import make_sets
-    from oder_fast.training.trainer import seed_of
+    from oder_fast.training.stream import seed_of
 
-    _, validation = make_sets(configuration, scan)
+    _, validation = make_sets(configuration)
     g = torch.Generator().manual_seed(seed_of(configuration.seed, "validation", 0))
     image = validation[0].image[None]
     measured = scan.measure(Batch(["x"], image), [g])

@@ -6,14 +6,7 @@ from oder_fast.data import random_ellipses
 from oder_fast.denoisers import DnCNN
 from oder_fast.training import train_denoiser, train_fixed_point
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks: threads only cost."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_batch(generator):

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Settings:
     fixed_point_steps: int
     seed: int
     threads: int
+
+    def generator(self, number: int) -> torch.Generator:
+        """Return one of the generators that follow from the seed: 1 and 2 are those of training and minibatches."""
+        return torch.Generator().manual_seed(self.seed + number)
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,12 @@ def build_model(
     nonnegative: bool,
 ) -> DEQRED:
     """Return RED, or with a minibatch ODER; its minibatches follow from the seed."""
+    if hasattr(operator, "minibatch_norm_squared"):
+        # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
+        # the fixed point.
+        smooth = operator.minibatch_norm_squared(minibatch or operator.n_blocks)
+        shorter = (operator.norm_squared() + 2 * tau) / (smooth + 2 * tau)
+        solver = replace(solver, tolerance=solver.tolerance * shorter)
     return DEQRED(
         operator,
         denoiser,
@@ -275,7 +285,7 @@ def build_model(
         solver=solver,
         differentiation=Implicit(solver=adjoint_solver),
         nonnegative=nonnegative,
-        generator=torch.Generator().manual_seed(settings.seed + 2),
+        generator=settings.generator(2),
         on_failure="ignore",
     )
 
@@ -296,7 +306,7 @@ def train(
         build: Makes the model of small scans from the denoiser.
         scans: Draws so many small scans, and the images they are of.
     """
-    generator = torch.Generator().manual_seed(settings.seed + 1)
+    generator = settings.generator(1)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         denoiser = recipe.kind(**recipe.network)
@@ -327,14 +337,6 @@ def train(
     return denoiser
 
 
-def similarity(image: Tensor, truth: Tensor) -> float:
-    """Return the SSIM of a slice, or the mean of several slices', relative to the range of all."""
-    pairs = zip(image.reshape(-1, *image.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True)
-    span = float(truth.max() - truth.min())
-    values = [ssim(one, other, span) for one, other in pairs]
-    return sum(values) / len(values)
-
-
 def direct_row(
     name: str,
     reconstruct: Callable[[], Tensor],
@@ -346,7 +348,7 @@ def direct_row(
     value = reconstruct()
     seconds = time.perf_counter() - start
     image = show(value)
-    return Row(name, image, value, psnr(image, truth), similarity(image, truth), seconds)
+    return Row(name, image, value, psnr(image, truth), ssim(image, truth), seconds)
 
 
 def solved_row(
@@ -377,7 +379,7 @@ def solved_row(
         image,
         value,
         psnr(image, truth),
-        similarity(image, truth),
+        ssim(image, truth),
         seconds,
         iterations=int(solution.iterations[0]),
         trace=tuple(trace),

@@ -97,9 +97,9 @@ def _train(settings: Settings, truth: Tensor, minibatch: int) -> DnCNN:
 
 def _compute(settings: Settings, truth: Tensor, source: str, minibatch: int) -> common.Result:
     height, width = truth.shape
-    views, seed = settings.views, settings.seed
+    views = settings.views
     ct = ParallelBeamCT((height, width), views)
-    sinogram = add_gaussian_noise(ct(truth[None]), settings.snr, torch.Generator().manual_seed(seed))
+    sinogram = add_gaussian_noise(ct(truth[None]), settings.snr, settings.generator(0))
     setting = f"{height} x {width} pixels, {views} views, {settings.snr:g} dB"
     common.say(f"Truth: {source}. Scan: {setting}; {minibatch} views a step in ODER.")
     common.say(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -99,10 +99,6 @@ def run(settings: Settings) -> None:
         common.report(settings.output, _compute(settings, minibatch))
 
 
-def _seeded(settings: Settings, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed + number)
-
-
 def _recipe(slices: int) -> common.Recipe:
     # The network sees all slices at once, which helps where the data do not tell them apart; it predicts the image,
     # simpler here than the noise of twice as many channels as slices.
@@ -159,24 +155,20 @@ def _measure(settings: Settings, idt: Microscope, truth: Tensor) -> tuple[Tensor
     else:
         measured = linear
     error = float((linear - measured).norm() / measured.norm())
-    return add_gaussian_noise(measured, settings.snr, _seeded(settings, 0))[0], error
+    return add_gaussian_noise(measured, settings.snr, settings.generator(0))[0], error
 
 
 def _model(
     settings: Settings, idt: Microscope, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
 ) -> DEQRED:
     tau = TAU * idt.norm_squared() * 10 ** ((10 - settings.snr) / 20)
-    # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
-    # the fixed point.
-    smooth = idt.minibatch_norm_squared(minibatch or idt.n_blocks)
-    shorter = (idt.norm_squared() + 2 * tau) / (smooth + 2 * tau)
     return common.build_model(
         settings,
         idt,
         denoiser,
         tau=tau,
         minibatch=minibatch,
-        solver=replace(solver, tolerance=solver.tolerance * shorter),
+        solver=solver,
         adjoint_solver=ADJOINT_SOLVER,
         nonnegative=False,
     )
@@ -198,7 +190,7 @@ def _cut(volumes: Tensor, n: int, size: int, g: torch.Generator | None) -> Tenso
 def _train(settings: Settings) -> DnCNN:
     """Train on other phantoms, through the fixed point on whole ones: parts have another background."""
     size = min(settings.size, LARGEST_TRAINING_SIZE)
-    volumes = _phantoms(settings, TRAINING_VOLUMES, size, _seeded(settings, 6))
+    volumes = _phantoms(settings, TRAINING_VOLUMES, size, settings.generator(6))
     idt = _microscope(settings, size, gram="auto")
     patch = min(size, common.PATCH)
 
@@ -218,7 +210,7 @@ def _train(settings: Settings) -> DnCNN:
 
 def _compute(settings: Settings, minibatch: int) -> common.Result:
     number = settings.illuminations
-    truth = _phantoms(settings, 1, settings.size, _seeded(settings, 4))[0]
+    truth = _phantoms(settings, 1, settings.size, settings.generator(4))[0]
     idt = _microscope(settings, settings.size, gram=False)
     intensities, error = _measure(settings, idt, truth)
     setting = (
@@ -276,7 +268,7 @@ def _time_gradients(settings: Settings, idt: Microscope, y: Tensor, minibatch: i
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    few, one = (idt.draw_blocks(size, _seeded(settings, 7)) for size in (minibatch, 1))
+    few, one = (idt.draw_blocks(size, settings.generator(7)) for size in (minibatch, 1))
     data = idt.prepare(y)
     full, part, single = (seconds(idt, data, blocks) for blocks in (None, few, one))
     text = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def run(settings: Settings) -> None:
     minibatch = settings.minibatch or 1
     common.check_minibatch(minibatch, COILS, "coils")
     truth = _read_truth(settings)
-    mask = _mask(truth.image.shape[1], settings.acceleration, _seeded(settings, 3))
+    mask = _mask(truth.image.shape[1], settings.acceleration, settings.generator(3))
     kspace, sigma = _measure(settings, truth.image, mask)
     maps = _maps(settings, kspace, mask)
     with common.working(settings):
@@ -84,15 +84,11 @@ def run(settings: Settings) -> None:
         common.report(settings.output, result)
 
 
-def _seeded(settings: Settings, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed + number)
-
-
 def _read_truth(settings: Settings) -> Slice:
     if settings.phantom:
         if settings.input is not None:
             raise common.BadInputError("--phantom and --input exclude each other")
-        image = brain_like(1, settings.size, _seeded(settings, 4))[0]
+        image = brain_like(1, settings.size, settings.generator(4))[0]
         return Slice(image / image.abs().max(), image.abs(), "a brain-like phantom")
     if settings.input is None:
         from pydicom import examples
@@ -109,7 +105,7 @@ def _read_truth(settings: Settings) -> Slice:
     stored = common.scaled(image, path)
     image = common.scaled(_reduced(stored, settings.size), path)
     if not image.is_complex():
-        phase = smooth_phase(1, (image.shape[0], image.shape[1]), _seeded(settings, 4))[0]
+        phase = smooth_phase(1, (image.shape[0], image.shape[1]), settings.generator(4))[0]
         image = torch.polar(image, phase)
     return Slice(image, stored.abs(), source)
 
@@ -153,7 +149,7 @@ def _measure(settings: Settings, image: Tensor, mask: Tensor) -> tuple[Tensor, f
     everything = CartesianMRI(birdcage_maps(COILS, (height, width)), torch.ones(width, dtype=torch.bool))
     kspace = everything(image[None])[0]
     sigma = float(kspace.abs().square().mean().sqrt()) * 10 ** (-settings.snr / 20)
-    return _noisy(kspace, sigma, _seeded(settings, 0)) * mask, sigma
+    return _noisy(kspace, sigma, settings.generator(0)) * mask, sigma
 
 
 def _noisy(kspace: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
@@ -176,16 +172,13 @@ def _model(
     settings: Settings, mri: CartesianMRI, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
 ) -> DEQRED:
     tau = TAU * 10 ** ((30 - settings.snr) / 20)
-    # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
-    # the fixed point.
-    shorter = (mri.norm_squared() + 2 * tau) / (mri.minibatch_norm_squared(minibatch or COILS) + 2 * tau)
     return common.build_model(
         settings,
         mri,
         denoiser,
         tau=tau,
         minibatch=minibatch,
-        solver=replace(solver, tolerance=solver.tolerance * shorter),
+        solver=solver,
         adjoint_solver=ADJOINT_SOLVER,
         nonnegative=False,
     )
@@ -202,7 +195,7 @@ def _train(settings: Settings, truth: Slice, sigma: float) -> DnCNN:
     def draw(n: int, g: torch.Generator | None) -> Tensor:
         return torch.polar(common.draw_images(n, images, g), smooth_phase(n, patch, g))
 
-    g = _seeded(settings, 5)
+    g = settings.generator(5)
     # A mask for each image of a batch.
     masks = torch.stack(
         [_mask(common.PATCH, settings.acceleration, g) for _ in range(common.FIXED_POINT_BATCH)]

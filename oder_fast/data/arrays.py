@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import TIFF_SIGNATURES, PathLike, first_bad, is_hdf5, naming, npz_name, read_npz
+from .files import (
+    TIFF_SIGNATURES,
+    PathLike,
+    first_bad,
+    is_hdf5,
+    map_npy,
+    naming,
+    npz_layout,
+    npz_name,
+    read_npz,
+)
+from .images import format_of
 
 
-def _read_hdf5(path: Path, array: str | None) -> NDArray[Any]:
+@contextmanager
+def _dataset(path: Path, array: str | None) -> Iterator[tuple[Any, bool, bool]]:
+    """Give the dataset of an HDF5 file, whether MATLAB stored it, with the first axis last, and complex as pairs."""
     import h5py
 
     with h5py.File(path, "r") as file:
         names: list[str] = []
         file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
         dataset = file[npz_name(names, array if array is None else array.strip("/"))]
+        yield dataset, "MATLAB_class" in dataset.attrs, dataset.dtype.names == ("real", "imag")
+
+
+def _read_hdf5(path: Path, array: str | None) -> NDArray[Any]:
+    with _dataset(path, array) as (dataset, reversed_axes, pairs):
         values = np.asarray(dataset[()])
-        # MATLAB stores arrays with the first axis last, and complex numbers as pairs.
-        matlab = "MATLAB_class" in dataset.attrs
-        if values.dtype.names == ("real", "imag"):
-            values = values["real"] + 1j * values["imag"]
-        return values.T if matlab else values
+    if pairs:
+        values = values["real"] + 1j * values["imag"]
+    return values.T if reversed_axes else values
+
+
+def array_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of the array that `read_array` reads, and whether it is complex, without reading it.
+
+    Raises:
+        OSError: Where the file is missing or unreadable.
+        ValueError: For a file of another kind, or an array that is not there.
+    """
+    if is_hdf5(path):
+        with _dataset(path, array) as (dataset, reversed_axes, pairs):
+            shape = tuple(dataset.shape)
+            return (shape[::-1] if reversed_axes else shape), pairs or dataset.dtype.kind == "c"
+    kind = format_of(path)
+    if kind == "NPY":
+        values = map_npy(path)
+        return values.shape, values.dtype.kind == "c"
+    if kind == "NPZ":
+        shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
+        return shape, dtype.kind == "c"
+    if kind == "TIFF":
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            return tuple(tiff.series[0].shape), np.dtype(tiff.series[0].dtype).kind == "c"
+    raise ValueError(f"a {kind} file, which holds images and no measurements")
 
 
 def read_array(path: PathLike, array: str | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .coils import one_thread
 from .files import PathLike, first_bad, naming, read_npz
 from .images import DICOM_SUFFIXES, ImageHeader, NoImageError, grey, read_header, read_values
-from .nifti import NIFTI_SUFFIXES, nifti_shape, nifti_slice, read_nifti
+from .nifti import NIFTI_SUFFIXES, is_nifti, nifti_shape, nifti_slice, read_nifti
 from .phantoms import brain_like, cell_like, random_ellipses, random_shepp_logan, shepp_logan
 from .samples import Sample, Samples, seeded_generator
 
@@ -97,7 +97,8 @@ def group_of(
     return chosen
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Tell whether a file is of a kind that `ImageFolder` reads: by its name, or DICOM by its content."""
     if path.name.lower().endswith(IMAGE_SUFFIXES):
         return True
     # Archives give DICOM files names of their own.
@@ -105,12 +106,8 @@ def _is_image(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(NIFTI_SUFFIXES)
-
-
 def _header(path: Path, array: str | None) -> ImageHeader:
-    if _is_nifti(path):
+    if is_nifti(path):
         *frames, height, width = nifti_shape(path)
         return ImageHeader("NIfTI", (height, width), frames[0] if frames else None)
     return read_header(path, array)
@@ -119,7 +116,7 @@ def _header(path: Path, array: str | None) -> ImageHeader:
 @lru_cache(maxsize=1)
 def _volume(path: Path, stamp: tuple[str, int, int], array: str | None) -> NDArray[Any]:
     """Read a volume that can be read only as a whole; the last one is kept, as its slices are often read in turn."""
-    return read_nifti(path)[0].numpy() if _is_nifti(path) else read_npz(path, array)
+    return read_nifti(path)[0].numpy() if is_nifti(path) else read_npz(path, array)
 
 
 def _values(path: Path, header: ImageHeader, array: str | None, frame: int | None) -> NDArray[Any]:
@@ -191,7 +188,7 @@ class ImageFolder(Samples):
         self.scale = _check_scale(scale)
         self.array, self.volumes = array, volumes
         self.left_out: dict[str, int] = {}
-        files = Files(source, _is_image)
+        files = Files(source, is_image)
         if files.left_out:
             self.left_out["another kind of file"] = files.left_out
         self.names, self.groups, self.shapes = [], [], []

@@ -65,6 +65,12 @@ class KSpaceFile(NamedTuple):
     metadata: dict[str, Any]
 
 
+def readout_oversampling(metadata: Mapping[str, Any]) -> float:
+    """Return how much longer the field of view is along the readout than that of the image."""
+    encoded, wanted = (metadata.get(f"{space}_fov") for space in ("encoded", "recon"))
+    return encoded[0] / wanted[0] if encoded and wanted and encoded[0] > wanted[0] > 0 else 1.0
+
+
 class KSpaceHeader(NamedTuple):
     """What a file says of its k-space before it is read.
 

@@ -35,8 +35,15 @@ def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
 
 
 def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
-    """Return the structural similarity of real images ``(H, W)``; `data_range` as in `psnr`."""
+    """Return the structural similarity of real images ``(H, W)``; `data_range` as in `psnr`.
+
+    Of several slices ``(..., H, W)``, each with at least 7 rows and columns as one has, it is the mean, relative to the
+    range of all.
+    """
     _check_real("ssim", image, truth)
     from skimage.metrics import structural_similarity
 
-    return float(structural_similarity(truth.numpy(), image.numpy(), data_range=_range(truth, data_range)))
+    span = _range(truth, data_range)
+    slices = (values.reshape(-1, *values.shape[-2:]).numpy() for values in (truth, image))
+    values = [float(structural_similarity(*pair, data_range=span)) for pair in zip(*slices, strict=True)]
+    return sum(values) / len(values)

@@ -19,6 +19,11 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 Size = tuple[float, float, float]
 
 
+def is_nifti(path: Path) -> bool:
+    """Tell from its name whether a file is NIfTI."""
+    return path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
 def _check_values(where: str, values: Tensor) -> None:
     bad = first_bad(values)
     if bad is not None:

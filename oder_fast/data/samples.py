@@ -50,6 +50,15 @@ class Batch(NamedTuple):
     kspace: Tensor | None = None
     maps: Tensor | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        image = self.image.to(device, non_blocking=True)
+        return Batch(self.names, image, move(self.kspace), move(self.maps))
+
 
 def _say_mixed(what: str, first: tuple[str, Sequence[int]], second: tuple[str, Sequence[int]]) -> str:
     return (

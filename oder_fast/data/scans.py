@@ -16,19 +16,13 @@ from .cache import Store
 from .coils import centered_fft, espirit_maps, one_thread, remove_oversampling
 from .datasets import Files, group_of, stamp
 from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name, read_npz
-from .kspace import HDF5_SUFFIXES, KSpaceHeader, read_kspace, read_kspace_header
+from .kspace import HDF5_SUFFIXES, KSpaceHeader, read_kspace, read_kspace_header, readout_oversampling
 from .samples import Sample, Samples
 
 SUFFIXES = (*HDF5_SUFFIXES, ".npy", ".npz")
 
 # Of espirit_maps, what is not about one scan.
 CALIBRATION = tuple(inspect.signature(espirit_maps).parameters)[2:]
-
-
-def _oversampling(header: KSpaceHeader) -> float:
-    """Return how much longer the field of view is along the readout than that of the image."""
-    encoded, recon = (header.metadata.get(f"{space}_fov") for space in ("encoded", "recon"))
-    return encoded[0] / recon[0] if encoded and recon and encoded[0] > recon[0] > 0 else 1.0
 
 
 def _maps_shape(path: Path) -> tuple[int, ...]:
@@ -166,8 +160,11 @@ class KSpaceFolder(Samples):
 
     def _image_shape(self, header: KSpaceHeader) -> tuple[int, int]:
         _, _, height, width = header.shape
-        factor = _oversampling(header) if self.remove_oversampling else 1.0
-        return round(height / factor), width
+        return round(height / self._factor(header)), width
+
+    def _factor(self, header: KSpaceHeader) -> float:
+        """Return by which factor the readout is cut."""
+        return readout_oversampling(header.metadata) if self.remove_oversampling else 1.0
 
     def __getitem__(self, index: SupportsIndex) -> Sample:
         file, number = self._where[self._check(index)]
@@ -190,7 +187,7 @@ class KSpaceFolder(Samples):
         values, mask, _ = read_kspace(path, number, array=array, select=self.select)
         lines = (values[0] != 0).flatten(0, 1).any(0).expand(values.shape[-2:])
         _check_sampling(lines if mask is None else lines & mask[0])
-        factor = _oversampling(header) if self.remove_oversampling else 1.0
+        factor = self._factor(header)
         return values[0] if factor == 1 else remove_oversampling(values[0], -2, factor)
 
     def _maps(self, path: Path, number: int, kspace: Tensor) -> Tensor:

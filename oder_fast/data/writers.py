@@ -19,7 +19,7 @@ from torch import Tensor
 from .files import PathLike, atomic, first_bad, is_hdf5, naming
 from .images import WATER_ATTENUATION, format_of
 from .kspace import read_kspace
-from .nifti import NIFTI_SUFFIXES, Size, nifti_affine, save_nifti
+from .nifti import Size, is_nifti, nifti_affine, save_nifti
 
 DESCRIPTION = "Regularization by denoising (oder_fast)"
 
@@ -243,7 +243,7 @@ def _write_npz(path: Path, values: NDArray[Any], how: _How) -> None:
 
 def _write_nifti(path: Path, values: NDArray[Any], how: _How) -> None:
     affine = None
-    if how.like is not None and _is_nifti(how.like):
+    if how.like is not None and is_nifti(how.like):
         with naming(how.like):
             shape, stored = nifti_affine(how.like)
         # Of the same voxels, where they lie in the patient is known, too.
@@ -285,16 +285,12 @@ def writer_suffix(path: PathLike) -> str:
     raise ValueError(f"{path}: its name must end in one of {', '.join(WRITERS)}")
 
 
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(NIFTI_SUFFIXES)
-
-
 def _voxel_size(like: Path) -> Size | None:
     """Return the size of voxels (slice, row, column) in mm that a file tells of."""
     import pydicom
 
     with naming(like):
-        if _is_nifti(like):
+        if is_nifti(like):
             column, row, between = (math.hypot(*axis) for axis in nifti_affine(like)[1][:3, :3].T)
             return between, row, column
         if is_hdf5(like):

@@ -351,10 +351,9 @@ class CartesianMRI(nn.Module):
         along = -3 - self.axis
         rows = _transform(y, along, self.centered, inverse=True)
         rows = _middle(rows, along, self.image_shape[along], self.centered)
-        n = y.shape[self.axis]
         if self.centered:
             rows = _modulate(torch.fft.ifftshift(rows, dim=self.axis), (self.axis,), -1)
-        index, meant = self._index(n)
+        index, meant = self._index()
         return torch.where(meant, rows.movedim(self.axis, -2).take_along_dim(index, -2), 0)
 
     def _restore(self, samples: Tensor) -> Tensor:
@@ -365,7 +364,7 @@ class CartesianMRI(nn.Module):
             centred: Tensor = torch.fft.fftshift(_modulate(samples, (-2, -1), +1), dim=(-2, -1))
             return centred
         n, along = self.image_shape[self.axis], -3 - self.axis
-        index, meant = self._index(n)
+        index, meant = self._index()
         empty = samples.new_zeros(*samples.shape[:2], n, samples.shape[-1])
         rows = empty.scatter_add(-2, index.expand(samples.shape), torch.where(meant, samples, 0))
         rows = rows.movedim(-2, self.axis)
@@ -374,7 +373,7 @@ class CartesianMRI(nn.Module):
         rows = _surrounded(rows, along, self._kspace_shape[along], self.centered)
         return _transform(rows, along, self.centered, inverse=False)
 
-    def _index(self, n: int) -> tuple[Tensor, Tensor]:
+    def _index(self) -> tuple[Tensor, Tensor]:
         lines = self.sampling[:, None, :, None]
         return lines.clamp(min=0), lines >= 0
 

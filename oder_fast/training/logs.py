@@ -60,7 +60,7 @@ class Table:
     def add(self, row: Mapping[str, Value]) -> None:
         """Write a line; a column without a value stays empty."""
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(["" if row.get(c) is None else _plain(row[c]) for c in self.columns])
+            csv.writer(file).writerow([_plain(row.get(c)) for c in self.columns])
 
     def rows(self) -> list[dict[str, float]]:
         """Return what was written, numbers alone; a line that a crash cut short is left out."""
@@ -83,6 +83,12 @@ def _plain(value: Value) -> Value:
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
     return value
+
+
+def live_line(name: str, unit: str, total: int, shown: bool, initial: int = 0) -> Any:
+    """Return the line that tells how far something is; a file or a batch system's log gets one now and then."""
+    often = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=not shown, mininterval=often)
 
 
 class Logs:
@@ -109,11 +115,7 @@ class Logs:
     def begin_stage(self, name: str, steps: int, step: int) -> None:
         """Start the live line of a stage."""
         self.end_stage()
-        # A file or a batch system's log gets a line now and then, a terminal a live one.
-        often = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(
-            total=steps, initial=step, desc=name, unit="step", disable=not self.progress, mininterval=often
-        )
+        self.bar = live_line(name, "step", steps, self.progress, initial=step)
 
     def end_stage(self) -> None:
         """End it."""
@@ -123,10 +125,7 @@ class Logs:
 
     def step(self, overall: int, row: Mapping[str, Value]) -> None:
         """Tell of a step."""
-        self.training.add(row)
-        for name, value in row.items():
-            if name not in ("stage", "step", "seconds") and isinstance(value, float | int):
-                self.board.add_scalar(f"training/{name}", value, overall)
+        self._add("training", self.training, overall, row)
         if self.bar is not None:
             shown: dict[str, str] = {"loss": f"{row['loss']:.2e}"}
             if row.get("iterations") is not None:
@@ -137,10 +136,13 @@ class Logs:
 
     def validated(self, overall: int, row: Mapping[str, Value]) -> None:
         """Tell of a validation."""
-        self.validation.add(row)
+        self._add("validation", self.validation, overall, row)
+
+    def _add(self, what: str, table: Table, overall: int, row: Mapping[str, Value]) -> None:
+        table.add(row)
         for name, value in row.items():
             if name not in ("stage", "step", "seconds") and isinstance(value, float | int):
-                self.board.add_scalar(f"validation/{name}", value, overall)
+                self.board.add_scalar(f"{what}/{name}", value, overall)
 
     def picture(self, overall: int, path: Path) -> None:
         """Show a picture in TensorBoard too."""

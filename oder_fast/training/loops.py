@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .losses import mse_loss
+
 Generator = torch.Generator | None
 
 
@@ -170,8 +172,7 @@ def train_fixed_point(
         if image.is_complex() != truth.is_complex():
             kind = "complex" if image.is_complex() else "real"
             raise TypeError(f"train_fixed_point: make_batch must return {kind} images, as the model does")
-        difference = image - truth
-        return (difference * difference.conj()).real.mean()
+        return mse_loss(image, truth)
 
     return _fit(
         "train_fixed_point",

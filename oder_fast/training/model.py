@@ -8,6 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,11 @@ class FixedPointModel(nn.Module):
             warnings.simplefilter("ignore", NotConvergedWarning)
             solution: Solution = self.build(operator, generator, halvings)(y, return_solution=True)
         return solution
+
+
+def autocast(stage: settings.Stage, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which the denoiser computes in the precision of a stage."""
+    return nullcontext() if stage.precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

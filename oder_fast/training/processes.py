@@ -87,17 +87,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Return which flags are set in any process.
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether a flag is set in any process.
 
     Raises:
         LostProcessError: Where another process is gone.
     """
     if world_size() == 1:
-        return list(flags)
-    return [
-        n > 0 for n in sum_over_processes(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
-    ]
+        return flag
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], buffers: Iterable[Tensor]) -> None:

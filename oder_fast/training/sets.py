@@ -21,7 +21,6 @@ from ..data import (
 from ..data.samples import Samples
 from . import configuration as settings
 from .configuration import Configuration, ConfigurationError
-from .scans import Scan
 
 BRIGHTNESS = (0.5, 1.0)
 """Factors by which augmentation scales images."""
@@ -47,7 +46,7 @@ def _files(source: settings.Source, configuration: Configuration) -> Samples:
     return dataset if section.cache is None else Cached(dataset, section.cache)
 
 
-def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Samples]:
+def make_sets(configuration: Configuration) -> tuple[Samples, Samples]:
     """Return the images to train on and those to validate with; no patient is among both.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -10,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +37,7 @@ from .checkpoints import (
 from .configuration import Configuration, ConfigurationError, differences
 from .logs import Logs, Silence, draw_images
 from .losses import total_loss
-from .model import OWN, FixedPointModel, load_weights, make_denoiser, misfit
+from .model import OWN, FixedPointModel, autocast, load_weights, make_denoiser, misfit
 from .processes import (
     any_process,
     average_gradients,
@@ -51,14 +50,12 @@ from .processes import (
     world_size,
 )
 from .report import STAGES, write_report
-from .scans import Scan, make_scan
+from .scans import make_scan
 from .sets import make_sets, training_transform
+from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_of
 
 HALVINGS = 4
 """How many times a solver that diverges gets shorter steps before the run ends."""
-
-DRAWS = 100
-"""How many images are drawn until one is not 0 everywhere."""
 
 SMALLEST = 7
 """Rows and columns that the structural similarity of validation images needs."""
@@ -88,84 +85,6 @@ class Outcome(NamedTuple):
     last: Path
     psnr: float
     reason: str
-
-
-def seed_of(*key: Any) -> int:
-    """Return a seed that depends on all of the key, equal in every process and on every machine."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class _Stream(Dataset[tuple[Sample, int]]):
-    """Samples by their position in the run: epoch after epoch, each in an order of its own."""
-
-    def __init__(
-        self, samples: Dataset[Sample], transform: Any, scan: Scan, key: tuple[Any, ...], with_kspace: bool
-    ) -> None:
-        self.samples, self.transform, self.scan, self.key = samples, transform, scan, key
-        self.with_kspace = with_kspace
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def __getitem__(self, position: int) -> tuple[Sample, int]:
-        epoch, place = divmod(position, len(self.samples))  # type: ignore[arg-type]
-        if self._order[0] != epoch:
-            g = torch.Generator().manual_seed(seed_of(*self.key, "order", epoch))
-            self._order = epoch, torch.randperm(len(self.samples), generator=g).tolist()  # type: ignore[arg-type]
-        g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
-        index = self._order[1][place]
-        for _ in range(DRAWS):
-            sample = checked(self.samples[index])
-            if not self.with_kspace:
-                sample = sample._replace(kspace=None, maps=None)
-            sample = self.transform(sample, g)
-            if bool(sample.image.any()):
-                return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
-            # An empty slice or patch, as volumes have at their ends, has nothing to be measured: another one.
-            index = int(torch.randint(len(self.samples), (), generator=g))  # type: ignore[arg-type]
-        raise ValueError(f"{sample.name}: of {DRAWS} images or patches drawn after it all are 0 everywhere")
-
-
-def checked(sample: Any) -> Sample:
-    """Return a sample if it is one.
-
-    Raises:
-        TypeError: For something else, or an image of another dtype.
-        ValueError: For NaN or infinity.
-    """
-    if not isinstance(sample, Sample) or not isinstance(sample.image, Tensor):
-        kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
-        raise TypeError(
-            f"a dataset must return oder_fast.data.Sample(name, image) with a torch.Tensor as image, got {kind}"
-        )
-    image = sample.image
-    if image.dtype not in (torch.float32, torch.complex64):
-        raise TypeError(f"{sample.name}: its image must be float32 or complex64, got {image.dtype}")
-    bad = (~image.isfinite()).nonzero()
-    if len(bad):
-        index = tuple(bad[0].tolist())
-        raise ValueError(f"{sample.name}: its image must be finite, got {image[index].item()} at {index}")
-    return sample
-
-
-def _collate(items: Sequence[tuple[Sample, int]]) -> tuple[Batch, list[int]]:
-    samples, seeds = zip(*items, strict=True)
-    return collate(samples), list(seeds)
-
-
-def _positions(start: int, batch: int) -> Iterator[list[int]]:
-    """Yield the positions of this process's part of each step's batch."""
-    step = start
-    while True:
-        first = (step * world_size() + rank()) * batch
-        yield list(range(first, first + batch))
-        step += 1
-
-
-def _begin_worker(_: int) -> None:
-    # Ctrl-C reaches workers too: the run ends them itself, after its last checkpoint.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
 
 
 @dataclass
@@ -264,7 +183,7 @@ class Trainer:
         self.device = pick_device(configuration.device)
         self.scan = make_scan(configuration.operator)
         if train_set is None or validation_set is None:
-            train_set, validation_set = make_sets(configuration, self.scan)
+            train_set, validation_set = make_sets(configuration)
         self.train_set, self.validation_set = train_set, validation_set
         if denoiser is not None:
             section = configuration.denoiser.model_copy(update={"kind": OWN, "options": {}})
@@ -302,7 +221,7 @@ class Trainer:
         try:
             whole = self.scan.prepare(checked(self.validation_set[0]), torch.Generator()).image
             self.image_shape = tuple(whole.shape)
-            batch, seeds = _collate([self._stream(1)[0]])
+            batch, seeds = collate_seeded([self._stream(1)[0]])
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"data: {error}") from error
         self.largest = float(batch.image.abs().max())
@@ -396,8 +315,7 @@ class Trainer:
     # -------------------------------------------------------------- state
 
     def _new_optimizer(self) -> torch.optim.Adam:
-        section = (self.configuration.pretraining, self.configuration.training)[min(self.position.stage, 1)]
-        return torch.optim.Adam(self.parameters, lr=section.learning_rate)
+        return torch.optim.Adam(self.parameters, lr=self.stages[self.position.stage].learning_rate)
 
     def _begin_stage(self) -> None:
         if self.ema is not None:
@@ -466,38 +384,30 @@ class Trainer:
 
     # -------------------------------------------------------------- data
 
-    def _stream(self, stage: int) -> _Stream:
+    def _stream(self, stage: int) -> Stream:
         key = (self.configuration.seed, "training", stage)
         transform = training_transform(self.configuration.data)
-        return _Stream(self.train_set, transform, self.scan, key, with_kspace=stage == 1)
+        return Stream(self.train_set, transform, self.scan, key, with_kspace=stage == 1)
 
     def _loader(self) -> Iterator[tuple[Batch, list[int]]]:
         section, workers = self.stages[self.position.stage], self.configuration.data.workers
         return iter(
             DataLoader(
                 self._stream(self.position.stage),
-                batch_sampler=_positions(self.position.step, section.batch_size),
+                batch_sampler=positions(self.position.step, section.batch_size),
                 num_workers=workers,
-                collate_fn=_collate,
-                worker_init_fn=_begin_worker,
+                collate_fn=collate_seeded,
+                worker_init_fn=begin_worker,
                 pin_memory=self.device.type == "cuda",
                 # Workers are seeded from here, not from the state that a checkpoint keeps.
                 generator=torch.Generator().manual_seed(0),
             )
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        def move(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(self.device, non_blocking=True)
-
-        return Batch(batch.names, move(batch.image), move(batch.kspace), move(batch.maps))
-
     # -------------------------------------------------------------- steps
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.stages[self.position.stage].precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.stages[self.position.stage], self.device)
 
     def _denoise(self, image: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return noisy images, and what the denoiser makes of them."""
@@ -538,7 +448,7 @@ class Trainer:
     def _step(self, batch: Batch, seeds: list[int], stop: _Stop) -> dict[str, Any]:
         """Take one step of the optimizer; return what the log tells of it."""
         position, section = self.position, self.stages[self.position.stage]
-        batch = self._to_device(batch)
+        batch = batch.to(self.device)
         # What dropout draws follows from the position too, in every process.
         torch.manual_seed(seed_of(self.configuration.seed, "global", position.stage, position.step, rank()))
         while True:
@@ -583,7 +493,7 @@ class Trainer:
         except FixedPointError as error:
             reason = str(error)
         # Agreed on before the backward pass, and again after it: no process waits for one that failed.
-        if any_process([bool(reason)], self.device)[0]:
+        if any_process(bool(reason), self.device):
             return reason or "another process could not solve"
         assert loss is not None
         try:
@@ -595,7 +505,7 @@ class Trainer:
                 reason = "a gradient is not finite"
         except FixedPointError as error:
             reason = str(error)
-        if any_process([bool(reason)], self.device)[0]:
+        if any_process(bool(reason), self.device):
             return reason or "another process could not solve"
         average_gradients(self.parameters, self.model.buffers())
         mean = sum_over_processes(loss.detach().clone().reshape(1)) / world_size()
@@ -701,7 +611,7 @@ class Trainer:
         """Return the numbers of an image, and what is drawn of it; no numbers of a uniform one, which has no scale."""
         seed = self.configuration.seed
         g = torch.Generator().manual_seed(seed_of(seed, "validation", k))
-        batch = self._to_device(collate([self.scan.prepare(checked(self.validation_set[k]), g)]))
+        batch = collate([self.scan.prepare(checked(self.validation_set[k]), g)]).to(self.device)
         truth = self.scan.show(batch.image[0]).cpu()
         if truth.min() == truth.max():
             return None, (batch.names[0], truth, truth, truth)
@@ -720,9 +630,9 @@ class Trainer:
         first, result = (self.scan.show(v[0]).cpu() for v in (start, image))
         quality = [
             psnr(result, truth),
-            _similarity(result, truth),
+            ssim(result, truth),
             psnr(first, truth),
-            _similarity(first, truth),
+            ssim(first, truth),
         ]
         truth, first, result = (v if v.ndim == 2 else v[len(v) // 2] for v in (truth, first, result))
         return [loss, *quality, iterations, converged], (batch.names[0], truth, first, result)
@@ -805,8 +715,7 @@ class Trainer:
                 last = position.step == section.steps
                 if last or position.step % watch.every == 0:
                     self._validate()
-                asked = any_process([stop.name is not None], self.device)[0]
-                if asked:
+                if any_process(stop.name is not None, self.device):
                     return stop.name or "a signal to another process"
                 if self._waits_too_long():
                     return "no better for long"
@@ -858,11 +767,3 @@ class Trainer:
             picture=pictures[-1] if pictures else None,
             configuration=self.configuration.model_dump_json(indent=2),
         )
-
-
-def _similarity(image: Tensor, truth: Tensor) -> float:
-    """Return the SSIM of a slice, or the mean of several slices', relative to the range of all."""
-    pairs = zip(image.reshape(-1, *image.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True)
-    span = float(truth.max() - truth.min())
-    values = [ssim(one, other, span) for one, other in pairs]
-    return sum(values) / len(values)

@@ -1,28 +1,55 @@
-"""Input files as jobs, and where their outputs go."""
+"""Input files as jobs, what the user chose for them, and where their outputs go."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from ...data import (
-    WRITERS,
-    Sample,
-)
+from ...data import Sample
+from ...data.datasets import IMAGE_SUFFIXES, Scale, is_image
 from ...data.images import DICOM_SUFFIXES
 from ...data.kspace import HDF5_SUFFIXES
 from ...data.nifti import NIFTI_SUFFIXES
 
-INPUT_SUFFIXES = (*WRITERS, *DICOM_SUFFIXES, *HDF5_SUFFIXES)
+Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
+Part = Literal["magnitude", "phase", "real", "imaginary"]
 
 
 class InputError(ValueError):
     """Files or settings that cannot be reconstructed with, found before anything long starts."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Settings that change what is written, besides those of the solver; see `reconstruct_files`."""
+
+    format: Format | None
+    part: Part | None
+    simulate: bool
+    image_size: tuple[int, int] | None
+    scale: Scale | None
+    array: str | None
+    maps: str | Path | None
+    normalize: bool
+
+    def __post_init__(self) -> None:
+        for name, kind in (("format", Format), ("part", Part)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                raise InputError(f"{name}: must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise InputError(f"image_size: must be rows and columns, at least 1, got {self.image_size}")
+        if isinstance(self.scale, str) or self.scale is None:
+            if self.scale not in (None, "slice", "none"):
+                raise InputError(f"scale: must be slice, none or a window, got {self.scale!r}")
+        elif not -math.inf < self.scale[0] < self.scale[1] < math.inf:
+            raise InputError(f"scale: a window must be (low, high) with low < high, got {self.scale}")
 
 
 @dataclass
@@ -147,11 +174,7 @@ def is_picture(path: Path) -> bool:
 
 
 def _is_known(path: Path) -> bool:
-    if path.name.lower().endswith(INPUT_SUFFIXES):
-        return True
-    # Archives give DICOM files names of their own.
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    return path.name.lower().endswith(HDF5_SUFFIXES) or is_image(path)
 
 
 def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
@@ -185,7 +208,7 @@ def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
 
 def name_outputs(jobs: list[Job]) -> None:
     """Name outputs as inputs, less the suffix; with it where two would be the same."""
-    suffixes = sorted(INPUT_SUFFIXES, key=len, reverse=True)
+    suffixes = sorted((*IMAGE_SUFFIXES, *HDF5_SUFFIXES), key=len, reverse=True)
     for job in jobs:
         cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
         job.base = job.name[: len(job.name) - cut]

@@ -15,9 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ...data import (
-    atomic,
-)
+from ...data import atomic
 from .jobs import InputError, Job
 
 LEDGER, QUALITY = "reconstructed.jsonl", "quality.csv"

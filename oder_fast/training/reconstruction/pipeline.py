@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..logs import live_line
 from ..trainer import RunError
 from .jobs import Item, Job, Solved, reason_of
 from .ledger import Ledger
@@ -56,15 +57,8 @@ class Pipeline:
         Raises:
             RunError: Where nothing more can be written.
         """
-        often = 0.5 if sys.stderr.isatty() else 30.0
         total = sum(job.count for job in jobs)
-        with tqdm(
-            total=total,
-            desc="reconstruct",
-            unit="image",
-            disable=not (self.progress and total),
-            mininterval=often,
-        ) as self.bar:
+        with live_line("reconstruct", "image", total, self.progress and total > 0) as self.bar:
             try:
                 for items in self._read_ahead(jobs):
                     for item in items:

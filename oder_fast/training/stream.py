@@ -1,0 +1,99 @@
+"""Samples in the order of a run, each with random numbers that follow from the seed and its position alone."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data.files import first_bad
+from ..data.samples import Batch, Sample, collate
+from .processes import rank, world_size
+from .scans import Scan
+
+DRAWS = 100
+"""How many images are drawn until one is not 0 everywhere."""
+
+
+def seed_of(*key: Any) -> int:
+    """Return a seed that depends on all of the key, equal in every process and on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Stream(Dataset[tuple[Sample, int]]):
+    """Samples by their position in the run: epoch after epoch, each in an order of its own."""
+
+    def __init__(
+        self, samples: Dataset[Sample], transform: Any, scan: Scan, key: tuple[Any, ...], with_kspace: bool
+    ) -> None:
+        self.samples, self.transform, self.scan, self.key = samples, transform, scan, key
+        self.with_kspace = with_kspace
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, position: int) -> tuple[Sample, int]:
+        epoch, place = divmod(position, len(self.samples))  # type: ignore[arg-type]
+        if self._order[0] != epoch:
+            g = torch.Generator().manual_seed(seed_of(*self.key, "order", epoch))
+            self._order = epoch, torch.randperm(len(self.samples), generator=g).tolist()  # type: ignore[arg-type]
+        g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
+        index = self._order[1][place]
+        for _ in range(DRAWS):
+            sample = checked(self.samples[index])
+            if not self.with_kspace:
+                sample = sample._replace(kspace=None, maps=None)
+            sample = self.transform(sample, g)
+            if bool(sample.image.any()):
+                return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
+            # An empty slice or patch, as volumes have at their ends, has nothing to be measured: another one.
+            index = int(torch.randint(len(self.samples), (), generator=g))  # type: ignore[arg-type]
+        raise ValueError(f"{sample.name}: of {DRAWS} images or patches drawn after it all are 0 everywhere")
+
+
+def checked(sample: Any) -> Sample:
+    """Return a sample if it is one.
+
+    Raises:
+        TypeError: For something else, or an image of another dtype.
+        ValueError: For NaN or infinity.
+    """
+    if not isinstance(sample, Sample) or not isinstance(sample.image, Tensor):
+        kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
+        raise TypeError(
+            f"a dataset must return oder_fast.data.Sample(name, image) with a torch.Tensor as image, got {kind}"
+        )
+    image = sample.image
+    if image.dtype not in (torch.float32, torch.complex64):
+        raise TypeError(f"{sample.name}: its image must be float32 or complex64, got {image.dtype}")
+    bad = first_bad(image)
+    if bad is not None:
+        raise ValueError(f"{sample.name}: its image must be finite, got {image[bad].item()} at {bad}")
+    return sample
+
+
+def collate_seeded(items: Sequence[tuple[Sample, int]]) -> tuple[Batch, list[int]]:
+    """Stack samples, and list their seeds."""
+    samples, seeds = zip(*items, strict=True)
+    return collate(samples), list(seeds)
+
+
+def positions(start: int, batch: int) -> Iterator[list[int]]:
+    """Yield the positions of this process's part of each step's batch."""
+    step = start
+    while True:
+        first = (step * world_size() + rank()) * batch
+        yield list(range(first, first + batch))
+        step += 1
+
+
+def begin_worker(_: int) -> None:
+    """Prepare a process that loads."""
+    # Ctrl-C reaches workers too: the run ends them itself, after its last checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
