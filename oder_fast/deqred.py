@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .denoisers import folded, frozen
+from .denoisers import Rematerialized, folded, frozen
 from .fixed_point import (
     Differentiation,
     FixedPointMap,
@@ -470,7 +470,8 @@ class RED(FixedPointMap):
         mask = (point > 0).to(point.dtype) if self.nonnegative else None
         with torch.enable_grad(), folded(), _eager():
             leaf = point.detach().requires_grad_()
-            denoised = self.denoise(leaf)
+            with Rematerialized():
+                denoised = self.denoise(leaf)
             # Only the derivatives of the output count: it need not be right in what has none.
             step_size, tau = (v.to(point.real.dtype) for v in (self.step_size, self.tau))
             prior = tau * (point - denoised)
