@@ -17,6 +17,19 @@ import oder_fast
 TABLE: list[dict[str, object]] = []
 
 
+@pytest.fixture
+def face(face):
+    """The C++ faces: what runs on a GPU is timed by the benches named test_gpu."""
+    if face.device != "cpu":
+        pytest.skip(f"the {face.name} face is timed by test_gpu")
+    return face
+
+
+@pytest.fixture(autouse=True)
+def _fill_uninitialized_memory():
+    """In place of what tests do to fresh tensors: here the time would be counted."""
+
+
 @dataclass
 class Report:
     """One row of the throughput table, kept in the JSON of pytest-benchmark too."""
@@ -41,7 +54,7 @@ class Report:
             "op": op,
             "face": face,
             "shape": shape,
-            "ms": None if seconds is None else round(seconds * 1e3, 3),
+            "ms": None if seconds is None else float(f"{seconds * 1e3:.4g}"),
             "rate": rate,
             "ratio": ratios,
             "note": note,
@@ -59,6 +72,8 @@ def report(benchmark) -> Report:
     benchmark.extra_info["rows"] = result.rows
     benchmark.extra_info["versions"] = {"torch": torch.__version__, "oder_fast": oder_fast.__version__}
     benchmark.extra_info["build"] = oder_fast.build_info()
+    if torch.cuda.is_available():
+        benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
 
 
 class _WithoutTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -117,7 +132,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             str(r["op"]),
             str(r["face"]),
             str(r["shape"]),
-            "" if r["ms"] is None else f"{r['ms']:.3f}",
+            "" if r["ms"] is None else f"{r['ms']:.4g}",
             str(r["rate"]),
             ", ".join(f"{name} {value:g}x" for name, value in r["ratio"].items()),
             str(r["note"])

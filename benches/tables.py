@@ -16,8 +16,9 @@ def record(raw: dict) -> dict:
     """Keep the machine, the versions and the rows."""
     extra = [b["extra_info"] for b in raw["benchmarks"] if "rows" in b["extra_info"]]
     machine = raw["machine_info"]
+    cpu = f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpu'].get('count')} cores"
     return {
-        "machine": f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpu'].get('count')} cores",
+        "machine": ", ".join([*{e["gpu"] for e in extra if "gpu" in e}, cpu]),
         "system": f"{machine['system']} {machine['machine']}, Python {machine['python_version']}",
         "date": raw["datetime"][:10],
         "versions": extra[0]["versions"],

@@ -1,0 +1,96 @@
+"""What an iteration of a solve costs beyond its operator, its RED step and its denoiser: Python, and tiny tensors.
+
+An image of 16 x 16 pixels, 12 views, a denoiser of one convolution: little else is left to pay for. The solves test
+every iteration that they can, on a tolerance that none reaches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from oder_fast import DEQRED, Anderson, Implicit, Nesterov, ParallelBeamCT, Picard, ops
+
+pytestmark = pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning")
+
+ITERATIONS, ROUNDS = 300, 15
+
+
+def denoiser():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight.mul_(0.9 / conv.weight.abs().sum())
+    return conv
+
+
+class Solve:
+    def __init__(self, solver, minibatch, variance_reduction):
+        self.ct, self.denoiser = ParallelBeamCT(16, 12), denoiser()
+        self.y = self.ct(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+        self.minibatch, self.reduced = minibatch, variance_reduction
+        fixed = solver(max_iterations=ITERATIONS, tolerance=1e-30)
+        self.model = DEQRED(
+            self.ct,
+            self.denoiser,
+            tau=1.0,
+            minibatch_size=minibatch,
+            variance_reduction=variance_reduction,
+            solver=fixed,
+            differentiation=Implicit(solver=fixed),
+            on_failure="ignore",
+        )
+        self.start = torch.zeros(1, 16, 16)
+
+    def forward(self):
+        with torch.no_grad():
+            self.model(self.y, self.start)
+
+    def forward_alone(self):
+        """The calls that an iteration is made of."""
+        x, momentum = self.start, torch.full((1,), 0.3, dtype=torch.float64)
+        step, tau = (torch.tensor(v, dtype=torch.float64) for v in (1e-2, 1.0))
+        prepared = self.ct.prepare(self.y) if hasattr(self.ct, "prepare") else self.y
+        options = {"prepared": True} if hasattr(self.ct, "prepare") else {}
+        with torch.no_grad():
+            for k in range(ITERATIONS):
+                denoised = self.denoiser(x[:, None])[:, 0]
+                blocks = None
+                if self.minibatch is not None and k % 10:
+                    blocks = self.ct.draw_blocks(self.minibatch)
+                if self.minibatch is not None and self.reduced:
+                    gradient = self.ct.gradient(x, prepared if blocks is None else None, blocks, **options)
+                    ops.red_update(x, gradient, denoised, step, tau, previous=x, momentum=momentum)
+                else:
+                    self.ct.red_update(
+                        x, prepared, blocks, denoised, step, tau, previous=x, momentum=momentum, **options
+                    )
+
+
+@pytest.mark.parametrize("solver", [Nesterov, Picard, Anderson])
+@pytest.mark.parametrize(
+    ("what", "minibatch", "variance_reduction"),
+    [("all views", None, True), ("3 views a step", 3, True), ("3 views a step, as published", 3, False)],
+)
+def test_overhead(report, one_thread, solver, what, minibatch, variance_reduction):
+    if solver is Anderson and minibatch is not None:
+        pytest.skip("Anderson takes no minibatches")
+    solve = Solve(solver, minibatch, variance_reduction)
+    report.benchmark.pedantic(lambda: None)
+    times = {"solve": [], "alone": []}
+    for _ in range(ROUNDS):
+        for name, run in (("solve", solve.forward), ("alone", solve.forward_alone)):
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) / ITERATIONS)
+    whole, alone = (statistics.median(t) for t in times.values())
+    report.add(
+        "an iteration",
+        "cpu",
+        f"{solver.__name__}, {what}",
+        whole,
+        note=f"{(whole - alone) * 1e6:.0f} us beyond the operator, the step and the denoiser",
+    )
