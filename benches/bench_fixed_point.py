@@ -32,6 +32,7 @@ class Solve:
         self.ct, self.denoiser = ParallelBeamCT(16, 12), denoiser()
         self.y = self.ct(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
         self.minibatch, self.reduced = minibatch, variance_reduction
+        self.momentum = torch.full((1,), 0.3, dtype=torch.float64) if solver is Nesterov else None
         fixed = solver(max_iterations=ITERATIONS, tolerance=1e-30)
         self.model = DEQRED(
             self.ct,
@@ -51,10 +52,9 @@ class Solve:
 
     def forward_alone(self):
         """The calls that an iteration is made of."""
-        x, momentum = self.start, torch.full((1,), 0.3, dtype=torch.float64)
+        x = self.start
         step, tau = (torch.tensor(v, dtype=torch.float64) for v in (1e-2, 1.0))
-        prepared = self.ct.prepare(self.y) if hasattr(self.ct, "prepare") else self.y
-        options = {"prepared": True} if hasattr(self.ct, "prepare") else {}
+        options = {"previous": x, "momentum": self.momentum} if self.momentum is not None else {}
         with torch.no_grad():
             for k in range(ITERATIONS):
                 denoised = self.denoiser(x[:, None])[:, 0]
@@ -62,12 +62,10 @@ class Solve:
                 if self.minibatch is not None and k % 10:
                     blocks = self.ct.draw_blocks(self.minibatch)
                 if self.minibatch is not None and self.reduced:
-                    gradient = self.ct.gradient(x, prepared if blocks is None else None, blocks, **options)
-                    ops.red_update(x, gradient, denoised, step, tau, previous=x, momentum=momentum)
+                    gradient = self.ct.gradient(x, self.y if blocks is None else None, blocks)
+                    ops.red_update(x, gradient, denoised, step, tau, **options)
                 else:
-                    self.ct.red_update(
-                        x, prepared, blocks, denoised, step, tau, previous=x, momentum=momentum, **options
-                    )
+                    self.ct.red_update(x, self.y, blocks, denoised, step, tau, **options)
 
 
 @pytest.mark.parametrize("solver", [Nesterov, Picard, Anderson])

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
+
+Indices = NDArray[np.int64]
 
 # No transient of a momentum makes a step this many times longer than the first one and than the image.
 DIVERGENCE = 1e3
@@ -70,9 +74,9 @@ def _positive(name: str, field: str, value: float) -> None:
 
 @dataclass
 class State:
-    """What a solver carries from one iteration to the next; the first axis of each tensor is the batch.
+    """What a solver carries from one iteration to the next.
 
-    Fields are tensors or lists of tensors.
+    Fields are tensors or lists of tensors whose first axis is the batch, or tuples of tensors without one.
 
     Attributes:
         point: Where the map is evaluated next.
@@ -97,17 +101,12 @@ class _Record:
     """Collects what becomes a `Solution`."""
 
     def __init__(self, batch: int) -> None:
-        self.rows: list[tuple[int, Tensor, Tensor]] = []
-        self.pieces: list[tuple[Tensor, Tensor]] = []
-        self.iterations = torch.zeros(batch, dtype=torch.int64)
-        self.converged = torch.zeros(batch, dtype=torch.bool)
+        self.rows: list[tuple[int, Indices, Tensor]] = []
+        self.pieces: list[tuple[Indices, Tensor]] = []
+        self.iterations = np.zeros(batch, np.int64)
+        self.converged = np.zeros(batch, np.bool_)
 
-    def relative(self, reductions: Tensor) -> Tensor:
-        """Return ``|T(s) - s| / |T(s)|`` from reductions ``(B, 3)``; 0 where both vanish."""
-        change, norm = reductions[:, 0], reductions[:, 1]
-        return torch.where(change == 0, change, change / norm).sqrt()
-
-    def finish(self, images: Tensor, values: Tensor, iteration: int, converged: bool) -> None:
+    def finish(self, images: Indices, values: Tensor, iteration: int, converged: bool) -> None:
         self.pieces.append((images, values))
         self.iterations[images] = iteration
         self.converged[images] = converged
@@ -115,21 +114,30 @@ class _Record:
     def solution(self, describe: Callable[[Tensor, Tensor, Tensor], str]) -> Solution:
         value = self.pieces[0][1]
         if len(self.pieces) > 1:
-            order = torch.cat([images for images, _ in self.pieces]).argsort()
+            order = torch.from_numpy(np.concatenate([images for images, _ in self.pieces]).argsort())
             value = torch.cat([v for _, v in self.pieces]).index_select(0, order.to(value.device))
-        residuals = torch.full((len(self.rows), len(self.iterations)), math.nan, dtype=torch.float64)
+        residuals = np.full((len(self.rows), len(self.iterations)), math.nan)
         if self.rows:
-            found = self.relative(torch.cat([reductions for _, _, reductions in self.rows]).cpu())
-            sizes = [len(images) for _, images, _ in self.rows]
+            change, norm = torch.cat([reductions for _, _, reductions in self.rows]).cpu()[:, :2].unbind(1)
+            found = torch.where(change == 0, change, change / norm).sqrt().numpy()
+            ends = np.cumsum([len(images) for _, images, _ in self.rows])[:-1]
             for row, (iteration, images, _), values in zip(
-                residuals, self.rows, found.split(sizes), strict=True
+                residuals, self.rows, np.split(found, ends), strict=True
             ):
                 alive = iteration <= self.iterations[images]
                 row[images[alive]] = values[alive]
         at = torch.tensor([iteration for iteration, _, _ in self.rows], dtype=torch.int64)
-        contraction = fit_contraction(residuals, at)
-        message = describe(self.converged, residuals, contraction)
-        return Solution(value, self.iterations, residuals, at, self.converged, contraction, message)
+        iterations, converged, relative = map(torch.from_numpy, (self.iterations, self.converged, residuals))
+        contraction = fit_contraction(relative, at)
+        message = describe(converged, relative, contraction)
+        return Solution(value, iterations, relative, at, converged, contraction, message)
+
+
+def _of(values: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
+    """Return some images of a batch."""
+    if chosen.all():
+        return values
+    return values.index_select(0, torch.from_numpy(chosen.nonzero()[0]).to(values.device))
 
 
 def looking_is_cheap(device: torch.device) -> bool:
@@ -206,9 +214,10 @@ class Solver(ABC, Generic[StateT]):
         tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
         average = start
         record = _Record(start.shape[0])
-        images = torch.arange(start.shape[0])  # which images of the whole batch are here
-        alive = torch.ones(start.shape[0], dtype=torch.bool)  # which of those have not converged
-        limit = torch.empty(0)
+        # A few numbers of each image decide on the host, where NumPy is quicker than torch.
+        images = np.arange(start.shape[0])  # which images of the whole batch are here
+        alive = np.ones(start.shape[0], np.bool_)  # which of those have not converged
+        limit = first = None
 
         for iteration in range(1, self.max_iterations + 1):
             last = iteration == self.max_iterations
@@ -228,40 +237,45 @@ class Solver(ABC, Generic[StateT]):
                     step = exact.step(average)
                 elif last:
                     step = step._replace(image=average)
-            if iteration == 1:
-                limit = DIVERGENCE**2 * step.reductions[:, :2].amax(1)
+            reductions = step.reductions.detach()
+            if first is None:
+                first = reductions
             tested = check or not exact.stochastic
             if tested:
-                record.rows.append((iteration, images, step.reductions))
+                record.rows.append((iteration, images, reductions))
             if not check and not last:
                 continue
-            reductions = step.reductions.cpu()
-            limit = limit.cpu().nan_to_num(posinf=0.0)
-            wrong = alive & ~(reductions[:, 0] <= limit)
-            if bool(wrong.any()):
-                record.finish(images[alive], step.image[alive.to(start.device)], iteration, False)
+            found = reductions.cpu().numpy()
+            change, norm = found[:, 0], found[:, 1]
+            if limit is None:
+                limit = np.nan_to_num(DIVERGENCE**2 * first.cpu().numpy()[:, :2].max(1), posinf=0.0)
+            wrong = alive & ~(change <= limit)
+            if wrong.any():
+                record.finish(images[alive], _of(step.image, alive), iteration, False)
                 raise DivergenceError(
-                    *self._diverged(record, exact, iteration, images[wrong], reductions[wrong])
+                    *self._diverged(
+                        record, exact, iteration, images[wrong], bool(np.isfinite(found[wrong]).all())
+                    )
                 )
-            done = alive & tested & (record.relative(reductions) <= self.tolerance)
+            done = alive & tested & (change <= self.tolerance**2 * norm)
             finished = alive if last else done
+            if not finished.any():
+                continue
             for group, success in ((done, True), (finished & ~done, False)):
-                if bool(group.any()):
-                    chosen = group.nonzero()[:, 0]
-                    whole = len(chosen) == start.shape[0]
-                    values = step.image if whole else step.image.index_select(0, chosen.to(start.device))
-                    record.finish(images[chosen], values, iteration, success)
+                if group.any():
+                    record.finish(images[group], _of(step.image, group), iteration, success)
             alive = alive & ~finished
-            if not bool(alive.any()):
+            if not alive.any():
                 break
-            if cheap_to_look and bool(done.any()):
-                keep = alive.nonzero()[:, 0]
-                selected = exact.select(keep)
+            if cheap_to_look:
+                keep = alive.nonzero()[0]
+                chosen = torch.from_numpy(keep)
+                selected = exact.select(chosen)
                 if selected is not None:
                     exact = selected
-                    state.select(keep)
-                    average, limit = average.index_select(0, keep), limit.index_select(0, keep)
-                    images, alive = images[keep], alive[keep]
+                    state.select(chosen)
+                    average = average.index_select(0, chosen)
+                    images, alive, limit = images[keep], alive[keep], limit[keep]
         return record.solution(lambda *found: self._describe(exact, start.real.dtype, *found))
 
     def iterate(self, fixed_point_map: FixedPointMap, start: Tensor) -> Tensor:
@@ -281,9 +295,9 @@ class Solver(ABC, Generic[StateT]):
         return (iteration - 1) % self.check_every == 0 or iteration == self.max_iterations
 
     def _diverged(
-        self, record: _Record, exact: FixedPointMap, iteration: int, images: Tensor, reductions: Tensor
+        self, record: _Record, exact: FixedPointMap, iteration: int, images: Indices, finite: bool
     ) -> tuple[str, Solution]:
-        how = "grew far beyond its start" if bool(reductions.isfinite().all()) else "became NaN or infinite"
+        how = "grew far beyond its start" if finite else "became NaN or infinite"
         message = (
             f"{type(self).__name__}: the residual {how} by iteration {iteration} (images {images.tolist()}); "
             f"{exact.advice}"
@@ -365,7 +379,8 @@ class Picard(Solver[State]):
 @dataclass
 class _NesterovState(State):
     previous: Tensor
-    t: Tensor
+    age: Tensor  # iterations since the start or the last restart
+    constants: tuple[Tensor, Tensor, Tensor]  # the momentum at each age; 1; 0.0
 
 
 @dataclass(frozen=True)
@@ -403,14 +418,24 @@ class Nesterov(Solver[_NesterovState]):
         return self.tail
 
     def _begin(self, start: Tensor) -> _NesterovState:
-        t = torch.ones(start.shape[0], dtype=torch.float64, device=start.device)
-        return _NesterovState(start, start, t)
+        momenta, t = [], 1.0
+        for _ in range(self.max_iterations):
+            before, t = t, 0.5 * (1 + math.sqrt(1 + 4 * t * t))
+            momenta.append((before - 1) / t)
+        constants = (
+            torch.tensor(momenta, dtype=torch.float64, device=start.device),
+            torch.ones((), dtype=torch.int64, device=start.device),
+            torch.zeros((), dtype=torch.float64, device=start.device),
+        )
+        return _NesterovState(start, start, constants[1].new_zeros(start.shape[0]), constants)
 
     def _advance(self, fixed_point_map: FixedPointMap, state: _NesterovState) -> Step:
-        t = 0.5 * (1 + (1 + 4 * state.t.square()).sqrt())
-        step = fixed_point_map.step(state.point, state.previous, (state.t - 1) / t)
+        momenta, one, zero = state.constants
+        step = fixed_point_map.step(state.point, state.previous, momenta.index_select(0, state.age))
         state.point, state.previous = step.extrapolated, step.image
-        state.t = torch.where(step.reductions[:, 2] > 0, 1.0, t) if self.restart else t
+        state.age = state.age + one
+        if self.restart:
+            state.age = state.age * (step.reductions.select(1, 2) <= zero)
         return step
 
 

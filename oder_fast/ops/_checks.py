@@ -16,10 +16,15 @@ def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> Non
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
     # torch would take an operator without a forward-mode formula for a constant, and its tangent for zero.
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value, level=0).tangent is not None:
+    if _duals_about() and forward_ad.unpack_dual(value, level=0).tangent is not None:
         raise RuntimeError(
             f"{op}: no forward-mode derivative; use reverse mode (torch.autograd.grad, backward)"
         )
+
+
+def _duals_about() -> bool:
+    """Whether some tensor may have a tangent: to ask each costs more than a small operator."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def floating(op: str, name: str, value: Tensor, *, allow_complex: bool = False) -> None:
