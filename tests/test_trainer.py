@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from oder_fast.training import (
 )
 from oder_fast.training.checkpoints import list_checkpoints, newest_checkpoint
 from oder_fast.training.logs import TRAINING, VALIDATION, Table
+from oder_fast.training.sets import make_sets
 from oder_fast.training.trainer import HALVINGS
 
 SMALL = {
@@ -703,6 +705,33 @@ def test_a_denoiser_without_weights():
         Trainer(small("unused"), train_set=Phantoms("ellipses", 3, 16))
     with pytest.raises(ValueError, match="is not here"):
         Trainer(small("unused", "device=nowhere"))
+
+
+def test_coils_that_fit_in_no_batch(tmp_path):
+    for number, coils in enumerate((2, 3)):
+        kspace = torch.ones(1, coils, 16, 16, dtype=torch.complex64)
+        np.savez(tmp_path / f"{number}.npz", kspace=kspace, maps=kspace[0])
+    source = {
+        "operator": {"kind": "mri"},
+        "data": {"train": str(tmp_path), "kspace": True, "workers": 0},
+        "output": str(tmp_path / "run"),
+    }
+    several = read_configuration({**source, "training": {"steps": 1, "batch_size": 2}})
+    with pytest.raises(
+        ConfigurationError, match=r"0.npz\[0\] has 2 coils and 1.npz\[0\] 3, which fit in no batch"
+    ):
+        Trainer(several)
+    train_set, _ = make_sets(read_configuration({**source, "training": {"steps": 1}}))
+    assert len(train_set) == 1
+
+
+def test_images_that_the_projection_keeps_from_being_reached(tmp_path):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.linspace(-1, 1, 256, dtype=np.float32).reshape(16, 16))
+    negative = [f"data={{'train': {str(tmp_path)!r}, 'scale': 'none', 'workers': 0}}"]
+    with pytest.warns(UserWarning, match="images go down to -1, and red.nonnegative"):
+        Trainer(small(tmp_path / "run", *negative))
+    Trainer(small(tmp_path / "run", *negative, "red.nonnegative=false"))
 
 
 # ------------------------------------------------------------------ several processes

@@ -94,6 +94,7 @@ class KSpaceFolder(Samples):
             and else the file itself.
 
     Attributes:
+        coils: How many coils each sample has.
         left_out: Numbers of files left out, by reason.
 
     Raises:
@@ -139,6 +140,7 @@ class KSpaceFolder(Samples):
         files = Files(source, lambda path: path.name.lower().endswith(SUFFIXES))
         self.left_out = {"another kind of file": files.left_out} if files.left_out else {}
         self.names, self.groups, self.shapes = [], [], []
+        self.coils: list[int] = []
         self._files: list[tuple[Path, KSpaceHeader]] = []
         self._where: list[tuple[int, int]] = []
         for path in files.paths:
@@ -153,6 +155,7 @@ class KSpaceFolder(Samples):
             self.names += [f"{files.name(path)}[{number}]" for number in range(header.shape[0])]
             self.groups += [member] * header.shape[0]
             self.shapes += [shape] * header.shape[0]
+            self.coils += [header.shape[1]] * header.shape[0]
             self._files.append((path, header))
         if not self.groups:
             where = files.root if files.from_folder else "KSpaceFolder: source"

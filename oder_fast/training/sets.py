@@ -40,7 +40,14 @@ def _files(source: settings.Source, configuration: Configuration) -> Samples:
     section, kind = configuration.data, configuration.operator.kind
     dataset: Samples
     if section.kspace:
-        dataset = KSpaceFolder(source, array=section.array, cache=section.cache)
+        scans = KSpaceFolder(source, array=section.array, cache=section.cache)
+        other = next((k for k, n in enumerate(scans.coils) if n != scans.coils[0]), None)
+        if other is not None and configuration.training.steps and configuration.training.batch_size > 1:
+            raise ValueError(
+                f"{scans.names[0]} has {scans.coils[0]} coils and {scans.names[other]} {scans.coils[other]}, "
+                "which fit in no batch: set training.batch_size to 1"
+            )
+        dataset = scans
     else:
         dataset = ImageFolder(source, scale=section.scale, array=section.array, volumes=kind == "idt")
     return dataset if section.cache is None else Cached(dataset, section.cache)

@@ -225,6 +225,14 @@ class Trainer:
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"data: {error}") from error
         self.largest = float(batch.image.abs().max())
+        if self.stages[1].steps and self.model.nonnegative and not whole.is_complex():
+            least = min(float(whole.min()), float(batch.image.min()))
+            if least < -0.01 * self.largest:
+                warnings.warn(
+                    f"data: images go down to {least:.3g}, and red.nonnegative keeps those reconstructed from going "
+                    "below 0: set it to false, or scale the images (data.scale)",
+                    stacklevel=3,
+                )
         shape = tuple(batch.image.shape[1:])
         try:
             self.scan.check(self.image_shape, whole.is_complex())
