@@ -310,7 +310,7 @@ class DEQRED(nn.Module):
     def _prepare(self, y: Tensor) -> Tensor:
         """Bring the data into the form that the operator's gradients take."""
         names = ["prepare_full_batch"] * (self.minibatch_size is None) + ["prepare"]
-        name = next((name for name in names if hasattr(self.operator, name)), None)
+        name = next((name for name in names if hasattr(type(self.operator), name)), None)
         return y if name is None else getattr(self.operator, name)(y)
 
     def _initial(self, y: Tensor) -> Tensor:
@@ -582,7 +582,7 @@ class Fidelity:
 
     @property
     def _options(self) -> dict[str, bool]:
-        return {"prepared": True} if hasattr(self.operator, "prepare") else {}
+        return {"prepared": True} if hasattr(type(self.operator), "prepare") else {}
 
     def red_update(
         self, x: Tensor, denoised: Tensor, step_size: Tensor, tau: Tensor, **options: Any
@@ -607,10 +607,9 @@ class Fidelity:
 
     def agree(self, reductions: Tensor) -> Tensor:
         """Return the reductions that decide, where the measurements are spread over processes."""
-        if not hasattr(self.operator, "agree"):
-            return reductions
-        agreed: Tensor = self.operator.agree(reductions)
-        return agreed
+        # Of a module hasattr looks long for what is not there.
+        agree = getattr(type(self.operator), "agree", None)
+        return reductions if agree is None else agree(self.operator, reductions)
 
     def draw(self) -> Fidelity:
         """Return the data fidelity of a fresh minibatch."""
@@ -640,7 +639,7 @@ def as_channels(image: Tensor) -> Tensor:
         pairs = torch.view_as_real(image.resolve_conj())
         # (B, H, W, 2) permuted is channels-last: no copy.
         return pairs.permute(0, 3, 1, 2) if image.ndim == 3 else pairs.permute(0, 1, 4, 2, 3).flatten(1, 2)
-    return image[:, None] if image.ndim == 3 else image
+    return image.unsqueeze(1) if image.ndim == 3 else image
 
 
 def from_channels(channels: Tensor, like: Tensor) -> Tensor:
@@ -651,7 +650,7 @@ def from_channels(channels: Tensor, like: Tensor) -> Tensor:
         return torch.view_as_complex(
             channels.reshape(like.shape[0], -1, 2, *like.shape[2:]).permute(0, 1, 3, 4, 2).contiguous()
         )
-    return channels[:, 0] if like.ndim == 3 else channels
+    return channels.squeeze(1) if like.ndim == 3 else channels
 
 
 class _Modes(AbstractContextManager[None]):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
 
-Indices = NDArray[np.int64]
+Numbers = Any  # a tensor or, where that is quicker, a NumPy array
 
 # No transient of a momentum makes a step this many times longer than the first one and than the image.
 DIVERGENCE = 1e3
@@ -76,7 +76,7 @@ def _positive(name: str, field: str, value: float) -> None:
 class State:
     """What a solver carries from one iteration to the next.
 
-    Fields are tensors or lists of tensors whose first axis is the batch, or tuples of tensors without one.
+    Fields are arrays or lists of tensors whose first axis is the batch, or tuples of others.
 
     Attributes:
         point: Where the map is evaluated next.
@@ -90,6 +90,8 @@ class State:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 setattr(self, f.name, value.index_select(0, images))
+            elif isinstance(value, np.ndarray):
+                setattr(self, f.name, value[images.numpy()])
             elif isinstance(value, list):
                 setattr(self, f.name, [v.index_select(0, images) for v in value])
 
@@ -101,12 +103,12 @@ class _Record:
     """Collects what becomes a `Solution`."""
 
     def __init__(self, batch: int) -> None:
-        self.rows: list[tuple[int, Indices, Tensor]] = []
-        self.pieces: list[tuple[Indices, Tensor]] = []
+        self.rows: list[tuple[int, list[int], Tensor]] = []
+        self.pieces: list[tuple[list[int], Tensor]] = []
         self.iterations = np.zeros(batch, np.int64)
         self.converged = np.zeros(batch, np.bool_)
 
-    def finish(self, images: Indices, values: Tensor, iteration: int, converged: bool) -> None:
+    def finish(self, images: list[int], values: Tensor, iteration: int, converged: bool) -> None:
         self.pieces.append((images, values))
         self.iterations[images] = iteration
         self.converged[images] = converged
@@ -124,8 +126,9 @@ class _Record:
             for row, (iteration, images, _), values in zip(
                 residuals, self.rows, np.split(found, ends), strict=True
             ):
-                alive = iteration <= self.iterations[images]
-                row[images[alive]] = values[alive]
+                here = np.array(images)
+                alive = iteration <= self.iterations[here]
+                row[here[alive]] = values[alive]
         at = torch.tensor([iteration for iteration, _, _ in self.rows], dtype=torch.int64)
         iterations, converged, relative = map(torch.from_numpy, (self.iterations, self.converged, residuals))
         contraction = fit_contraction(relative, at)
@@ -133,11 +136,17 @@ class _Record:
         return Solution(value, iterations, relative, at, converged, contraction, message)
 
 
-def _of(values: Tensor, chosen: NDArray[np.bool_]) -> Tensor:
-    """Return some images of a batch."""
-    if chosen.all():
+def _of(values: Tensor, chosen: list[int]) -> Tensor:
+    """Return some images of a batch, in order."""
+    if len(chosen) == len(values):
         return values
-    return values.index_select(0, torch.from_numpy(chosen.nonzero()[0]).to(values.device))
+    return values.index_select(0, torch.tensor(chosen, device=values.device))
+
+
+def _limit(change: float, norm: float) -> float:
+    """Return the squared change beyond which an image diverges, by those of its first iteration."""
+    limit = DIVERGENCE**2 * max(change, norm)
+    return limit if math.isfinite(limit + change + norm) else 0.0
 
 
 def looking_is_cheap(device: torch.device) -> bool:
@@ -208,16 +217,17 @@ class Solver(ABC, Generic[StateT]):
         exact = as_map(fixed_point_map)
         if exact.stochastic and not self.takes_minibatches:
             raise ValueError(f"{type(self).__name__} takes no minibatches: use Nesterov or Picard")
-        cheap_to_look = looking_is_cheap(start.device)
+        cheap_to_look, target = looking_is_cheap(start.device), self.tolerance**2
         state = self._begin(start)
         tail = self._tail() if exact.stochastic and not exact.variance_reduced else None
         tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
         average = start
         record = _Record(start.shape[0])
-        # A few numbers of each image decide on the host, where NumPy is quicker than torch.
-        images = np.arange(start.shape[0])  # which images of the whole batch are here
-        alive = np.ones(start.shape[0], np.bool_)  # which of those have not converged
-        limit = first = None
+        # A few numbers of each image decide on the host, where lists are quicker than small tensors.
+        images = list(range(start.shape[0]))  # which images of the whole batch are here
+        alive = [True] * start.shape[0]  # which of those have not converged
+        first: Tensor | None = None
+        limits: list[float] = []
 
         for iteration in range(1, self.max_iterations + 1):
             last = iteration == self.max_iterations
@@ -245,37 +255,39 @@ class Solver(ABC, Generic[StateT]):
                 record.rows.append((iteration, images, reductions))
             if not check and not last:
                 continue
-            found = reductions.cpu().numpy()
-            change, norm = found[:, 0], found[:, 1]
-            if limit is None:
-                limit = np.nan_to_num(DIVERGENCE**2 * first.cpu().numpy()[:, :2].max(1), posinf=0.0)
-            wrong = alive & ~(change <= limit)
-            if wrong.any():
-                record.finish(images[alive], _of(step.image, alive), iteration, False)
+            if not limits:
+                limits = [_limit(change, norm) for change, norm, _ in first.cpu().tolist()]
+            found = list(zip(reductions.cpu().tolist(), limits, alive, strict=True))
+            wrong = [k for k, (r, limit, here) in enumerate(found) if here and not r[0] <= limit]
+            if wrong:
+                finite = all(map(math.isfinite, itertools.chain.from_iterable(found[k][0] for k in wrong)))
+                left = [k for k, here in enumerate(alive) if here]
+                record.finish([images[k] for k in left], _of(step.image, left), iteration, False)
                 raise DivergenceError(
-                    *self._diverged(
-                        record, exact, iteration, images[wrong], bool(np.isfinite(found[wrong]).all())
-                    )
+                    *self._diverged(record, exact, iteration, [images[k] for k in wrong], finite)
                 )
-            done = alive & tested & (change <= self.tolerance**2 * norm)
-            finished = alive if last else done
-            if not finished.any():
-                continue
-            for group, success in ((done, True), (finished & ~done, False)):
-                if group.any():
-                    record.finish(images[group], _of(step.image, group), iteration, success)
-            alive = alive & ~finished
-            if not alive.any():
+            done = [k for k, (r, _, here) in enumerate(found) if here and tested and r[0] <= target * r[1]]
+            failed = [k for k, here in enumerate(alive) if here and k not in done] if last else []
+            for group, success in ((done, True), (failed, False)):
+                if group:
+                    record.finish([images[k] for k in group], _of(step.image, group), iteration, success)
+            for k in done:
+                alive[k] = False
+            if last or not any(alive):
                 break
-            if cheap_to_look:
-                keep = alive.nonzero()[0]
-                chosen = torch.from_numpy(keep)
+            if cheap_to_look and done:
+                keep = [k for k, here in enumerate(alive) if here]
+                chosen = torch.tensor(keep)
                 selected = exact.select(chosen)
                 if selected is not None:
                     exact = selected
                     state.select(chosen)
                     average = average.index_select(0, chosen)
-                    images, alive, limit = images[keep], alive[keep], limit[keep]
+                    images, limits, alive = (
+                        [images[k] for k in keep],
+                        [limits[k] for k in keep],
+                        [True] * len(keep),
+                    )
         return record.solution(lambda *found: self._describe(exact, start.real.dtype, *found))
 
     def iterate(self, fixed_point_map: FixedPointMap, start: Tensor) -> Tensor:
@@ -295,11 +307,11 @@ class Solver(ABC, Generic[StateT]):
         return (iteration - 1) % self.check_every == 0 or iteration == self.max_iterations
 
     def _diverged(
-        self, record: _Record, exact: FixedPointMap, iteration: int, images: Indices, finite: bool
+        self, record: _Record, exact: FixedPointMap, iteration: int, images: list[int], finite: bool
     ) -> tuple[str, Solution]:
         how = "grew far beyond its start" if finite else "became NaN or infinite"
         message = (
-            f"{type(self).__name__}: the residual {how} by iteration {iteration} (images {images.tolist()}); "
+            f"{type(self).__name__}: the residual {how} by iteration {iteration} (images {images}); "
             f"{exact.advice}"
         )
         return message, record.solution(lambda *_: message)
@@ -379,8 +391,8 @@ class Picard(Solver[State]):
 @dataclass
 class _NesterovState(State):
     previous: Tensor
-    age: Tensor  # iterations since the start or the last restart
-    constants: tuple[Tensor, Tensor, Tensor]  # the momentum at each age; 1; 0.0
+    age: Numbers  # iterations since the start or the last restart
+    momenta: tuple[Numbers]  # at each age
 
 
 @dataclass(frozen=True)
@@ -422,20 +434,24 @@ class Nesterov(Solver[_NesterovState]):
         for _ in range(self.max_iterations):
             before, t = t, 0.5 * (1 + math.sqrt(1 + 4 * t * t))
             momenta.append((before - 1) / t)
-        constants = (
-            torch.tensor(momenta, dtype=torch.float64, device=start.device),
-            torch.ones((), dtype=torch.int64, device=start.device),
-            torch.zeros((), dtype=torch.float64, device=start.device),
-        )
-        return _NesterovState(start, start, constants[1].new_zeros(start.shape[0]), constants)
+        # On the host in NumPy: each call of torch costs as much there as a small operator.
+        if looking_is_cheap(start.device) and not torch.compiler.is_compiling():
+            return _NesterovState(start, start, np.zeros(start.shape[0], np.int64), (np.array(momenta),))
+        table = torch.tensor(momenta, dtype=torch.float64, device=start.device)
+        age = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
+        return _NesterovState(start, start, age, (table,))
 
     def _advance(self, fixed_point_map: FixedPointMap, state: _NesterovState) -> Step:
-        momenta, one, zero = state.constants
-        step = fixed_point_map.step(state.point, state.previous, momenta.index_select(0, state.age))
+        (table,) = state.momenta
+        momentum, on_host = table[state.age], isinstance(state.age, np.ndarray)
+        step = fixed_point_map.step(
+            state.point, state.previous, torch.from_numpy(momentum) if on_host else momentum
+        )
         state.point, state.previous = step.extrapolated, step.image
-        state.age = state.age + one
+        state.age = state.age + 1
         if self.restart:
-            state.age = state.age * (step.reductions.select(1, 2) <= zero)
+            uphill = step.reductions.detach().numpy() if on_host else step.reductions
+            state.age = state.age * (uphill[:, 2] <= 0)
         return step
 
 
