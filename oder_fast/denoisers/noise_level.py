@@ -16,7 +16,8 @@ class AtNoiseLevel(nn.Module):
 
     So the denoisers of deepinv are called, and others. It should be one and the same map at each call; deepinv's
     ``TVDenoiser`` and ``TGVDenoiser`` start where their last call ended (see `TotalVariation` for one that does
-    not).
+    not). Its ``GSDRUNet`` can be differentiated once only, and so not through a fixed point, while the attribute
+    ``detach`` of its submodules is True, as it is at first.
 
     Args:
         denoiser: Module or function of an image ``(B, C, H, W)`` and the noise level.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,8 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.weak import WeakIdKeyDictionary
+
+DEPTH = 4
+"""Layers that are computed again for one gradient at most: each layer of a long chain would compute all before it."""
 
 
 class Rematerialized(TorchFunctionMode):
@@ -20,18 +25,20 @@ class Rematerialized(TorchFunctionMode):
 
     Layers of a network keep their input for the gradients of their weights and for their own derivative: the
     same features before and after each normalization and activation, and once more where they are
-    concatenated. Inside this context, convolutions keep what their input can be computed again from, which are
-    outputs of other convolutions, through activations, normalizations, concatenation and pooling; that happens
-    only where gradients in weights are asked for. For vjps in the image an activation keeps one byte a feature.
+    concatenated. Inside this context a convolution whose input comes from another through group normalization,
+    activation, concatenation or pooling keeps what that can be computed again from; it is where gradients in
+    weights are asked for. For vjps in the image such an activation keeps one byte a feature.
 
-    Values and gradients are those of the plain graph to rounding, second derivatives included. A layer that is
-    not known here, or that runs under a checkpoint or a transform of the denoiser's own, does as it always does.
+    Values and gradients are those of the plain graph to rounding, second derivatives included. Layers between
+    which nothing is gained (convolutions with ReLU alone), that are not known here, or that run under a
+    checkpoint, a transform or a function mode besides this one do as they always do.
 
     Example:
         >>> import torch
-        >>> conv, image = torch.nn.Conv2d(1, 1, 3), torch.ones(1, 1, 5, 5, requires_grad=True)
+        >>> from oder_fast.denoisers import UNet
+        >>> network, image = UNet(channels=(4, 8)), torch.ones(1, 1, 8, 8, requires_grad=True)
         >>> with Rematerialized():
-        ...     output = conv(image).sum()
+        ...     output = network(image).sum()
         >>> (gradient,) = torch.autograd.grad(output, image)
 
     References:
@@ -41,15 +48,18 @@ class Rematerialized(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.memory: dict[torch.dtype, Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = _RULES.get(func)
         if rule is not None and set(types) <= {Tensor, nn.Parameter} and _records_plainly():
-            result = rule(self, *args, **(kwargs or {}))
-            if result is not None:
-                return result
+            # What a rule cannot take is left to the function itself, its errors too.
+            with suppress(TypeError, ValueError, RuntimeError):
+                result = rule(self, *args, **(kwargs or {}))
+                if result is not None:
+                    return result
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *exception: Any) -> None:
@@ -59,11 +69,14 @@ class Rematerialized(TorchFunctionMode):
     def recipe(self, tensor: Tensor) -> Recipe:
         """Return how to compute a tensor again; where nothing better is known, it is kept."""
         recipe: Recipe | None = self._recipes.get(tensor)
-        return recipe if recipe is not None and recipe.holds(tensor) else Recipe(tensor, None, (tensor,))
+        return recipe if recipe is not None and recipe.holds(tensor) else Recipe(tensor, None, (tensor,), 0)
 
     def remember(self, tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Note that `function` of `inputs`, each computed again, is `tensor`; return it."""
         recipes = [self.recipe(t) for t in inputs]
+        depth = 1 + max(r.depth for r in recipes)
+        if depth > DEPTH or not tensor.requires_grad:
+            return tensor
         parts = [(r.function, len(r.kept)) for r in recipes]
         device = tensor.device.type
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -77,7 +90,7 @@ class Rematerialized(TorchFunctionMode):
             with autocast():
                 return function(*arguments)
 
-        self._recipes[tensor] = Recipe(tensor, compute, tuple(t for r in recipes for t in r.kept))
+        self._recipes[tensor] = Recipe(tensor, compute, tuple(t for r in recipes for t in r.kept), depth)
         return tensor
 
 
@@ -85,15 +98,20 @@ class Recipe:
     """How a tensor is computed again, from others that are kept; without a function it is kept itself."""
 
     def __init__(
-        self, tensor: Tensor, function: Callable[..., Tensor] | None, kept: tuple[Tensor, ...]
+        self, tensor: Tensor, function: Callable[..., Tensor] | None, kept: tuple[Tensor, ...], depth: int
     ) -> None:
         self.function = function
         self.kept = kept
-        self._versions = [t._version for t in (tensor, *kept)]
+        self.depth = depth
+        self._versions = [_version(t) for t in (tensor, *kept)]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether nothing was changed in place since."""
-        return self._versions == [t._version for t in (tensor, *self.kept)]
+        return self._versions == [_version(t) for t in (tensor, *self.kept)]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _compute(function: Callable[..., Tensor] | None, kept: Iterable[Tensor]) -> Tensor:
@@ -104,14 +122,16 @@ def _compute(function: Callable[..., Tensor] | None, kept: Iterable[Tensor]) -> 
 
 
 def _records_plainly() -> bool:
-    """Whether a graph is recorded, by autograd alone.
+    """Whether a graph is recorded, by autograd alone, and what runs is what is called.
 
     A checkpoint inside the denoiser counts what is saved, and runs its part again outside of the mode. Where torch
-    is too old to tell of one, the graph is left as it is.
+    is too old to tell of one, the graph is left as it is. Another function mode may change the arguments.
     """
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: "unknown")
     alone = hooks(False) is None and torch._C._functorch.peek_interpreter_stack() is None
-    return torch.is_grad_enabled() and alone
+    modes = _get_current_function_mode_stack()
+    own = all(isinstance(mode, DeviceContext) for mode in modes)
+    return torch.is_grad_enabled() and alone and own and forward_ad._current_level < 0
 
 
 # ------------------------------------------------------------------ the two parts of a layer's derivative
@@ -129,9 +149,9 @@ class _Layer:
         raise NotImplementedError
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor, parameters: tuple[Tensor, ...], wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the parameters, None where they are not wanted."""
+        """Return the gradients in the parameters, None where they are not wanted; the first needs the features."""
         raise NotImplementedError
 
 
@@ -153,39 +173,52 @@ class _InParameters(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, recipe: Recipe, output: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.layer, ctx.function, ctx.count = layer, recipe.function, len(parameters)
+        ctx.layer, ctx.function, ctx.needed = layer, recipe.function, parameters[0].requires_grad
         # What is kept must be no argument: it would lead to the image, and the node run for that.
-        ctx.save_for_backward(*parameters, *recipe.kept)
+        ctx.save_for_backward(parameters[0], *(recipe.kept if ctx.needed else ()))
         return output.new_zeros(()).expand(output.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        parameters, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        features = _compute(ctx.function, kept)
+        parameter, *kept = ctx.saved_tensors
+        features = _compute(ctx.function, kept) if ctx.needed else None
         wanted = list(ctx.needs_input_grad[3:])
-        return None, None, None, *ctx.layer.parameter_gradients(gradient, features, parameters, wanted)
+        return None, None, None, *ctx.layer.parameter_gradients(gradient, features, parameter, wanted)
 
 
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, nothing: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient
-
-
-def _apply(layer: _Layer, recipe: Recipe, features: Tensor, *parameters: Tensor) -> Tensor:
+def _apply(layer: _Layer, recipe: Recipe, features: Tensor, *parameters: Tensor) -> Tensor | None:
+    if not any(t.requires_grad for t in (features, *parameters)):
+        return None
     output: Tensor = _InFeatures.apply(layer, features, *parameters)  # type: ignore[no-untyped-call]
     if not any(p.requires_grad for p in parameters):
         return output
-    with torch.no_grad():
-        shape = output.detach()
-    nothing = _InParameters.apply(layer, recipe, shape, *parameters)  # type: ignore[no-untyped-call]
-    joined: Tensor = _Join.apply(output, nothing)  # type: ignore[no-untyped-call]
-    return joined
+    nothing: Tensor = _InParameters.apply(layer, recipe, output.detach(), *parameters)  # type: ignore[no-untyped-call]
+    return output.add_(nothing)
+
+
+@dataclass
+class _Layout:
+    """The shape and strides of features, which is all that some derivatives read of them."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    memory: dict[torch.dtype, Tensor]
+
+    @classmethod
+    def of(cls, features: Tensor, graph: Rematerialized) -> _Layout:
+        return cls(features.shape, torch.empty_like(features, device="meta").stride(), graph.memory)
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Return features of no particular values, all layers' in the same memory.
+
+        Fresh memory each time would push the results into pages not yet touched, which costs more.
+        """
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        memory = self.memory.get(like.dtype)
+        if memory is None or memory.numel() <= last or memory.device != like.device:
+            memory = torch.empty(last + 1, dtype=like.dtype, device=like.device)
+            self.memory[like.dtype] = memory
+        return memory.as_strided(self.shape, self.strides)
 
 
 # ------------------------------------------------------------------ convolutions
@@ -194,57 +227,33 @@ def _apply(layer: _Layer, recipe: Recipe, features: Tensor, *parameters: Tensor)
 @dataclass
 class _Convolution(_Layer):
     function: Callable[..., Tensor]
-    shape: torch.Size
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    transposed: bool
-    output_padding: list[int]
-    groups: int
+    layout: _Layout
+    arguments: tuple[Any, ...]  # of aten::convolution, after the bias
 
     def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.function(features, *parameters), parameters[:1]
 
     def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
         (weight,) = saved
-        lost = [0] * len(self.stride)
-        if not self.transposed:
-            sizes = zip(
-                self.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-            lost = [(n + 2 * p - d * (k - 1) - 1) % s for n, k, s, p, d in sizes]
-        # Under autocast the gradient has its dtype, the weight its own.
-        features: Tensor = torch.ops.aten.convolution(
-            gradient,
-            weight.to(gradient.dtype),
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            not self.transposed,
-            lost,
-            self.groups,
-        )
+        features: Tensor = self._backward(
+            gradient, self.layout.empty(gradient), weight, [True, False, False]
+        )[0]
         return features
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor, parameters: tuple[Tensor, ...], wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        weight, *bias = parameters
-        _, *gradients = torch.ops.aten.convolution_backward(
-            gradient,
-            features.to(gradient.dtype),
-            weight.to(gradient.dtype),
-            list(bias[0].shape) if bias else None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            [False, *wanted, *[False] * (1 - len(bias))],
+        bias = gradient.sum([0, *range(2, gradient.ndim)]) if wanted[1:] == [True] else None
+        weight = None
+        if features is not None:
+            weight = self._backward(gradient, features.to(gradient.dtype), parameter, [False, True, False])[1]
+        return (weight, bias)[: len(wanted)]
+
+    def _backward(self, gradient: Tensor, features: Tensor, weight: Tensor, mask: list[bool]) -> Any:
+        # Under autocast the gradient has its dtype, the weight its own.
+        return torch.ops.aten.convolution_backward.default(
+            gradient, features, weight.to(gradient.dtype), None, *self.arguments, mask
         )
-        return tuple(gradients[: len(parameters)])
 
 
 def _convolution(function: Callable[..., Tensor], dimensions: int, transposed: bool) -> Callable[..., Any]:
@@ -263,34 +272,29 @@ def _convolution(function: Callable[..., Tensor], dimensions: int, transposed: b
         **named: Any,
     ) -> Tensor | None:
         names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-        options = {
-            "dilation": 1,
-            "groups": 1,
-            "output_padding": 0,
-            **dict(zip(names, others, strict=False)),
-            **named,
-        }
-        dilation, output_padding = each(options["dilation"]), each(options["output_padding"])
-        if isinstance(padding, str) or input.ndim != dimensions + 2 or input.is_complex():
+        options = {"dilation": 1, "groups": 1, "output_padding": 0}
+        options |= dict(zip(names, others, strict=False)) | named
+        recipe = graph.recipe(input)
+        # Features without a recipe are kept in any case: nothing is gained.
+        if recipe.function is None or isinstance(padding, str) or input.ndim != dimensions + 2:
             return None
-        if any(o >= s for o, s in zip(output_padding, each(stride), strict=True)):
+        if input.is_complex():
             return None
-        parameters = (weight,) if bias is None else (weight, bias)
+        arguments = (
+            each(stride),
+            each(padding),
+            each(options["dilation"]),
+            transposed,
+            each(options["output_padding"]),
+            options["groups"],
+        )
 
         def call(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return function(features, weight, bias, stride, padding, *others, **named)
 
-        layer = _Convolution(
-            call,
-            input.shape,
-            each(stride),
-            each(padding),
-            dilation,
-            transposed,
-            output_padding,
-            options["groups"],
-        )
-        return _apply(layer, graph.recipe(input), input, *parameters)
+        parameters = (weight,) if bias is None else (weight, bias)
+        layer = _Convolution(call, _Layout.of(input, graph), arguments)
+        return _apply(layer, recipe, input, *parameters)
 
     return rule
 
@@ -307,56 +311,58 @@ class _Rectifier(_Layer):
     signs: bool
 
     def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        kept = features
         # Features that can be computed again are not kept for their signs; one byte each spares computing them.
-        kept = features > 0 if self.signs else features
+        if self.signs:
+            kept = features > 0 if parameters or self.slope else ~(features <= 0)
         return self.function(features, *parameters), (kept, *parameters)
 
     def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
         features, *slope = saved
-        positive = features if self.signs else features > 0
-        each = _per_channel(slope[0], gradient) if slope else self.slope
-        # A third of the time of `where` and of the derivative of `prelu`, which are not vectorized.
-        return positive.to(gradient.dtype).mul_(1 - each).add_(each).mul_(gradient)
+        if slope:
+            positive = features if self.signs else features > 0
+            each = slope[0].reshape(-1, *[1] * (gradient.ndim - 2)).to(gradient.dtype)
+            # Exact at 0 and 1, and a third of the time of `where` and of the derivative of `prelu` on a CPU.
+            return torch.lerp(each, torch.ones_like(each), positive.to(gradient.dtype)).mul(gradient)
+        if self.slope == 0:
+            return gradient.masked_fill(~features, 0)
+        features = features.to(gradient.dtype)
+        result: Tensor = torch.ops.aten.leaky_relu_backward(gradient, features, self.slope, False)
+        return result
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor, parameters: tuple[Tensor, ...], wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        (slope,) = parameters
+        assert features is not None
         product = gradient * features.clamp(max=0)
-        channels = [0, *range(2, product.ndim)] if slope.numel() > 1 else list(range(product.ndim))
-        return (product.sum(channels).reshape(slope.shape),)
+        channels = [0, *range(2, product.ndim)] if parameter.numel() > 1 else list(range(product.ndim))
+        return (product.sum(channels).reshape(parameter.shape),)
 
 
-def _per_channel(slope: Tensor, like: Tensor) -> Tensor:
-    return slope.reshape(-1, *[1] * (like.ndim - 2)).to(like.dtype)
+def _rectify(
+    graph: Rematerialized, function: Callable[..., Tensor], slope: float, input: Tensor, *parameters: Tensor
+) -> Tensor | None:
+    recipe = graph.recipe(input)
+    if recipe.function is None and not parameters:
+        # The output of a ReLU serves its own derivative and the next layer.
+        return graph.remember(function(input), function, input) if slope else None
+    output = _apply(_Rectifier(function, slope, recipe.function is not None), recipe, input, *parameters)
+    return None if output is None else graph.remember(output, function, input, *parameters)
 
 
 def _prelu(graph: Rematerialized, input: Tensor, weight: Tensor) -> Tensor | None:
-    if input.ndim < 2:
-        return None
-    recipe = graph.recipe(input)
-    layer = _Rectifier(torch.prelu, 0.0, recipe.function is not None)
-    return graph.remember(_apply(layer, recipe, input, weight), torch.prelu, input, weight)
+    return None if input.ndim < 2 else _rectify(graph, torch.prelu, 0.0, input, weight)
 
 
-def _rectifier(function: Callable[..., Tensor], default: float) -> Callable[..., Any]:
-    def rule(
-        graph: Rematerialized, input: Tensor, negative_slope: float = default, inplace: bool = False
-    ) -> Tensor | None:
-        recipe = graph.recipe(input)
-        # The output of a ReLU of what has no recipe serves its own derivative and the next layer.
-        if inplace or (negative_slope == 0 and recipe.function is None):
-            return None
+def _leaky_relu(
+    graph: Rematerialized, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> Tensor | None:
+    slope = float(negative_slope)
+    return None if inplace or slope == 0 else _rectify(graph, lambda x: F.leaky_relu(x, slope), slope, input)
 
-        def call(features: Tensor) -> Tensor:
-            return F.relu(features) if function is F.relu else function(features, negative_slope)
 
-        layer = _Rectifier(call, negative_slope, recipe.function is not None)
-        return graph.remember(_apply(layer, recipe, input), call, input)
-
-    if function is F.relu:
-        return lambda graph, input, inplace=False: rule(graph, input, 0.0, inplace)
-    return rule
+def _relu(graph: Rematerialized, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace else _rectify(graph, torch.relu, 0.0, input)
 
 
 # ------------------------------------------------------------------ pooling, and what needs a recipe alone
@@ -367,18 +373,15 @@ class _MaxPool(_Layer):
     """Max-pooling, of which the indices are kept alone."""
 
     arguments: tuple[Any, ...]
-    shape: torch.Size
-    strides: tuple[int, ...]
+    layout: _Layout
 
     def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         output, indices = torch.ops.aten.max_pool2d_with_indices(features, *self.arguments)
         return output, (indices,)
 
     def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
-        # Of the features it reads the layout alone.
-        features = torch.empty_strided(self.shape, self.strides, dtype=gradient.dtype, device=gradient.device)
         result: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient, features, *self.arguments, *saved
+            gradient, self.layout.empty(gradient), *self.arguments, *saved
         )
         return result
 
@@ -393,15 +396,16 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | None:
-    if input.ndim != 4 or return_indices:
+    # Windows that overlap are not cheap.
+    if input.ndim != 4 or return_indices or (stride or kernel_size) != kernel_size:
         return None
     pairs = ([v] if isinstance(v, int) else list(v) for v in (kernel_size, stride or [], padding, dilation))
-    layer = _MaxPool((*pairs, ceil_mode), input.shape, input.stride())
+    output = _apply(_MaxPool((*pairs, ceil_mode), _Layout.of(input, graph)), graph.recipe(input), input)
 
     def call(features: Tensor) -> Tensor:
         return F.max_pool2d(features, kernel_size, stride, padding, dilation, ceil_mode)
 
-    return graph.remember(_apply(layer, graph.recipe(input), input), call, input)
+    return None if output is None else graph.remember(output, call, input)
 
 
 def _group_norm(
@@ -423,8 +427,13 @@ def _group_norm(
 
 
 def _cat(graph: Rematerialized, tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
-    parts = tuple(tensors)
-    return graph.remember(torch.cat(parts, dim), lambda *parts: torch.cat(parts, dim), *parts)
+    tensors = tuple(tensors)
+    output = torch.cat(tensors, dim)
+    if not output.requires_grad:
+        return output
+    # The plain graph keeps no part: whatever becomes of one afterwards must not matter.
+    parts = [t.clone() if graph.recipe(t).function is None else t for t in tensors]
+    return graph.remember(output, lambda *parts: torch.cat(parts, dim), *parts)
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
@@ -435,8 +444,9 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.conv_transpose2d: _convolution(torch.conv_transpose2d, 2, True),
     torch.conv_transpose3d: _convolution(torch.conv_transpose3d, 3, True),
     torch.prelu: _prelu,
-    F.leaky_relu: _rectifier(F.leaky_relu, 0.01),
-    F.relu: _rectifier(F.relu, 0.0),
+    F.leaky_relu: _leaky_relu,
+    F.relu: _relu,
+    torch.relu: _relu,
     F.max_pool2d: _max_pool2d,
     F.group_norm: _group_norm,
     torch.cat: _cat,
