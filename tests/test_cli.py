@@ -117,7 +117,11 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
         (output / "figure.png").write_text("old")
     arguments = ["--input", disc(tmp_path), "--output", output, *TINY, "--steps", 1_000_000]
     with subprocess.Popen(
-        command("demo", *arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        command("demo", *arguments),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell that runs the tests in the background has them ignore interrupts, and all they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         seen = b""
         while b"loss=" not in seen:
