@@ -7,6 +7,7 @@ the floor, with one more evaluation with a graph and one vjp in the weights.
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import subprocess
@@ -26,6 +27,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning",
 
 SIZE, VIEWS, MINIBATCH, ITERATIONS = 256, 90, 30, 30
 SHARE, ROUNDS = 0.002, 3
+
+
+def denoiser_alone(unet, start, optimizer, iterations=ITERATIONS):
+    """What of a step no method can leave out."""
+    optimizer.zero_grad()
+    image = start[:, None]
+    with torch.no_grad(), frozen(unet), folded():
+        for _ in range(iterations):
+            unet(image)
+    with frozen(unet), folded():
+        leaf = image.clone().requires_grad_()
+        denoised = unet(leaf)
+    for _ in range(iterations):
+        torch.autograd.grad(denoised, leaf, image, retain_graph=True)
+    denoised.backward(image)
+    optimizer.step()
 
 
 class Step:
@@ -79,27 +96,13 @@ class Step:
 
     def gradient(self, run):
         """The gradient that a step takes, the weights left as they are."""
-        before = [p.detach().clone() for p in self.unet.parameters()]
+        before = copy.deepcopy(self.unet.state_dict())
         run()
-        with torch.no_grad():
-            for p, value in zip(self.unet.parameters(), before, strict=True):
-                p.copy_(value)
+        self.unet.load_state_dict(before)
         return torch.cat([p.grad.flatten() for p in self.unet.parameters()])
 
     def denoiser_alone(self, iterations=ITERATIONS):
-        """What no method can leave out."""
-        self.optimizer.zero_grad()
-        image = self.start[:, None]
-        with torch.no_grad(), frozen(self.unet), folded():
-            for _ in range(iterations):
-                self.unet(image)
-        with frozen(self.unet), folded():
-            leaf = image.clone().requires_grad_()
-            denoised = self.unet(leaf)
-        for _ in range(iterations):
-            torch.autograd.grad(denoised, leaf, image, retain_graph=True)
-        denoised.backward(image)
-        self.optimizer.step()
+        denoiser_alone(self.unet, self.start, self.optimizer, iterations)
 
     def deepinv(self, deepinv, iterations=ITERATIONS):
         """The same step with deepinv's gradient descent as a deep equilibrium, its RED prior and its Tomography."""

@@ -12,10 +12,10 @@ import copy
 import pytest
 import torch
 
+from bench_training import denoiser_alone
 from gpu import needs_gpu, time_in_turn
 from oder_fast import DEQRED, Implicit, Nesterov, ParallelBeamCT, UNet
 from oder_fast.data import add_gaussian_noise, random_ellipses
-from oder_fast.denoisers import folded, frozen
 from oder_fast.testing import relative_error
 
 pytestmark = [
@@ -69,20 +69,6 @@ class Step:
         self.unet.load_state_dict(self.weights)
         return torch.cat([p.grad.flatten() for p in self.unet.parameters()])
 
-    def denoiser_alone(self) -> None:
-        self.optimizer.zero_grad()
-        image = self.start[:, None]
-        with torch.no_grad(), frozen(self.unet), folded():
-            for _ in range(ITERATIONS):
-                self.unet(image)
-        with frozen(self.unet), folded():
-            leaf = image.clone().requires_grad_()
-            denoised = self.unet(leaf)
-        for _ in range(ITERATIONS):
-            torch.autograd.grad(denoised, leaf, image, retain_graph=True)
-        denoised.backward(image)
-        self.optimizer.step()
-
 
 def test_gpu_step(report, monkeypatch):
     step = Step()
@@ -94,7 +80,7 @@ def test_gpu_step(report, monkeypatch):
     assert max(errors.values()) < 1e-3, errors
     report.benchmark.pedantic(lambda: None)
     candidates = {face: lambda _, face=face: step.run(face) for face in ("cuda", "triton", "reference")}
-    candidates["the denoiser alone"] = lambda _: step.denoiser_alone()
+    candidates["the denoiser alone"] = lambda _: denoiser_alone(step.unet, step.start, step.optimizer)
     torch.cuda.reset_peak_memory_stats()
     times = time_in_turn(candidates, 1, eager=candidates, rounds=3)
     memory = torch.cuda.max_memory_allocated() / 2**20

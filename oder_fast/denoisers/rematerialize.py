@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -137,22 +138,22 @@ def _records_plainly() -> bool:
 # ------------------------------------------------------------------ the two parts of a layer's derivative
 
 
-class _Layer:
+class _Layer(ABC):
     """A layer with a derivative of its own."""
 
+    @abstractmethod
     def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output, and what `vjp` needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
         """Return the vjp in the features."""
-        raise NotImplementedError
 
     def parameter_gradients(
         self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients in the parameters, None where they are not wanted; the first needs the features."""
-        raise NotImplementedError
+        return ()
 
 
 class _InFeatures(torch.autograd.Function):
