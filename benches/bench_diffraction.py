@@ -168,10 +168,23 @@ def test_minibatches(report, one_thread):
     report.benchmark.pedantic(lambda: scan.ours(few), rounds=3, warmup_rounds=1)
 
     def transforms():
+        support = scan.operator.support
+        return ops.diffraction._inverse(
+            ops.diffraction._transform(scan.image, support, "cpu"), support, "cpu"
+        )
+
+    def library_transforms():
         return torch.fft.ifft2(torch.fft.fft2(scan.image))
 
     times = in_turn(
-        {"few": lambda: scan.ours(few), "all": scan.ours, "gram": scan.gram, "transforms": transforms}, 3
+        {
+            "few": lambda: scan.ours(few),
+            "all": scan.ours,
+            "gram": scan.gram,
+            "transforms": transforms,
+            "library": library_transforms,
+        },
+        5,
     )
     report.add(
         "diffraction_gradient",
@@ -179,7 +192,36 @@ def test_minibatches(report, one_thread):
         f"{name_of((256, 64, 8))}, 8 a step",
         times["few"],
         peers={"all 64": times["all"], "all through Gram matrices": times["gram"]},
-        note=f"of which the slices' transforms are {1e3 * times['transforms']:.1f} ms",
+        note=f"of which the slices' transforms are {1e3 * times['transforms']:.1f} ms, those of torch "
+        f"{1e3 * times['library']:.1f} ms",
+    )
+
+
+def test_red_update(report, one_thread):
+    scan = Scan(256, 64, 8, peers=False)
+    few = torch.arange(0, 64, 8)
+    denoised, previous = torch.randn_like(scan.image), torch.randn_like(scan.image)
+    step, momentum = torch.tensor(0.01), torch.tensor([0.9])
+    prior, options = (denoised, step, step), {"previous": previous, "momentum": momentum}
+    red_update = scan.operator.red_update
+
+    def fused():
+        return red_update(scan.image, scan.spectra, few, *prior, **options, prepared=True).image
+
+    def apart():
+        return ops.red_update(scan.image, scan.ours(few), *prior, **options).image
+
+    error = relative_error(fused(), apart())
+    assert error < 1e-6
+    report.benchmark.pedantic(fused, rounds=3, warmup_rounds=1)
+    times = in_turn({"fused": fused, "gradient, then update": apart}, 5)
+    report.add(
+        "diffraction_red_update",
+        "cpu",
+        f"{name_of((256, 64, 8))}, 8 a step",
+        times.pop("fused"),
+        peers=times,
+        error=error,
     )
 
 

@@ -186,6 +186,28 @@ PYBIND11_MODULE(ODER_MODULE, m) {
   define_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
   define_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);
   define_diffraction<Address, Address, Address>(m, "diffraction_gradient", oder::diffraction_gradient);
+  for (const bool forward : {true, false}) {
+    m.def(
+        forward ? "diffraction_transform" : "diffraction_inverse",
+        [forward](int dtype, Address from, Address to, Address support, int64_t n_illuminations, int64_t count,
+                  int64_t height, int64_t width, int threads) {
+          const oder::DiffractionPlanes planes{at<int32_t>(support), n_illuminations, count, height, width};
+          (forward ? oder::diffraction_transform : oder::diffraction_inverse)(dtype, at(from), at(to), planes, threads);
+        },
+        release());
+  }
+  m.def(
+      "diffraction_red_update",
+      [](int dtype, Address spectrum, Address image, Address denoised, Address step_size, Address tau, Address previous,
+         Address momentum, Address updated, Address extrapolated, Address reductions, int64_t batch, Address support,
+         int64_t n_illuminations, int64_t count, int64_t height, int64_t width, int threads) {
+        const oder::DiffractionPlanes planes{at<int32_t>(support), n_illuminations, count, height, width};
+        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
+                                    at(previous), at<double>(momentum),  false,
+                                    at(updated),  at(extrapolated),      at<double>(reductions)};
+        oder::diffraction_red_update(dtype, at(spectrum), at(image), red, batch, planes, threads);
+      },
+      release());
   m.def(
       "diffraction_gram",
       [](int dtype, Address spectrum, Address data, Address gradient, Address automatic, Address pairs, int64_t batch,

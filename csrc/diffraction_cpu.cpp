@@ -1,13 +1,15 @@
 // C++ face of diffraction: intensity diffraction tomography among spectra.
 //
-// Computes        half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z; the conjugate
-//                 transpose G_z = 2 sum_l conj(h_lz) S_l; and (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the same with
-//                 all illuminations through Gram matrices.
-// Thread mapping  rows of the half plane of frequencies, the rows in turn to the next free thread. A vector of
-//                 frequencies u is kept with its mirror image -u, through all illuminations.
-// Shared memory   per thread the slices' X and G of two vectors, and one illumination's h: they stay in L1.
-// Accumulation    in the precision of the spectra, illuminations in the order given: equal bits for any number of
-//                 threads.
+// Computes        spectra of slices; half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z;
+//                 the conjugate transpose G_z = 2 sum_l conj(h_lz) S_l; (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the
+//                 same with all illuminations through Gram matrices; images of spectra, and RED steps with them.
+// Thread mapping  spectra: rows of the half plane of frequencies, the rows in turn to the next free thread. A vector of
+//                 frequencies u is kept with its mirror image -u, through all illuminations. Transforms: some planes at
+//                 a time, all threads in each of the two passes (tiles of columns, groups of rows).
+// Shared memory   per thread the slices' X and G of two vectors, and one illumination's h: they stay in L1. Transforms:
+//                 per thread a tile of columns, and what lies between the two passes.
+// Accumulation    in the precision of the spectra, illuminations in the order given; sums of norms in double by tiles:
+//                 equal bits for any number of threads.
 // Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller); no pupil holds a
 //                 frequency of half the sampling rate.
 #include <omp.h>
@@ -15,9 +17,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "complex_cpu.h"
 #include "cpu_faces.h"
-#include "diffraction.h"
+#include "diffraction_planes_cpu.h"
+#include "red_update_cpu.h"
 
 namespace oder {
 namespace {
@@ -587,7 +589,70 @@ void with_dtype(int dtype, F&& f) {
   dtype == kFloat64 ? f(double{}) : f(float{});
 }
 
+// ---------------------------------------------------------------- what becomes of a gradient's spectrum
+
+// Numbers that are updated together: their sums are added in order, whichever thread makes them.
+constexpr int64_t kRun = 16384;
+
+template <class T>
+void red_update(const T* spectrum, const T* image, const RedOperands& red, int64_t batch,
+                const DiffractionPlanes& planes, int threads) {
+  const PlaneTransform<T> transform(planes, threads);
+  const int64_t size = 2 * planes.height * planes.width, parts = (size + kRun - 1) / kRun;
+  struct Gradient;
+  T* const gradient = static_cast<T*>(kept<Gradient>(static_cast<size_t>(transform.together() * size) * sizeof(T)));
+  const auto place = [&](int64_t plane) { return gradient + plane % transform.together() * size; };
+  std::vector<double> partial(static_cast<size_t>(3 * planes.count * parts), 0.0);
+  transform.inverse(spectrum, place, parts, [&](int64_t plane, int64_t part) {
+    const RedStep<T> step = red_step<T>(red, plane / (planes.count / batch));
+    const int64_t first = part * kRun, at = transform.offset(plane) + first, length = std::min(kRun, size - first);
+    const auto operand = [at](const void* p) { return static_cast<const T*>(p) + at; };
+    const T* const g = place(plane) + first;
+    T* const updated = static_cast<T*>(red.updated) + at;
+    double* const sums = partial.data() + 3 * (plane * parts + part);
+    if (red.previous) {
+      red_span<T, true, false>(image + at, g, operand(red.denoised), operand(red.previous), step, updated,
+                               static_cast<T*>(red.extrapolated) + at, length, sums);
+    } else {
+      red_span<T, false, false>(image + at, g, operand(red.denoised), nullptr, step, updated, nullptr, length, sums);
+    }
+  });
+  const int64_t parts_of_image = planes.count / batch * parts;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int r = 0; r < 3; ++r) {
+      double total = 0;
+      for (int64_t k = b * parts_of_image; k < (b + 1) * parts_of_image; ++k) total += partial[3 * k + r];
+      red.reductions[3 * b + r] = total;
+    }
+  }
+}
+
 }  // namespace
+
+void diffraction_transform(int dtype, const void* image, void* spectrum, const DiffractionPlanes& planes, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    PlaneTransform<T>(planes, threads).forward(static_cast<const T*>(image), static_cast<T*>(spectrum));
+  });
+}
+
+void diffraction_inverse(int dtype, const void* spectrum, void* image, const DiffractionPlanes& planes, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    const PlaneTransform<T> transform(planes, threads);
+    T* const result = static_cast<T*>(image);
+    const auto place = [&](int64_t plane) { return result + transform.offset(plane); };
+    transform.inverse(static_cast<const T*>(spectrum), place, 0, [](int64_t, int64_t) {});
+  });
+}
+
+void diffraction_red_update(int dtype, const void* spectrum, const void* image, const RedOperands& red, int64_t batch,
+                            const DiffractionPlanes& planes, int threads) {
+  with_dtype(dtype, [&](auto value) {
+    using T = decltype(value);
+    red_update<T>(static_cast<const T*>(spectrum), static_cast<const T*>(image), red, batch, planes, threads);
+  });
+}
 
 void diffraction_forward(int dtype, const void* spectrum, void* half, int64_t batch, const DiffractionScan& scan,
                          int threads) {

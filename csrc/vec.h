@@ -155,22 +155,35 @@ inline vec<T> shuffle(vec<T> a, vec<T> b, index_vec<T> index) {
 #endif
 }
 
-// Transpose lanes x lanes numbers: log2(lanes) rounds that interleave both halves.
+// One round of a transposition: interleaves vectors i and i + N / 2, in runs of `Run` numbers within spans of `Span`.
+// log2(N) rounds transpose N x N runs of each span.
+template <class T, int N, int Run, int Span>
+inline void interleave(vec<T>* rows, int stride) {
+  index_vec<T> low, high;
+  for (int l = 0; l < lanes<T>; ++l) {
+    const int run = l % Span / Run;
+    low[l] = l / Span * Span + run / 2 * Run + l % Run + run % 2 * lanes<T>;
+    high[l] = low[l] + Span / 2;
+  }
+  vec<T> next[N];
+  for (int i = 0; i < N / 2; ++i) {
+    next[2 * i] = shuffle<T>(rows[i * stride], rows[(i + N / 2) * stride], low);
+    next[2 * i + 1] = shuffle<T>(rows[i * stride], rows[(i + N / 2) * stride], high);
+  }
+  for (int i = 0; i < N; ++i) rows[i * stride] = next[i];
+}
+
+// Transpose lanes x lanes numbers: within 128 bits, where a shuffle is one cheap instruction, then those 128 bits.
 template <class T>
 inline void transpose(vec<T>* rows) {
-  constexpr int L = lanes<T>;
-  index_vec<T> low, high;
-  for (int l = 0; l < L; ++l) {
-    low[l] = l / 2 + l % 2 * L;
-    high[l] = low[l] + L / 2;
+  constexpr int L = lanes<T>, P = 16 / static_cast<int>(sizeof(T)), parts = L / P;
+  for (int group = 0; group < parts; ++group) {
+    for (int round = 1; round < P; round *= 2) interleave<T, P, 1, P>(rows + group * P, 1);
   }
-  vec<T> next[L];
-  for (int round = 1; round < L; round *= 2) {
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = shuffle<T>(rows[i], rows[i + L / 2], low);
-      next[2 * i + 1] = shuffle<T>(rows[i], rows[i + L / 2], high);
+  if constexpr (parts > 1) {
+    for (int i = 0; i < P; ++i) {
+      for (int round = 1; round < parts; round *= 2) interleave<T, parts, P, L>(rows + i, P);
     }
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
   }
 }
 

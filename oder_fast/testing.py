@@ -337,6 +337,7 @@ DIFFRACTION_LARGE_SHAPES = (
     {"image": (5, 2, 40, 70), "lights": 6},
     {"image": (1, 25, 64, 61), "lights": 7},
     {"image": (1, 3, 33, 128), "lights": 3, "stored": True},
+    {"image": (2, 2, 46, 57), "lights": 3},
 )
 DIFFRACTION: dict[str, Any] = {
     "real": False,
@@ -416,6 +417,22 @@ def _diffraction_gram_inputs(
     return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
 
 
+def _diffraction_red_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, _ = _diffraction_gradient_inputs(shape, dtype, device, generator)
+    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
+    return (*args, *prior), options
+
+
+def _diffraction_gram_red_inputs(
+    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, _ = _diffraction_gram_inputs(shape, dtype, device, generator)
+    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
+    return (*args, *prior), options
+
+
 CASES = (
     OpCase(
         "diffraction_forward",
@@ -436,6 +453,16 @@ CASES = (
     # Half a spectrum is not free: gradients in it are tested through the intensities.
     OpCase("diffraction_gradient", _diffraction_gradient_inputs, DIFFRACTION_SHAPES, (0,), **DIFFRACTION),
     OpCase("diffraction_gram", _diffraction_gram_inputs, DIFFRACTION_SHAPES, (0, 3), **DIFFRACTION),
+    OpCase(
+        "diffraction_red_update", _diffraction_red_inputs, DIFFRACTION_SHAPES, (0, 7, 8, 9), **DIFFRACTION
+    ),
+    OpCase(
+        "diffraction_gram_red_update",
+        _diffraction_gram_red_inputs,
+        DIFFRACTION_SHAPES,
+        (0, 3, 4, 5, 6),
+        **DIFFRACTION,
+    ),
     OpCase(
         "radon_forward",
         _forward_inputs,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import oder_fast
 from oder_fast import DEQRED, DiffractionTomography, Implicit, Nesterov, Unrolled
 from oder_fast.data import beam_propagation, cell_like, led_ring
 from oder_fast.testing import dot_test, relative_error
@@ -53,6 +54,24 @@ def test_adjoint_and_gradient_belong_to_the_forward_model(options, generator):
     expected = 3 * few.adjoint(few(x) - y[:, blocks])
     assert relative_error(idt.gradient(x, y, blocks), expected) < 1e-12
     assert relative_error(idt.gradient(x, idt.prepare(y), blocks, prepared=True), expected) < 1e-12
+
+
+@pytest.mark.parametrize("blocks", [None, [2, 0]])
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_red_step_is_that_with_the_gradient(gram, blocks, generator):
+    idt = build(gram=gram)
+    images = torch.randn(3, 2, *idt.image_shape, dtype=torch.complex128, generator=generator)
+    x, denoised, previous = images
+    y = torch.randn(2, *idt.data_shape, dtype=torch.float64, generator=generator)
+    blocks = None if blocks is None else torch.tensor(blocks)
+    prior = (denoised, 0.01, 0.7)
+    options = {"previous": previous, "momentum": torch.tensor([0.3, 0.8], dtype=torch.float64)}
+    for data in (y, None):
+        expected = oder_fast.red_update(x, idt.gradient(x, data, blocks), *prior, **options)
+        for one, other in zip(idt.red_update(x, data, blocks, *prior, **options), expected, strict=True):
+            assert relative_error(one, other) < 1e-12
+    with pytest.raises(ValueError, match="nonnegative"):
+        idt.red_update(x, y, blocks, *prior, nonnegative=True)
 
 
 def test_minibatches_are_unbiased(generator):

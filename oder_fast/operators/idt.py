@@ -295,18 +295,71 @@ class DiffractionTomography(nn.Module):
             blocks: int64 indices of the minibatch's illuminations, from `draw_blocks`.
             prepared: Whether `y` comes from `prepare` or `prepare_full_batch`; else it is prepared in each call.
         """
+        y, by_gram = self._choose(x, y, blocks, prepared)
+        if by_gram:
+            return ops.diffraction_gram(x, *self._gram_matrices(x), y, backend=self.backend)
+        return ops.diffraction_gradient(x, y, *self._scan, blocks, self.optics, backend=self.backend)
+
+    def red_update(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        blocks: Tensor | None,
+        denoised: Tensor,
+        step_size: float | Tensor,
+        tau: float | Tensor,
+        *,
+        previous: Tensor | None = None,
+        momentum: float | Tensor | None = None,
+        nonnegative: bool = False,
+        prepared: bool = False,
+    ) -> ops.RedUpdate:
+        """Take one RED step, the gradient fused with the update; see `oder_fast.diffraction_red_update`."""
+        if nonnegative:
+            raise ValueError("DiffractionTomography: nonnegative needs real images, and these are complex")
+        y, by_gram = self._choose(x, y, blocks, prepared)
+        if by_gram:
+            return ops.diffraction_gram_red_update(
+                x,
+                *self._gram_matrices(x),
+                y,
+                denoised,
+                step_size,
+                tau,
+                previous=previous,
+                momentum=momentum,
+                backend=self.backend,
+            )
+        return ops.diffraction_red_update(
+            x,
+            y,
+            *self._scan,
+            blocks,
+            self.optics,
+            denoised,
+            step_size,
+            tau,
+            previous=previous,
+            momentum=momentum,
+            backend=self.backend,
+        )
+
+    def _choose(
+        self, x: Tensor, y: Tensor | None, blocks: Tensor | None, prepared: bool
+    ) -> tuple[Tensor | None, bool]:
+        """Return the prepared data, and whether the Gram matrices take them."""
         self._check("image", x, self.image_shape, is_complex=True)
         if y is not None and not prepared:
             y = self.prepare_full_batch(y) if blocks is None else self.prepare(y)
         of_adjoint = self._is_of_adjoint(y)
         if blocks is None and self.gram and (y is None or of_adjoint):
-            return ops.diffraction_gram(x, *self._gram_matrices(x), y, backend=self.backend)
+            return y, True
         if of_adjoint:
             raise ValueError(
                 "DiffractionTomography: data from prepare_full_batch are for Gram matrices and all illuminations; "
                 "minibatches need those of prepare"
             )
-        return ops.diffraction_gradient(x, y, *self._scan, blocks, self.optics, backend=self.backend)
+        return y, False
 
     def _is_of_adjoint(self, y: Tensor | None) -> bool:
         """Tell prepared data for full batches from those for minibatches."""

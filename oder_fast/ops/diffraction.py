@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..reference import diffraction as reference
 from . import _checks, faces
+from . import red_update as red
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor transfer, Tensor depths, Tensor support"
@@ -21,6 +23,15 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "diffraction_gram(Tensor image, Tensor auto, Tensor pairs, Tensor? spectrum, str backend) -> Tensor"
+)
+_PRIOR = "Tensor denoised, Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum"
+LIBRARY.define(
+    f"diffraction_red_update(Tensor image, Tensor? spectra, {_SCAN}, Tensor? blocks, float[] optics, {_PRIOR}, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"diffraction_gram_red_update(Tensor image, Tensor auto, Tensor pairs, Tensor? spectrum, {_PRIOR}, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -60,15 +71,35 @@ def _pairs(value: Tensor | None) -> Tensor | None:
     return None if value is None else torch.view_as_real(value.resolve_conj().contiguous())
 
 
-def _transform(image: Tensor) -> Tensor:
+def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
+    """Return the spectra of slices; the C++ face leaves out the rows that no pupil meets."""
+    if backend == "cpu":
+        spectrum = torch.empty_like(image, memory_format=torch.contiguous_format)
+        _launch(
+            "diffraction_transform", image, backend, _pairs(image), _pairs(spectrum), *_planes(image, support)
+        )
+        return spectrum
     # Equal bits for any strides.
-    spectrum: Tensor = torch.fft.fft2(image.contiguous(), norm="ortho")
-    return spectrum
+    transformed: Tensor = torch.fft.fft2(image.contiguous(), norm="ortho")
+    return transformed
 
 
-def _back(spectrum: Tensor) -> Tensor:
-    image: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
-    return image
+def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
+    """Return the images of spectra; the C++ face takes their memory, and rows that no pupil meets for zero."""
+    if backend == "cpu":
+        pairs = _pairs(spectrum)
+        _launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
+        return spectrum
+    inverse: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
+    return inverse
+
+
+def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
+    """Return the arguments that describe the planes of slices and the pupils among their spectra."""
+    batch, slices, height, width = like.shape
+    if support is None:
+        return None, 0, batch * slices, height, width
+    return support.contiguous(), support.shape[0], batch * slices, height, width
 
 
 def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Tensor:
@@ -114,7 +145,14 @@ def _forward_impl(
         return _forward_fake(image, transfer)
     half = _new_half(image, transfer.shape[0], *image.shape[2:])
     scan = _scan(image, transfer, depths, support, None, optics)
-    _launch("diffraction_forward", image, backend, _pairs(_transform(image)), _pairs(half), *scan)
+    _launch(
+        "diffraction_forward",
+        image,
+        backend,
+        _pairs(_transform(image, support, backend)),
+        _pairs(half),
+        *scan,
+    )
     intensities: Tensor = torch.fft.irfft2(half, image.shape[2:], norm="ortho")
     return intensities
 
@@ -153,7 +191,7 @@ def _adjoint_impl(
     half = torch.fft.rfft2(intensities.contiguous(), norm="ortho")
     scan = _scan(spectrum, transfer, depths, support, None, optics)
     _launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
-    return _back(spectrum)
+    return _inverse(spectrum, support, backend)
 
 
 def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -167,6 +205,24 @@ register("diffraction_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward,
 # ------------------------------------------------------------------ gradient
 
 
+def _gradient_spectrum(
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: list[float],
+    backend: str,
+    out: Tensor,
+) -> Tensor:
+    """Write the gradient's spectrum into contiguous `out`, like the image."""
+    scan = _scan(image, transfer, depths, support, blocks, optics)
+    pairs = (_pairs(_transform(image, support, backend)), _pairs(spectra), _pairs(out))
+    _launch("diffraction_gradient", image, backend, *pairs, *scan)
+    return out
+
+
 def _gradient_impl(
     image: Tensor,
     spectra: Tensor | None,
@@ -177,14 +233,11 @@ def _gradient_impl(
     optics: list[float],
     backend: str,
 ) -> Tensor:
+    result = _like_image(image)
     if image.numel() == 0:
-        return torch.empty_like(image)
-    spectrum = _transform(image)
-    gradient = torch.empty_like(spectrum)
-    scan = _scan(image, transfer, depths, support, blocks, optics)
-    pairs = (_pairs(spectrum), _pairs(spectra), _pairs(gradient))
-    _launch("diffraction_gradient", image, backend, *pairs, *scan)
-    return _back(gradient)
+        return result
+    args = (image, spectra, transfer, depths, support, blocks, optics, backend)
+    return _inverse(_gradient_spectrum(*args, result), support, backend)
 
 
 def _like_image(image: Tensor, *_: Any) -> Tensor:
@@ -197,23 +250,31 @@ def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(transfer, depths, support, blocks)
 
 
-def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    transfer, depths, support, blocks = ctx.saved_tensors
-    scan, rest = (transfer, depths, support), (ctx.optics, ctx.backend)
+def _gradient_vjp(
+    grad: Tensor, saved: tuple[Tensor, ...], with_data: bool, optics: list[float], backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Apply the normal operator to `grad`, and -A_B, among spectra, with the blocks back in their places."""
+    transfer, depths, support, blocks = saved
+    scan, rest = (transfer, depths, support), (optics, backend)
     normal = torch.ops.oder_fast.diffraction_gradient(grad, None, *scan, blocks, *rest)
-    projected = None
-    if ctx.with_data and ctx.needs_input_grad[1]:
-        used = (transfer, depths, support)
-        if blocks is not None:
-            used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
-        intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
-        # Half a spectrum stands for a whole one: its inner columns count twice.
-        projected = torch.fft.rfft2(intensities, norm="ortho") * -(len(transfer) / used[0].shape[0])
-        projected = projected * _weights(grad.shape[-1], projected)
-        if blocks is not None:
-            empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
-            projected = empty.index_add(1, blocks, projected)
-    return normal, projected, *[None] * 6
+    if not with_data:
+        return normal, None
+    used = (transfer, depths, support)
+    if blocks is not None:
+        used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
+    intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
+    # Half a spectrum stands for a whole one: its inner columns count twice.
+    projected = torch.fft.rfft2(intensities, norm="ortho") * -(len(transfer) / used[0].shape[0])
+    projected = projected * _weights(grad.shape[-1], projected)
+    if blocks is not None:
+        empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
+        projected = empty.index_add(1, blocks, projected)
+    return normal, projected
+
+
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    with_data = ctx.with_data and ctx.needs_input_grad[1]
+    return *_gradient_vjp(grad, ctx.saved_tensors, with_data, ctx.optics, ctx.backend), *[None] * 6
 
 
 def _weights(width: int, like: Tensor) -> Tensor:
@@ -231,24 +292,30 @@ register("diffraction_gradient", _gradient_impl, _like_image, _gradient_backward
 # ------------------------------------------------------------------ Gram matrices
 
 
-def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str) -> Tensor:
-    if image.numel() == 0:
-        return torch.empty_like(image)
-    transformed = _transform(image)
-    gradient = torch.empty_like(transformed)
+def _gram_spectrum(
+    image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str, out: Tensor
+) -> Tensor:
+    """Write the gradient's spectrum into contiguous `out`, like the image."""
     _launch(
         "diffraction_gram",
         image,
         backend,
-        _pairs(transformed),
+        _pairs(_transform(image, None, backend)),
         _pairs(spectrum),
-        _pairs(gradient),
+        _pairs(out),
         _pairs(auto),
         _pairs(pairs),
         *image.shape,
         *pairs.shape[2:],
     )
-    return _back(gradient)
+    return out
+
+
+def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str) -> Tensor:
+    result = _like_image(image)
+    if image.numel() == 0:
+        return result
+    return _inverse(_gram_spectrum(image, auto, pairs, spectrum, backend, result), None, backend)
 
 
 def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,13 +324,174 @@ def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(auto, pairs)
 
 
+def _gram_vjp(
+    grad: Tensor, auto: Tensor, pairs: Tensor, with_data: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, backend)
+    return normal, -torch.fft.fft2(grad, norm="ortho") if with_data else None
+
+
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     auto, pairs = ctx.saved_tensors
-    normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, ctx.backend)
-    return normal, None, None, -_transform(grad) if ctx.with_data else None, None
+    normal, grad_spectrum = _gram_vjp(grad, auto, pairs, ctx.with_data, ctx.backend)
+    return normal, None, None, grad_spectrum, None
 
 
 register("diffraction_gram", _gram_impl, _like_image, _gram_backward, _gram_setup)
+
+
+# ------------------------------------------------------------------ RED updates
+
+
+def _red_step(
+    image: Tensor,
+    write_spectrum: Callable[[Tensor], Tensor],
+    support: Tensor | None,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the RED step with the gradient whose spectrum `write_spectrum` writes into the tensor that it is given."""
+    updated, extrapolated, reductions = red.outputs(image, previous)
+    if image.numel() == 0:
+        return updated, extrapolated, reductions.zero_()
+    spectrum = write_spectrum(updated)
+    if backend != "cpu":
+        gradient = _inverse(spectrum, support, backend)
+        prior = (denoised, step_size, tau, previous, momentum, False, backend)
+        red.write(image, gradient, *prior, updated, extrapolated, reductions)
+        return updated, extrapolated, reductions
+    _launch(
+        "diffraction_red_update",
+        image,
+        backend,
+        _pairs(spectrum),
+        _pairs(image),
+        *red.contiguous(denoised),
+        *red.scalars(step_size, tau),
+        *red.contiguous(previous),
+        *red.scalars(momentum),
+        *red.contiguous(updated, None if previous is None else extrapolated),
+        reductions,
+        image.shape[0],
+        *_planes(image, support),
+    )
+    return updated, extrapolated, reductions
+
+
+def _red_impl(
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: list[float],
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = (image, spectra, transfer, depths, support, blocks, optics, backend)
+    prior = (denoised, step_size, tau, previous, momentum, backend)
+    return _red_step(image, lambda out: _gradient_spectrum(*gradient, out), support, *prior)
+
+
+def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return red.outputs(image, args[-3])
+
+
+def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, spectra, transfer, depths, support, blocks, ctx.optics, *prior, ctx.backend = inputs
+    denoised, step_size, tau, previous, momentum = prior
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_previous = previous is not None
+    gradient = (image, spectra, transfer, depths, support, blocks)
+    ctx.save_for_backward(*gradient, denoised, step_size, tau, momentum)
+
+
+def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
+    image, spectra, *scan, denoised, step_size, tau, momentum = ctx.saved_tensors
+    with_data = spectra is not None and ctx.needs_input_grad[1]
+
+    def fidelity_grad() -> Tensor:
+        gradient: Tensor = torch.ops.oder_fast.diffraction_gradient(
+            image, spectra, *scan, ctx.optics, ctx.backend
+        )
+        return gradient
+
+    grad_image, grad_spectra, *grads = red.fused_vjp(
+        grad_updated,
+        grad_extrapolated if ctx.has_previous else None,
+        image,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        None,
+        fidelity_grad=fidelity_grad if ctx.needs_input_grad[8] else None,
+        fidelity_vjp=lambda grad: _gradient_vjp(grad, tuple(scan), with_data, ctx.optics, ctx.backend),
+    )
+    return grad_image, grad_spectra, *[None] * 5, *grads, None, None
+
+
+register("diffraction_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
+
+
+def _gram_red_impl(
+    image: Tensor,
+    auto: Tensor,
+    pairs: Tensor,
+    spectrum: Tensor | None,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    previous: Tensor | None,
+    momentum: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    prior = (denoised, step_size, tau, previous, momentum, backend)
+    return _red_step(
+        image, lambda out: _gram_spectrum(image, auto, pairs, spectrum, backend, out), None, *prior
+    )
+
+
+def _gram_red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, auto, pairs, spectrum, denoised, step_size, tau, previous, momentum, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.has_previous = previous is not None
+    ctx.save_for_backward(image, auto, pairs, spectrum, denoised, step_size, tau, momentum)
+
+
+def _gram_red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
+    image, auto, pairs, spectrum, denoised, step_size, tau, momentum = ctx.saved_tensors
+    with_data = spectrum is not None and ctx.needs_input_grad[3]
+
+    def fidelity_grad() -> Tensor:
+        gradient: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, ctx.backend)
+        return gradient
+
+    grad_image, grad_spectrum, *grads = red.fused_vjp(
+        grad_updated,
+        grad_extrapolated if ctx.has_previous else None,
+        image,
+        denoised,
+        step_size,
+        tau,
+        momentum,
+        None,
+        fidelity_grad=fidelity_grad if ctx.needs_input_grad[5] else None,
+        fidelity_vjp=lambda grad: _gram_vjp(grad, auto, pairs, with_data, ctx.backend),
+    )
+    return grad_image, None, None, grad_spectrum, *grads, None, None
+
+
+register("diffraction_gram_red_update", _gram_red_impl, _red_fake, _gram_red_backward, _gram_red_setup)
 
 
 # ------------------------------------------------------------------ matrices
@@ -610,6 +838,91 @@ def diffraction_gradient(
         tensor([0.1013, 0.1013, 0.1013, 0.1013])
     """
     op = "diffraction_gradient"
+    numbers, chosen = _check_gradient(op, image, spectra, transfer, depths, support, blocks, optics, backend)
+    args = (image, spectra, transfer, depths, support, blocks, numbers)
+    if chosen == "reference":
+        return reference.diffraction_gradient(*args)
+    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
+    return result
+
+
+def diffraction_red_update(
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: Optics,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    *,
+    previous: Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    backend: str = "auto",
+) -> red.RedUpdate:
+    r"""Take one RED step with the data fidelity of diffraction tomography: `diffraction_gradient`, then `red_update`.
+
+    .. math:: x^+ = s - \gamma (\nabla g_B(s) + \tau (s - D(s))), \quad s^+ = x^+ + \beta (x^+ - x)
+
+    On the C++ face the gradient never reaches memory as an image: each strip of columns is updated as its inverse
+    transform ends.
+
+    Args:
+        image: The point `s`, shape ``(B, Z, H, W)``, complex64 or complex128.
+        spectra: As in `diffraction_gradient`.
+        transfer: As in `diffraction_forward`.
+        depths: As there.
+        support: As there.
+        blocks: As in `diffraction_gradient`.
+        optics: As in `diffraction_forward`.
+        denoised: ``D(s)``, like `image`.
+        step_size: As in `red_update`.
+        tau: As in `red_update`.
+        previous: As in `red_update`.
+        momentum: As in `red_update`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        A `RedUpdate`, differentiable as that of `red_update`, and in `spectra`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape, device or index that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x = torch.full((1, 1, 4, 4), 0.01j, dtype=torch.complex64)
+        >>> support = torch.tensor([[[0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.int32)
+        >>> f, z = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> scan = (f, z, support, None, Optics(0.2, 2.0, 1.0, 20.0))
+        >>> diffraction_red_update(x, None, *scan, x, step_size=0.05, tau=1.0).image[0, 0, 0].imag
+        tensor([0.0049, 0.0049, 0.0049, 0.0049])
+    """
+    op = "diffraction_red_update"
+    numbers, chosen = _check_gradient(op, image, spectra, transfer, depths, support, blocks, optics, backend)
+    prior = _check_prior(op, image, denoised, step_size, tau, previous, momentum)
+    args = (image, spectra, transfer, depths, support, blocks, numbers, *prior)
+    if chosen == "reference":
+        return red.RedUpdate(*reference.diffraction_red_update(*args))
+    updated, extrapolated, reductions = torch.ops.oder_fast.diffraction_red_update(*args, chosen)
+    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
+
+
+def _check_gradient(
+    op: str,
+    image: Tensor,
+    spectra: Tensor | None,
+    transfer: Tensor,
+    depths: Tensor,
+    support: Tensor,
+    blocks: Tensor | None,
+    optics: Optics,
+    backend: str,
+) -> tuple[list[float], str]:
+    """Check the arguments of the gradient; return the numbers and the face."""
     _check_image(op, image, depths)
     numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
     if spectra is not None:
@@ -619,11 +932,23 @@ def diffraction_gradient(
         _checks.shape(op, "spectra", spectra, expected, "batch, illuminations, H, W // 2 + 1")
     if blocks is not None:
         _checks.index(op, "blocks", blocks, len(transfer), image.device)
-    args = (image, spectra, transfer, depths, support, blocks, numbers)
-    if chosen == "reference":
-        return reference.diffraction_gradient(*args)
-    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
-    return result
+    return numbers, chosen
+
+
+def _check_prior(
+    op: str,
+    image: Tensor,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    previous: Tensor | None,
+    momentum: float | Tensor | None,
+) -> tuple[Any, ...]:
+    """Return what the RED updates take after the gradient's arguments, checked."""
+    momentum = red.check_prior(op, image, denoised, previous, momentum, False)
+    step_size = red.parameter(op, "step_size", step_size, image.device)
+    tau = red.parameter(op, "tau", tau, image.device)
+    return denoised, step_size, tau, previous, momentum
 
 
 def diffraction_gram(
@@ -660,7 +985,69 @@ def diffraction_gram(
         >>> diffraction_gram(x, auto, torch.zeros(1, 1, 1, 1, dtype=torch.complex64), None).real[0, 0, 0]
         tensor([2., 2., 2., 2.])
     """
-    op = "diffraction_gram"
+    chosen = _check_gram("diffraction_gram", image, auto, pairs, spectrum, backend)
+    if chosen == "reference":
+        return reference.diffraction_gram(image, auto, pairs, spectrum)
+    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
+    return result
+
+
+def diffraction_gram_red_update(
+    image: Tensor,
+    auto: Tensor,
+    pairs: Tensor,
+    spectrum: Tensor | None,
+    denoised: Tensor,
+    step_size: float | Tensor,
+    tau: float | Tensor,
+    *,
+    previous: Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    backend: str = "auto",
+) -> red.RedUpdate:
+    r"""Take one RED step with all illuminations through their Gram matrices: `diffraction_gram`, then `red_update`.
+
+    Args:
+        image: The point `s`, shape ``(B, Z, H, W)``, complex64 or complex128.
+        auto: As in `diffraction_gram`.
+        pairs: As there.
+        spectrum: As there.
+        denoised: ``D(s)``, like `image`.
+        step_size: As in `red_update`.
+        tau: As in `red_update`.
+        previous: As in `red_update`.
+        momentum: As in `red_update`.
+        backend: ``"auto"`` or the name of a face.
+
+    Returns:
+        A `RedUpdate`, differentiable as that of `red_update`, and in `spectrum`.
+
+    Raises:
+        TypeError: For something that is no tensor, or of another dtype.
+        ValueError: For a shape or device that does not fit.
+        BackendUnavailableError: If a face named by `backend` is not here.
+
+    Example:
+        >>> import torch
+        >>> x, auto = torch.ones(1, 1, 4, 4, dtype=torch.complex64), torch.full((1, 4, 4), 2 + 0j)
+        >>> pairs = torch.zeros(1, 1, 1, 1, dtype=torch.complex64)
+        >>> diffraction_gram_red_update(x, auto, pairs, None, x, step_size=0.25, tau=1.0).image.real[0, 0, 0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    op = "diffraction_gram_red_update"
+    chosen = _check_gram(op, image, auto, pairs, spectrum, backend)
+    prior = _check_prior(op, image, denoised, step_size, tau, previous, momentum)
+    args = (image, auto, pairs, spectrum, *prior)
+    if chosen == "reference":
+        return red.RedUpdate(*reference.diffraction_gram_red_update(*args))
+    updated, extrapolated, reductions = torch.ops.oder_fast.diffraction_gram_red_update(*args, chosen)
+    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
+
+
+def _check_gram(
+    op: str, image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str
+) -> str:
+    """Check the arguments of the gradient through Gram matrices; return the face."""
     _checks.tensor(op, "image", image, ndim=4)
     if image.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(f"{op}: image must be complex64 or complex128, got {image.dtype}")
@@ -682,8 +1069,4 @@ def diffraction_gram(
         _checks.tensor(op, "spectrum", spectrum, ndim=4)
         _checks.same(op, "spectrum", spectrum, "image", image)
         _checks.shape(op, "spectrum", spectrum, tuple(image.shape), "as image")
-    chosen = faces.resolve(backend, image.device, image.dtype)
-    if chosen == "reference":
-        return reference.diffraction_gram(image, auto, pairs, spectrum)
-    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
-    return result
+    return faces.resolve(backend, image.device, image.dtype)

@@ -288,36 +288,25 @@ def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
     image, samples, coil_maps, sampling, coils, denoised, step_size, tau, momentum = ctx.saved_tensors
     saved, rest = (coil_maps, sampling, coils), (ctx.axis, ctx.backend)
-    # Only the derivative in the step size needs the gradient of the data fidelity itself.
-    if ctx.needs_input_grad[6]:
-        fidelity = torch.ops.oder_fast.fourier_gradient(image, samples, *saved, *rest)
-    else:
-        fidelity = torch.zeros_like(image)
-    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = red.vjp(
+    with_data = samples is not None and ctx.needs_input_grad[1]
+
+    def fidelity_grad() -> Tensor:
+        gradient: Tensor = torch.ops.oder_fast.fourier_gradient(image, samples, *saved, *rest)
+        return gradient
+
+    grad_image, grad_samples, *grads = red.fused_vjp(
         grad_updated,
         grad_extrapolated if ctx.has_previous else None,
         image,
-        fidelity,
         denoised,
         step_size,
         tau,
         momentum,
         None,
+        fidelity_grad=fidelity_grad if ctx.needs_input_grad[6] else None,
+        fidelity_vjp=lambda grad: _fidelity_vjp(grad, saved, with_data, *rest),
     )
-    with_data = samples is not None and ctx.needs_input_grad[1]
-    normal, grad_samples = _fidelity_vjp(grad_fidelity, saved, with_data, *rest)
-    return (
-        grad_image + normal,
-        grad_samples,
-        None,
-        None,
-        None,
-        grad_denoised,
-        grad_step if ctx.needs_input_grad[6] else None,
-        grad_tau,
-        grad_previous,
-        *[None] * 3,
-    )
+    return grad_image, grad_samples, None, None, None, *grads, *[None] * 3
 
 
 register("fourier_red_update", _red_impl, _red_fake, _red_backward, _red_setup)

@@ -367,35 +367,25 @@ def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
     image, sinogram, angles, views, denoised, step_size, tau, momentum, updated = ctx.saved_tensors
-    # Only the derivative in the step size needs the gradient of the data fidelity itself.
-    if ctx.needs_input_grad[5]:
-        fidelity = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, *ctx.geometry)
-    else:
-        fidelity = torch.zeros_like(image)
-    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = red.vjp(
+    with_data = sinogram is not None and ctx.needs_input_grad[1]
+
+    def fidelity_grad() -> Tensor:
+        gradient: Tensor = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, *ctx.geometry)
+        return gradient
+
+    grad_image, grad_sinogram, *grads = red.fused_vjp(
         grad_updated,
         grad_extrapolated if ctx.has_previous else None,
         image,
-        fidelity,
         denoised,
         step_size,
         tau,
         momentum,
         updated,
+        fidelity_grad=fidelity_grad if ctx.needs_input_grad[5] else None,
+        fidelity_vjp=lambda grad: _fidelity_vjp(grad, angles, views, with_data, ctx.geometry),
     )
-    with_data = sinogram is not None and ctx.needs_input_grad[1]
-    normal, grad_sinogram = _fidelity_vjp(grad_fidelity, angles, views, with_data, ctx.geometry)
-    return (
-        grad_image + normal,
-        grad_sinogram,
-        None,
-        None,
-        grad_denoised,
-        grad_step if ctx.needs_input_grad[5] else None,
-        grad_tau,
-        grad_previous,
-        *[None] * 7,
-    )
+    return grad_image, grad_sinogram, None, None, *grads, *[None] * 7
 
 
 register("radon_red_update", _red_impl, _red_fake, _red_backward, _red_setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def scalars(*values: Tensor | None) -> list[Tensor | None]:
     return [None if v is None else v.detach().to(torch.float64).contiguous() for v in values]
 
 
-def _write(
+def write(
     image: Tensor,
     fidelity_grad: Tensor,
     denoised: Tensor,
@@ -105,7 +106,7 @@ def _write(
 
 def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     results = outputs(image, args[4])
-    _write(*(image, *args, *results))
+    write(*(image, *args, *results))
     return results
 
 
@@ -150,6 +151,39 @@ def vjp(
     )
 
 
+def fused_vjp(
+    grad_updated: Tensor,
+    grad_extrapolated: Tensor | None,
+    image: Tensor,
+    denoised: Tensor,
+    step_size: Tensor,
+    tau: Tensor,
+    momentum: Tensor | None,
+    updated: Tensor | None,
+    *,
+    fidelity_grad: Callable[[], Tensor] | None,
+    fidelity_vjp: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the gradients of image, data, denoised, step_size, tau and previous of a gradient fused with this step.
+
+    Only the derivative in the step size needs the data fidelity's gradient, which `fidelity_grad` computes (None where
+    nobody asks for that derivative); `fidelity_vjp` maps a gradient in it to those in the image and in the data.
+    """
+    fidelity = torch.zeros_like(image) if fidelity_grad is None else fidelity_grad()
+    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = vjp(
+        grad_updated, grad_extrapolated, image, fidelity, denoised, step_size, tau, momentum, updated
+    )
+    normal, grad_data = fidelity_vjp(grad_fidelity)
+    return (
+        grad_image + normal,
+        grad_data,
+        grad_denoised,
+        None if fidelity_grad is None else grad_step,
+        grad_tau,
+        grad_previous,
+    )
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative, _ = inputs
     ctx.mark_non_differentiable(output[2])
@@ -183,7 +217,7 @@ LIBRARY.define(
     "Tensor(b!)? extrapolated, Tensor(c!) reductions) -> ()"
 )
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("red_update_out", _write, _key)
+    LIBRARY.impl("red_update_out", write, _key)
 torch.library.register_fake("oder_fast::red_update_out", lambda *_: None, lib=LIBRARY)
 
 
