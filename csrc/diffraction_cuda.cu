@@ -234,10 +234,6 @@ struct Functions {
 // Shared memory   64 illuminations at this row; depths of unevenly spaced slices.
 // Accumulation    float32, illuminations in the order given.
 // Preconditions   contiguous; no pupil holds a frequency of half the sampling rate.
-//
-// Floor           of kNormal on an H200 at 89 illuminations of 512 x 512, 8 slices, pupils of 13 % of the plane: 58 MB
-//                 from memory (spectrum, gradient, and the data inside the pupils), 13.5 us; 3.0 million pairs of
-//                 illumination and frequency of 215 operations, 0.65 Gflop, 9.8 us.
 template <bool Whole, bool Even>
 ODER_KERNEL ODER_BOUNDS(kThreads, Whole ? 8 : 6)
     diffraction_kernel(Kind kind, const Pair* spectrum, Pair* half, Pair* out, DiffractionScan scan, Common common,
@@ -353,9 +349,6 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Whole ? 8 : 6)
 // Shared memory   none.
 // Accumulation    float32, tiles in order.
 // Preconditions   contiguous; where auto(u)[0] is zero, all of auto(u) is.
-//
-// Floor           on an H200 at 512 x 512, 8 slices: 78 MB from memory, of which the pairs are 11, 18 us; 0.16 Gflop,
-//                 2.3 us.
 template <bool Whole>
 ODER_KERNEL ODER_BOUNDS(kGramThreads, Whole ? 4 : 3)
     diffraction_gram_kernel(const Pair* spectrum, const Pair* data, Pair* out, DiffractionGram gram, int64_t batch,

@@ -355,10 +355,6 @@ struct Lines {
 //                 has a prime factor above 13, unless Long: then the last stage has radix 17, 19 or 23.
 // Accumulation    float32, coils in increasing order.
 // Preconditions   contiguous; each line once; with red.updated, n_partials is width.
-//
-// Floor           of kNormal on an H200 at 16 coils of 320 x 320, 80 lines: 18 MB from memory, 4.2 us (the coil maps
-//                 are read twice, the second time from the caches); 0.16 Gflop, 2.4 us; 10.5 accesses to shared memory
-//                 for each number, 138 MB, 4.7 us.
 template <bool Long>
 ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
     fourier_lines_kernel(Kind kind, const Pair* image, Pair* samples, Pair* out, FourierScan scan,
@@ -529,15 +525,17 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
 //                 lane; threads take butterflies as in fourier_lines_kernel, and 16 neighbours of a row to load and
 //                 store them.
 // Shared memory   the rows, transposed, with a gap after each 16 numbers that spreads them over the banks; roots of
-//                 unity, the frequency at each place; twice the rows where width has a prime factor above 13.
+//                 unity, the frequency at each place; twice the rows where width has a prime factor above 13, unless
+//                 Long: then the last stage has radix 17, 19 or 23.
 // Accumulation    float32.
 // Preconditions   contiguous.
-// Floor           of all three kernels at 16 coils of 320 x 320: 82 MB, 19 us; 0.30 Gflop, 4.5 us.
-ODER_KERNEL ODER_BOUNDS(kThreads, 3) fourier_points_kernel(Kind kind, Pair* samples, FourierScan scan,
-                                                           ODER_CONSTANT(FourierPlan) plan, int lanes, float scale) {
+template <bool Long>
+ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
+    fourier_points_kernel(Kind kind, Pair* samples, FourierScan scan, ODER_CONSTANT(FourierPlan) plan, int lanes,
+                          float scale) {
   ODER_DYNAMIC_SHARED(Pair, memory);
   const int thread = threadIdx.x, width = scan.width, n = scan.n, pitch = lanes | 1;
-  const bool dense = plan.radix[plan.n_stages - 1] > kRadix;
+  const bool dense = !Long && plan.radix[plan.n_stages - 1] > kRadix;
   const int roots_at = width * pitch * (dense ? 2 : 1);
   Share share{memory, 0, width * pitch, roots_at, width, pitch, thread % lanes, thread / lanes, kThreads / lanes};
   int* const column_at = reinterpret_cast<int*>(memory + roots_at + width);
@@ -564,7 +562,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3) fourier_points_kernel(Kind kind, Pair* samp
     }
   };
   if (kind != kAdjoint) each_number([](Pair& cell, Pair& number) { cell = number; });
-  transform<false>(share, kind, plan, 0, width, [&](int row, const Number& a) {
+  transform<Long>(share, kind, plan, 0, width, [&](int row, const Number& a) {
     const int64_t at = static_cast<int64_t>(column_at[row]) * n;
     Number sample{0, 0};
     if (!active || at < 0) return sample;
@@ -638,25 +636,35 @@ void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const Four
               plan, layout, sampled, red);
 }
 
+// Whether the last stage, and no other, takes a long radix in registers.
+bool ends_long(const FourierPlan& plan) {
+  const int last = plan.n_stages - 1, radix = plan.radix[last];
+  return radix > kRadix && radix <= kLongRadix && (last == 0 || plan.radix[last - 1] <= kRadix);
+}
+
 void lines(Kind kind, const Pair* image, Pair* samples, Pair* out, const FourierScan& scan, const RedOperands& red,
            void* stream) {
-  const FourierPlan plan = fourier_plan(scan.n);
-  const int last = plan.n_stages - 1, radix = plan.radix[last];
-  const bool is_long = radix > kRadix && radix <= kLongRadix && (last == 0 || plan.radix[last - 1] <= kRadix);
+  const bool is_long = ends_long(fourier_plan(scan.n));
   (is_long ? lines_of<true> : lines_of<false>)(kind, image, samples, out, scan, red, stream);
 }
 
-void points(Kind kind, Pair* samples, const FourierScan& scan, void* stream) {
+template <bool Long>
+void points_of(Kind kind, Pair* samples, const FourierScan& scan, void* stream) {
   const FourierPlan plan = fourier_plan(scan.width);
   const double scale = 1 / std::sqrt(static_cast<double>(scan.width));
   for (int lanes = kLanes; lanes > 0; lanes /= 2) {
-    const size_t shared = tile_bytes(plan, false, lanes | 1, 0);
+    const size_t shared = tile_bytes(plan, Long, lanes | 1, 0);
     if (shared > (lanes > 4 ? kSharedBytes : kMostSharedBytes)) continue;
-    ODER_LAUNCH(fourier_points_kernel, ceil_div(scan.n, lanes) * scan.n_used * scan.batch, kThreads, shared, stream,
-                kind, samples, scan, plan, lanes, static_cast<float>(scale));
+    ODER_LAUNCH(fourier_points_kernel<Long>, ceil_div(scan.n, lanes) * scan.n_used * scan.batch, kThreads, shared,
+                stream, kind, samples, scan, plan, lanes, static_cast<float>(scale));
     return;
   }
   refuse(scan.width);
+}
+
+void points(Kind kind, Pair* samples, const FourierScan& scan, void* stream) {
+  const bool is_long = ends_long(fourier_plan(scan.width));
+  (is_long ? points_of<true> : points_of<false>)(kind, samples, scan, stream);
 }
 
 const Pair* pairs(const void* a) { return static_cast<const Pair*>(a); }
