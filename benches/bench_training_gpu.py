@@ -44,7 +44,7 @@ class Step:
         self.start = self.ct.fbp(self.y).clamp(min=0)
         self.optimizer = torch.optim.Adam(self.unet.parameters(), 1e-4)
 
-    def run(self, backend: str, iterations: int = ITERATIONS) -> None:
+    def run(self, backend: str, iterations: int = ITERATIONS, cuda_graph: bool = False) -> None:
         self.ct.backend = backend
         solver = Nesterov(iterations, 1e-4, check_every=None)
         model = DEQRED(
@@ -58,6 +58,7 @@ class Step:
             nonnegative=True,
             generator=torch.Generator("cuda").manual_seed(0),
             on_failure="ignore",
+            cuda_graph=cuda_graph,
         )
         self.optimizer.zero_grad()
         (model(self.y, self.start) - self.truth).square().mean().backward()
@@ -80,6 +81,7 @@ def test_gpu_step(report, monkeypatch):
     assert max(errors.values()) < 1e-3, errors
     report.benchmark.pedantic(lambda: None)
     candidates = {face: lambda _, face=face: step.run(face) for face in ("cuda", "triton", "reference")}
+    candidates["cuda, by CUDA graphs"] = lambda _: step.run("cuda", cuda_graph=True)
     candidates["the denoiser alone"] = lambda _: denoiser_alone(step.unet, step.start, step.optimizer)
     torch.cuda.reset_peak_memory_stats()
     times = time_in_turn(candidates, 1, eager=candidates, rounds=3)

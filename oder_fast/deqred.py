@@ -26,13 +26,15 @@ from .fixed_point import (
     Step,
 )
 from .fixed_point.differentiation import AdjointMemory
-from .fixed_point.maps import vjp
+from .fixed_point.graphs import EAGER, graph_execution, tell
+from .fixed_point.maps import Hidden, vjp
 from .fixed_point.solution import POLICIES, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def _uncompiled(method: F) -> F:
@@ -84,6 +86,14 @@ class DEQRED(nn.Module):
         generator: Source of the minibatches; None for the default one of torch.
         on_failure: Where an image does not converge: ``"warn"``, ``"raise"`` or ``"ignore"``. Divergence and
             NaN always raise.
+        cuda_graph: On a GPU, capture the iterations of each solve, forward and adjoint, as CUDA graphs and replay
+            them: the same bits, with one launch an iteration. It pays where launching an iteration's kernels
+            takes as long as running them, as with small images and light denoisers. Each solve captures anew, and
+            memory for one iteration is set aside for good. Solves fall back to one launch for each kernel, and
+            say why by a `NotCapturedWarning`, once, and in ``Solution.fallback_reason``: for images on a CPU,
+            minibatches drawn by a generator of the CPU or by an operator of somebody else, measurements spread
+            over processes, a denoiser (or what else is called) that waits for the device, and where `Unrolled`
+            records gradients.
 
     Raises:
         TypeError: For an argument of the wrong type.
@@ -121,6 +131,7 @@ class DEQRED(nn.Module):
         nonnegative: bool = False,
         generator: torch.Generator | None = None,
         on_failure: Policy = "warn",
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         solver = Nesterov() if solver is None else solver
@@ -135,6 +146,8 @@ class DEQRED(nn.Module):
             raise TypeError(f"DEQRED: denoiser must be callable, got {type(denoiser).__name__}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"DEQRED: generator must be a torch.Generator, got {type(generator).__name__}")
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(f"DEQRED: cuda_graph must be True or False, got {type(cuda_graph).__name__}")
         if on_failure not in POLICIES:
             raise ValueError(f"DEQRED: on_failure must be one of {POLICIES}, got {on_failure!r}")
         self.operator = operator
@@ -164,7 +177,9 @@ class DEQRED(nn.Module):
         self.nonnegative = nonnegative
         self.generator = generator
         self.on_failure: Policy = on_failure
+        self.cuda_graph = cuda_graph
         self._memory = AdjointMemory()
+        self._told: set[str] = set()
 
     def _set_scalar(self, name: str, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -186,6 +201,7 @@ class DEQRED(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_memory"] = AdjointMemory()
+        state["_told"] = set()
         if self.generator is not None:
             state["generator"] = (self.generator.device, self.generator.get_state())
         return state
@@ -237,6 +253,7 @@ class DEQRED(nn.Module):
             return self._iterate(y, x0)
         solution: Solution = self._solve(y, x0)
         # Past nn.Module's own two frames.
+        tell(solution.fallback_reason, self._told, stacklevel=5)
         solution.require(self.on_failure, stacklevel=5)
         return solution if return_solution else solution.value
 
@@ -253,7 +270,8 @@ class DEQRED(nn.Module):
     @_uncompiled
     def _solve(self, y: Tensor, x0: Tensor | None) -> Solution:
         with self._problem(y, x0) as (red, start):
-            return self.differentiation.solve(red, start, self.solver, self._memory)
+            execution = graph_execution(start, self._told) if self.cuda_graph else EAGER
+            return self.differentiation.solve(red, start, self.solver, self._memory, execution)
 
     def _iterate(self, y: Tensor, x0: Tensor | None) -> Tensor:
         with self._problem(y, x0) as (red, start), torch.no_grad(), red.solving():
@@ -426,6 +444,11 @@ class RED(FixedPointMap):
         )
         return Step(update.image, update.extrapolated, self.agree(update.reductions))
 
+    @property
+    def hidden(self) -> Hidden:  # type: ignore[override]
+        """The full gradient and where it was last taken, and how minibatches are drawn."""
+        return self.fidelity
+
     def agree(self, reductions: Tensor) -> Tensor:
         """Return the reductions that decide in all processes."""
         return self.fidelity.agree(reductions)
@@ -440,11 +463,13 @@ class RED(FixedPointMap):
             raise ValueError(
                 f"DEQRED: denoiser must return the shape it got, {tuple(channels.shape)}, got {got}"
             )
-        return from_channels(denoised.to(channels.dtype), image)
+        if denoised.dtype != channels.dtype:
+            denoised = denoised.to(channels.dtype)
+        return from_channels(denoised, image)
 
     def draw(self) -> RED:
         """Return the map of a fresh minibatch."""
-        return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
+        return _changed(self, fidelity=self.fidelity.draw()) if self.stochastic else self
 
     def select(self, images: Tensor) -> RED:
         """Return the map of some images."""
@@ -518,6 +543,11 @@ class TransposedRED(FixedPointMap):
         """Whether their noise vanishes at the fixed point."""
         return self.fidelity.variance_reduction
 
+    @property
+    def hidden(self) -> Hidden:  # type: ignore[override]
+        """The full gradient and where it was last taken, and how minibatches are drawn."""
+        return self.fidelity
+
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T'^H point``."""
         u = point if self.mask is None else point * self.mask
@@ -532,11 +562,11 @@ class TransposedRED(FixedPointMap):
 
     def draw(self) -> TransposedRED:
         """Return the map of a fresh minibatch."""
-        return replace(self, fidelity=self.fidelity.draw()) if self.stochastic else self
+        return _changed(self, fidelity=self.fidelity.draw()) if self.stochastic else self
 
 
 @dataclass
-class Fidelity:
+class Fidelity(Hidden):
     r"""The data fidelity's part of a RED step: of all blocks, or of a minibatch.
 
     Serves three kinds of operator: one with a fused ``red_update``, one with ``gradient(x, y, blocks)``, one
@@ -563,6 +593,34 @@ class Fidelity:
     def stochastic(self) -> bool:
         """Whether there are minibatches to draw."""
         return self.minibatch_size is not None and self.blocks is None
+
+    @property
+    def carried(self) -> tuple[Tensor, ...]:
+        """The anchor and the full gradient there."""
+        return self.anchor or ()
+
+    @carried.setter
+    def carried(self, tensors: tuple[Tensor, ...]) -> None:
+        self.anchor = (tensors[0], tensors[1]) if tensors else None
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:  # type: ignore[override]
+        """Of the minibatches."""
+        return (self.generator,) if self.stochastic and self.generator is not None else ()
+
+    @property
+    def obstacle(self) -> str | None:  # type: ignore[override]
+        """Why a step cannot be captured in a CUDA graph."""
+        kind = type(self.operator)
+        if hasattr(kind, "agree"):
+            return "the measurements are spread over processes, which exchange gradients in each iteration"
+        if not self.stochastic:
+            return None
+        if self.generator is not None and self.generator.device.type != self.y.device.type:
+            return f"minibatches are drawn by a generator on the {self.generator.device}; give one on the GPU"
+        if not kind.draw_blocks.__module__.startswith(f"{__package__}.operators"):
+            return f"{kind.__name__}.draw_blocks may draw by other means than torch's on the GPU, which alone repeat"
+        return None
 
     def gradient(self, x: Tensor, *, zero_data: bool = False) -> Tensor:
         """Return the gradient of all blocks or of the minibatch, of zero data where asked."""
@@ -614,7 +672,7 @@ class Fidelity:
     def draw(self) -> Fidelity:
         """Return the data fidelity of a fresh minibatch."""
         blocks: Tensor = self.operator.draw_blocks(self.minibatch_size, self.generator)
-        return replace(self, blocks=blocks)
+        return _changed(self, blocks=blocks)
 
     def homogeneous(self, minibatch_size: int | None) -> Fidelity:
         """Return the data fidelity of zero data."""
@@ -631,6 +689,13 @@ class Fidelity:
         )
         operator = self.operator.select(images) if hasattr(self.operator, "select") else self.operator
         return replace(self, operator=operator, y=self.y.index_select(0, images), anchor=anchor)
+
+
+def _changed(original: T, **fields: Any) -> T:
+    """Return a copy with other fields, as `dataclasses.replace` does, but in less than a small operator takes."""
+    changed = object.__new__(type(original))
+    vars(changed).update(vars(original), **fields)
+    return changed
 
 
 def as_channels(image: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .maps import Checkpointed, FixedPointMap, Linearization
+from .graphs import EAGER, Execution, tell
+from .maps import Checkpointed, FixedPointMap, Hidden, Linearization
 from .solution import FixedPointError, NotConvergedWarning, Solution
 from .solvers import Solver
 
@@ -31,7 +32,12 @@ class Differentiation(ABC):
 
     @abstractmethod
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], memory: AdjointMemory
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        memory: AdjointMemory,
+        execution: Execution = EAGER,
     ) -> Solution:
         """Solve for the fixed point; where gradients are recorded, the solution's value carries them.
 
@@ -40,6 +46,7 @@ class Differentiation(ABC):
             start: Shape ``(B, ...)``.
             solver: Of the forward solve.
             memory: Where a warm start is kept from call to call.
+            execution: How the iterations of this solve and of its adjoint run.
 
         Returns:
             The `Solution`, converged or not.
@@ -90,16 +97,26 @@ class Implicit(Differentiation):
             )
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], memory: AdjointMemory
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        memory: AdjointMemory,
+        execution: Execution = EAGER,
     ) -> Solution:
         """Solve without a graph; attach one evaluation of the map, and the adjoint solve to its gradient."""
-        solution = _solve_without_graph(fixed_point_map, start, solver)
+        solution = _solve_without_graph(fixed_point_map, start, solver, execution)
         if not (torch.is_grad_enabled() and fixed_point_map.requires_grad):
             return solution
-        linearization = fixed_point_map.linearize(solution.value, self.minibatch_size)
+        with execution.aside():
+            linearization = fixed_point_map.linearize(solution.value, self.minibatch_size)
 
         def adjoint(gradient: Tensor) -> Tensor:
-            return self._adjoint(linearization, gradient, self.solver or solver, memory, solution.adjoint)
+            with execution.aside():
+                w = self._adjoint(
+                    linearization, gradient, self.solver or solver, memory, execution, solution.adjoint
+                )
+            return execution.hand_over(w)
 
         return _attach(solution, linearization, start, adjoint)
 
@@ -109,13 +126,15 @@ class Implicit(Differentiation):
         gradient: Tensor,
         solver: Solver[Any],
         memory: AdjointMemory,
+        execution: Execution,
         record: list[Solution],
     ) -> Tensor:
         warm = self.warm_start and memory.last is not None and memory.last.shape == gradient.shape
         first = memory.last.to(gradient) if warm and memory.last is not None else gradient
         try:
-            solution = solver.solve(_Adjoint(linearization.transposed, gradient), first)
+            solution = solver.solve(_Adjoint(linearization.transposed, gradient), first, execution)
             record.append(solution)
+            tell(solution.fallback_reason, execution.told, stacklevel=2)
             solution.require("ignore" if self.on_failure == "warn" else "raise")
         except FixedPointError as error:
             if self.on_failure != "jacobian_free":
@@ -146,10 +165,15 @@ class JacobianFree(Differentiation):
     """
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], memory: AdjointMemory
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        memory: AdjointMemory,
+        execution: Execution = EAGER,
     ) -> Solution:
         """Solve without a graph; attach one evaluation of the map."""
-        solution = _solve_without_graph(fixed_point_map, start, solver)
+        solution = _solve_without_graph(fixed_point_map, start, solver, execution)
         if not (torch.is_grad_enabled() and fixed_point_map.requires_grad):
             return solution
         return _attach(
@@ -166,12 +190,20 @@ class Unrolled(Differentiation):
     """
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], memory: AdjointMemory
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        memory: AdjointMemory,
+        execution: Execution = EAGER,
     ) -> Solution:
         """Solve with a graph, checkpointed."""
         if not torch.is_grad_enabled():
-            return _solve_without_graph(fixed_point_map, start, solver)
-        return solver.solve(Checkpointed(fixed_point_map), start)
+            return _solve_without_graph(fixed_point_map, start, solver, execution)
+        if execution is not EAGER and execution.reason is None:
+            reason = "Unrolled lets autograd record the iterations, which a graph would replay unrecorded"
+            execution = Execution(reason, execution.told)
+        return solver.solve(Checkpointed(fixed_point_map), start, execution)
 
 
 class _Adjoint(FixedPointMap):
@@ -184,6 +216,10 @@ class _Adjoint(FixedPointMap):
         self.variance_reduced = transposed.variance_reduced
         self.advice = transposed.advice
 
+    @property
+    def hidden(self) -> Hidden:  # type: ignore[override]
+        return self.transposed.hidden
+
     def __call__(self, point: Tensor) -> Tensor:
         return self.transposed(point) + self.gradient
 
@@ -194,9 +230,13 @@ class _Adjoint(FixedPointMap):
         return _Adjoint(self.transposed.draw(), self.gradient)
 
 
-def _solve_without_graph(fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any]) -> Solution:
-    with torch.no_grad(), fixed_point_map.solving():
-        return solver.solve(fixed_point_map, start)
+def _solve_without_graph(
+    fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], execution: Execution
+) -> Solution:
+    with execution.aside(), torch.no_grad(), fixed_point_map.solving():
+        solution = solver.solve(fixed_point_map, start, execution)
+    execution.hand_over(solution.value)
+    return solution
 
 
 def _attach(

@@ -27,6 +27,20 @@ class Step(NamedTuple):
     reductions: Tensor
 
 
+class Hidden:
+    """What evaluations of a map have in common beside their arguments, and a CUDA graph has to know.
+
+    Attributes:
+        carried: Tensors that one evaluation leaves for the next ones; can be set to copies of them.
+        generators: That minibatches are drawn from on a GPU, beside torch's default one.
+        obstacle: Why an evaluation, the drawing included, cannot be captured.
+    """
+
+    carried: tuple[Tensor, ...] = ()
+    generators: tuple[torch.Generator, ...] = ()
+    obstacle: str | None = None
+
+
 class FixedPointMap:
     """A map T on batches of images. Define the call; all else has a default.
 
@@ -36,12 +50,14 @@ class FixedPointMap:
             itself before the first draw, and again now and then.
         requires_grad: Whether anything that the map depends on needs a gradient.
         advice: What to change where the iteration does not converge.
+        hidden: What evaluations have in common beside their arguments.
     """
 
     stochastic: bool = False
     variance_reduced: bool = False
     requires_grad: bool = True
     advice: str = "iterate a map that contracts"
+    hidden: Hidden = Hidden()
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``, shape ``(B, ...)``."""

@@ -34,6 +34,8 @@ class Solution:
         message: What happened, and what to change where an image did not converge.
         adjoint: Solutions of the adjoint equation: implicit differentiation appends one in each backward
             pass.
+        fallback_reason: Why not all iterations were replayed as CUDA graphs that could have been, where this was
+            asked for; else None.
     """
 
     value: Tensor
@@ -44,6 +46,7 @@ class Solution:
     contraction: Tensor
     message: str
     adjoint: list[Solution] = field(default_factory=list)
+    fallback_reason: str | None = None
 
     def __repr__(self) -> str:
         """Tell how it went; the image itself would fill the screen."""

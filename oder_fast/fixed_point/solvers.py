@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graphs import EAGER, Evaluation, Execution
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
 
@@ -102,14 +103,18 @@ StateT = TypeVar("StateT", bound=State)
 class _Record:
     """Collects what becomes a `Solution`."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, evaluate: Evaluation) -> None:
+        self.evaluate = evaluate
         self.rows: list[tuple[int, list[int], Tensor]] = []
         self.pieces: list[tuple[list[int], Tensor]] = []
         self.iterations = np.zeros(batch, np.int64)
         self.converged = np.zeros(batch, np.bool_)
 
+    def tested(self, iteration: int, images: list[int], reductions: Tensor) -> None:
+        self.rows.append((iteration, images, self.evaluate.keep(reductions)))
+
     def finish(self, images: list[int], values: Tensor, iteration: int, converged: bool) -> None:
-        self.pieces.append((images, values))
+        self.pieces.append((images, self.evaluate.keep(values)))
         self.iterations[images] = iteration
         self.converged[images] = converged
 
@@ -133,7 +138,10 @@ class _Record:
         iterations, converged, relative = map(torch.from_numpy, (self.iterations, self.converged, residuals))
         contraction = fit_contraction(relative, at)
         message = describe(converged, relative, contraction)
-        return Solution(value, iterations, relative, at, converged, contraction, message)
+        reason = self.evaluate.reason
+        return Solution(
+            value, iterations, relative, at, converged, contraction, message, fallback_reason=reason
+        )
 
 
 def _of(values: Tensor, chosen: list[int]) -> Tensor:
@@ -147,6 +155,11 @@ def _limit(change: float, norm: float) -> float:
     """Return the squared change beyond which an image diverges, by those of its first iteration."""
     limit = DIVERGENCE**2 * max(change, norm)
     return limit if math.isfinite(limit + change + norm) else 0.0
+
+
+def _apply(fixed_point_map: FixedPointMap, state: State) -> Step:
+    """Evaluate the map at the state's point, and leave that as it is."""
+    return fixed_point_map.step(state.point)
 
 
 def looking_is_cheap(device: torch.device) -> bool:
@@ -193,7 +206,12 @@ class Solver(ABC, Generic[StateT]):
     def _tail(self) -> Tail | None:
         return None
 
-    def solve(self, fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor], start: Tensor) -> Solution:
+    def solve(
+        self,
+        fixed_point_map: FixedPointMap | Callable[[Tensor], Tensor],
+        start: Tensor,
+        execution: Execution = EAGER,
+    ) -> Solution:
         r"""Iterate from `start` until :math:`\|T(x) - x\| \le \mathrm{tolerance} \, \|T(x)\|` for each image.
 
         An image that has converged keeps its value; on a CPU it leaves the batch where the map allows that.
@@ -202,6 +220,7 @@ class Solver(ABC, Generic[StateT]):
         Args:
             fixed_point_map: The map, or any callable ``(B, ...) -> (B, ...)`` that treats images one by one.
             start: Shape ``(B, ...)``.
+            execution: How the iterations run.
 
         Returns:
             A `Solution`, converged or not.
@@ -219,10 +238,11 @@ class Solver(ABC, Generic[StateT]):
             raise ValueError(f"{type(self).__name__} takes no minibatches: use Nesterov or Picard")
         cheap_to_look, target = looking_is_cheap(start.device), self.tolerance**2
         state = self._begin(start)
+        evaluate = execution.evaluation(type(self).__name__, exact)
         tail = self._tail() if exact.stochastic and not exact.variance_reduced else None
         tail_start = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
         average = start
-        record = _Record(start.shape[0])
+        record = _Record(start.shape[0], evaluate)
         # A few numbers of each image decide on the host, where lists are quicker than small tensors.
         images = list(range(start.shape[0]))  # which images of the whole batch are here
         alive = [True] * start.shape[0]  # which of those have not converged
@@ -234,30 +254,32 @@ class Solver(ABC, Generic[StateT]):
             check = self._checks(iteration, exact.stochastic, cheap_to_look)
             ending = tail if iteration > tail_start else None
             averaging = isinstance(ending, Average)
-            current = exact if check and not averaging else exact.draw()
+            drawn = exact.stochastic and not (check and not averaging)
             if isinstance(ending, Decay):
-                step = current.step(state.point)
+                step = evaluate(_apply, exact, state, drawn)
                 weight = 1 / (1 + ending.rate * (iteration - tail_start - 1))
                 state.point = torch.lerp(state.point, step.image, weight)
             else:
-                step = self._advance(current, state)
+                step = evaluate(self._advance, exact, state, drawn)
             if averaging:
                 average = torch.lerp(average, step.image, 1 / (iteration - tail_start))
                 if check:
                     step = exact.step(average)
                 elif last:
                     step = step._replace(image=average)
-            reductions = step.reductions.detach()
+            reductions = step.reductions
+            if reductions.requires_grad:
+                reductions = reductions.detach()
             if first is None:
                 first = reductions
             tested = check or not exact.stochastic
             if tested:
-                record.rows.append((iteration, images, reductions))
+                record.tested(iteration, images, reductions)
             if not check and not last:
                 continue
             if not limits:
-                limits = [_limit(change, norm) for change, norm, _ in first.cpu().tolist()]
-            found = list(zip(reductions.cpu().tolist(), limits, alive, strict=True))
+                limits = [_limit(change, norm) for change, norm, _ in first.tolist()]
+            found = list(zip(reductions.tolist(), limits, alive, strict=True))
             wrong = [k for k, (r, limit, here) in enumerate(found) if here and not r[0] <= limit]
             if wrong:
                 finite = all(map(math.isfinite, itertools.chain.from_iterable(found[k][0] for k in wrong)))
@@ -333,10 +355,10 @@ class Solver(ABC, Generic[StateT]):
         worst = float(last_residual(residuals)[left].max())
         rates = contraction[left & contraction.isfinite()]
         rate = float(rates.max()) if len(rates) else math.nan
+        pace = f", times {rate:.3g} per iteration" if len(rates) else ""
         message = (
             f"{name}: {int(left.sum())} of {len(left)} images did not reach the relative residual "
-            f"{self.tolerance:g} in {self.max_iterations} iterations: it is {worst:.2g}, "
-            f"times {rate:.3g} per iteration; "
+            f"{self.tolerance:g} in {self.max_iterations} iterations: it is {worst:.2g}{pace}; "
         )
         if self.tolerance < ROUNDING * torch.finfo(dtype).eps:
             return message + f"rounding of {dtype} may not allow that tolerance: raise it"
@@ -448,10 +470,16 @@ class Nesterov(Solver[_NesterovState]):
             state.point, state.previous, torch.from_numpy(momentum) if on_host else momentum
         )
         state.point, state.previous = step.extrapolated, step.image
-        state.age = state.age + 1
+        if not on_host:
+            state.age = state.age + 1
+            if self.restart:
+                state.age = state.age * (step.reductions[:, 2] <= 0)
+            return step
+        state.age += 1
         if self.restart:
-            uphill = step.reductions.detach().numpy() if on_host else step.reductions
-            state.age = state.age * (uphill[:, 2] <= 0)
+            for image, (_, _, uphill) in enumerate(step.reductions.tolist()):
+                if not uphill <= 0:
+                    state.age[image] = 0
         return step
 
 
@@ -564,5 +592,6 @@ class Anderson(Solver[_AndersonState]):
         matrix = state.gram * scale[:, :, None] * scale[:, None] + torch.diag_embed((~state.valid).double())
         matrix = matrix + torch.diag_embed(torch.full_like(squares, self.ridge * squares.shape[1]))
         right = torch.stack([inner(change, state.residual) for change in state.residual_changes], 1) * scale
-        weights: Tensor = torch.linalg.solve(matrix, right) * scale
+        # Without the check of `solve`, which waits for the device: a mixed iterate that is no number is rejected.
+        weights: Tensor = torch.linalg.solve_ex(matrix, right)[0] * scale
         return weights

@@ -196,6 +196,8 @@ class RED(_Section):
         adjoint_tolerance: Of the adjoint solve.
         differentiation: ``"implicit"``, ``"jacobian_free"`` or ``"unrolled"``.
         nonnegative: Project on images of at least 0; by default for CT alone.
+        cuda_graph: Replay the iterations on a GPU as CUDA graphs (see `oder_fast.DEQRED`); minibatches are then drawn
+            there, and are others than without.
     """
 
     tau: NonNegativeFloat = 0.002
@@ -209,6 +211,7 @@ class RED(_Section):
     adjoint_tolerance: PositiveFloat = 1e-3
     differentiation: Literal["implicit", "jacobian_free", "unrolled"] = "implicit"
     nonnegative: bool | None = None
+    cuda_graph: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> RED:
@@ -351,7 +354,7 @@ RUN_MAY_CHANGE = (
     "data.cache",
     "training.steps",
 )
-"""What may differ when a run is resumed: where and how long, not what is computed."""
+"""What may differ when a run is resumed: where and (with a constant schedule) how long, not what is computed."""
 
 
 def read_configuration(
@@ -490,6 +493,9 @@ def _classes(annotation: Any) -> list[type]:
 
 def differences(saved: Configuration, given: Configuration) -> list[str]:
     """Return the settings that change what a run computes and differ between two configurations."""
+    may_change = [*RUN_MAY_CHANGE]
+    if given.training.schedule == "cosine":  # which ends with the last step
+        may_change.remove("training.steps")
 
     def flat(tree: Any, key: str = "") -> dict[str, Any]:
         if not isinstance(tree, Mapping) or not tree:
@@ -505,5 +511,5 @@ def differences(saved: Configuration, given: Configuration) -> list[str]:
         f"{key} was {one.get(key)!r} and is {other.get(key)!r}"
         for key in sorted({*one, *other})
         if one.get(key) != other.get(key)
-        and not any(key == may or key.startswith(may + ".") for may in RUN_MAY_CHANGE)
+        and not any(key == may or key.startswith(may + ".") for may in may_change)
     ]

@@ -159,6 +159,7 @@ class FixedPointModel(nn.Module):
         self.denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.section = section
         self.nonnegative = nonnegative if section.nonnegative is None else section.nonnegative
+        self._told: set[str] = set()
         self.log_tau = nn.Parameter(torch.tensor(math.log(section.tau))) if section.train_tau else None
 
     @property
@@ -201,7 +202,10 @@ class FixedPointModel(nn.Module):
             nonnegative=self.nonnegative,
             generator=generator,
             on_failure="ignore",
+            cuda_graph=self.section.cuda_graph,
         )
+        # Each call builds one anew; what was told is not told again.
+        model._told = self._told
         if halvings:
             model.step_size = model.current_step_size() * 0.5**halvings
         return model
@@ -210,6 +214,10 @@ class FixedPointModel(nn.Module):
         self, operator: Any, y: Tensor, generator: torch.Generator | None = None, halvings: int = 0
     ) -> Solution:
         """Solve for measurements ``(B, *operator.data_shape)``; a solve that did not converge tells so itself."""
+        if self.section.cuda_graph and generator is not None and y.device != generator.device:
+            # A graph draws on the GPU, from numbers that follow from the same seed.
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            generator = torch.Generator(y.device).manual_seed(seed)
         with warnings.catch_warnings():
             # A gradient good to a few per cent is good enough for Adam; how far it is stands in the solution.
             warnings.simplefilter("ignore", NotConvergedWarning)
