@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from oder_fast import DnCNN, Nesterov
+from oder_fast import DnCNN, Nesterov, NotCapturedWarning
 from oder_fast.cli import main
 from oder_fast.data import Phantoms, psnr
 from oder_fast.data.samples import Batch, Sample
@@ -190,31 +192,92 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path):
     assert_same(whole.best, tmp_path / "best.pt")
     for name in ("training.csv", "validation.csv"):
         assert without_times(tmp_path / name) == without_times(whole.last.parent / name)
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert left_over(tmp_path) == []
+
+
+def left_over(folder):
+    return [p.name for p in folder.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
 class Asks(Trainer):
-    """Sends itself a signal in the middle of a step."""
+    """Sends itself and those that load a signal in the middle of a step, as one to the whole group does."""
 
     signal, at = signal.SIGTERM, 3
 
     def _step(self, *arguments):
         if self._overall() == self.at:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, self.signal)
             os.kill(os.getpid(), self.signal)
         return super()._step(*arguments)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 10)])
-def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, monkeypatch):
+def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, workers, monkeypatch):
     monkeypatch.setattr(Asks, "signal", number)
     monkeypatch.setattr(Asks, "at", at)
     before = signal.getsignal(number)
-    outcome = Asks(small(tmp_path), progress=False).fit()
+    outcome = Asks(small(tmp_path, f"data.workers={workers}"), progress=False).fit()
+    assert not multiprocessing.active_children()
     assert outcome.reason == signal.Signals(number).name
     assert signal.getsignal(number) is before
     state = load_checkpoint(outcome.last)
     assert state["position"]["step"] + 8 * state["position"]["stage"] == at + 1
     assert_same(whole.last, train(tmp_path, resume=True).last)
+
+
+def test_a_process_that_loads_and_is_killed(whole, tmp_path):
+    class Kills(Trainer):
+        def _step(self, *arguments):
+            if self._overall() == 5:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(10)  # until the signal of its end comes
+            return super()._step(*arguments)
+
+    with pytest.raises(RunError, match=r"loads data ended .*Killed.* checkpoint is .*0-00000004.pt; mend it"):
+        Kills(small(tmp_path, "data.workers=1"), progress=False).fit()
+    assert_same(whole.last, train(tmp_path, resume=True).last)
+
+
+def test_a_folder_in_which_another_run_is_at_work(tmp_path):
+    train(tmp_path, "training.steps=0")
+    script = (
+        "import sys; from pathlib import Path; from oder_fast.training.checkpoints import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(CheckpointError, match="another run is at work in it"):
+            train(tmp_path, resume=True)
+        other.stdin.close()
+    assert train(tmp_path, "training.steps=0", resume=True).reason == "finished"
+
+
+class Draws(torch.utils.data.Dataset):
+    """Draws from the generators of Python and NumPy."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k):
+        image = torch.full((16, 16), random.random()) * torch.linspace(0, 1, 16)
+        return Sample(f"{k}", image + float(np.random.rand()))  # noqa: NPY002
+
+
+def test_the_seed_is_that_of_python_and_numpy_too(tmp_path):
+    def run(folder, *overrides, **options):
+        return train(tmp_path / folder, *overrides, train_set=Draws(6), validation_set=Draws(2), **options)
+
+    one = run("one")
+    assert_same(one.last, run("other", "data.workers=1").last)
+    assert without_times(tmp_path / "one/validation.csv") == without_times(tmp_path / "other/validation.csv")
+    run("broken", "training.steps=1")
+    assert_same(one.last, run("broken", resume=True).last)
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys):
@@ -275,9 +338,15 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     assert_same(whole.last, train(tmp_path, resume=True).last)
 
 
+def test_a_schedule_that_ends_with_the_run_keeps_its_end(tmp_path):
+    train(tmp_path, "training.schedule=cosine", "training.steps=2")
+    with pytest.raises(ConfigurationError, match=r"another configuration: training.steps was 2 and is 4"):
+        train(tmp_path, "training.schedule=cosine", resume=True)
+
+
 def test_an_output_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"[Nn]ot a directory|exists"):
+    with pytest.raises(OSError, match=r"output .*file: cannot be made a folder: File exists"):
         train(tmp_path / "file")
     full = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
@@ -298,7 +367,7 @@ def test_a_disk_that_fills_up(whole, tmp_path, monkeypatch):
         )
         with pytest.raises(RunError, match=message):
             train(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert left_over(tmp_path) == []
     assert_same(whole.last, train(tmp_path, resume=True).last)
 
 
@@ -339,6 +408,17 @@ def test_backing_off_takes_shorter_steps_and_more_of_them():
     assert other.current_step_size() == pytest.approx(one.current_step_size() / 4)
     assert other.solver == Nesterov(120, 1e-3)
     assert other.differentiation.solver == Nesterov(80, 1e-3)
+
+
+def test_cuda_graphs_are_asked_for_and_why_there_are_none_is_told_once():
+    assert not small("unused").red.cuda_graph
+    trainer = Trainer(small("unused", "red.cuda_graph=true"), progress=False)
+    operator = trainer.scan.operator((16, 16))
+    y = operator(torch.ones(1, 16, 16))
+    with pytest.warns(NotCapturedWarning, match="on the device cpu"):
+        trainer.model(operator, y, torch.Generator())
+    # Warnings are errors here.
+    trainer.model(operator, y, torch.Generator())
 
 
 def test_a_denoiser_that_expands_ends_with_advice(tmp_path):

@@ -121,7 +121,8 @@ def save_npz(path: PathLike, **arrays: Tensor | NDArray[Any] | float) -> None:
 def npz_name(names: list[str], array: str | None) -> str:
     """Return the name of the array asked for, or of the only one."""
     if array is None and len(names) != 1:
-        raise ValueError(f"it holds {len(names)} arrays, name one of: {', '.join(names)}")
+        hint = "; as k-space it is for parallel MRI" if "kspace" in names else ""
+        raise ValueError(f"it holds {len(names)} arrays, name one of: {', '.join(names)}{hint}")
     if array is not None and array not in names:
         raise ValueError(f"it holds no array {array!r}, only: {', '.join(names)}")
     return array or names[0]

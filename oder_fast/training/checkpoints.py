@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,12 @@ import numpy as np
 import torch
 
 from ..data import atomic
+from .processes import rank
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 FORMAT = 1
@@ -100,6 +109,36 @@ def remove_old(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
     for path in folder.glob(".*.pt"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made; the lock ends with the process at the latest.
+
+    Raises:
+        OSError: Where the folder cannot be made.
+        CheckpointError: Where another run is at work in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output {folder}: cannot be made a folder: {error.strerror}") from error
+    if fcntl is None or rank() != 0:
+        yield
+        return
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OSError(f"output {folder}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            # Of this process alone: those that load do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Other errors mean a file system without locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(f"output {folder}: another run is at work in it") from error
+        yield
 
 
 def require_room(folder: Path, size: int) -> None:

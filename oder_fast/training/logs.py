@@ -88,7 +88,8 @@ def _plain(value: Value) -> Value:
 def live_line(name: str, unit: str, total: int, shown: bool, initial: int = 0) -> Any:
     """Return the line that tells how far something is; a file or a batch system's log gets one now and then."""
     often = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, initial=initial, desc=name, unit=unit, disable=not shown, mininterval=often)
+    options = {"disable": not shown, "mininterval": often, "dynamic_ncols": True}
+    return tqdm(total=total, initial=initial, desc=name, unit=unit, **options)
 
 
 class Logs:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from .logs import live_line
 from .losses import mse_loss
 
 Generator = torch.Generator | None
@@ -39,7 +39,7 @@ def _fit(
     training = module.training
     module.train()
     try:
-        with tqdm(total=steps, desc=what, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        with live_line(what, "step", steps, progress) as bar:
             for step in range(steps):
                 optimizer.zero_grad()
                 loss = compute_loss()

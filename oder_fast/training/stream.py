@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,6 +28,14 @@ def seed_of(*key: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def seed_generators(*key: Any) -> None:
+    """Seed the generators of Python, NumPy and torch that a user's own code may draw from, as `seed_of` says."""
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (others draw from it)
+    torch.manual_seed(seed)
+
+
 class Stream(Dataset[tuple[Sample, int]]):
     """Samples by their position in the run: epoch after epoch, each in an order of its own."""
 
@@ -43,6 +53,7 @@ class Stream(Dataset[tuple[Sample, int]]):
             self._order = epoch, torch.randperm(len(self.samples), generator=g).tolist()  # type: ignore[arg-type]
         g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
         index = self._order[1][place]
+        seed_generators(*self.key, "reading", position)
         for _ in range(DRAWS):
             sample = checked(self.samples[index])
             if not self.with_kspace:
@@ -93,7 +104,12 @@ def positions(start: int, batch: int) -> Iterator[list[int]]:
 
 def begin_worker(_: int) -> None:
     """Prepare a process that loads."""
-    # Ctrl-C reaches workers too: the run ends them itself, after its last checkpoint.
+    # Signals to the whole group (Ctrl-C, a batch system, torchrun) reach workers too: the run ends them itself, after
+    # its last checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _obey_the_next)
     torch.set_num_threads(1)
+
+
+def _obey_the_next(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -27,6 +27,7 @@ from . import configuration as settings
 from .checkpoints import (
     checkpoint_path,
     list_checkpoints,
+    locked,
     newest_checkpoint,
     random_states,
     remove_old,
@@ -52,7 +53,7 @@ from .processes import (
 from .report import STAGES, write_report
 from .scans import make_scan
 from .sets import make_sets, training_transform
-from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_of
+from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
 
 HALVINGS = 4
 """How many times a solver that diverges gets shorter steps before the run ends."""
@@ -458,7 +459,7 @@ class Trainer:
         position, section = self.position, self.stages[self.position.stage]
         batch = batch.to(self.device)
         # What dropout draws follows from the position too, in every process.
-        torch.manual_seed(seed_of(self.configuration.seed, "global", position.stage, position.step, rank()))
+        seed_generators(self.configuration.seed, "global", position.stage, position.step, rank())
         while True:
             failed = self._try_gradient(batch, seeds)
             if isinstance(failed, dict):
@@ -618,6 +619,7 @@ class Trainer:
     def _validate_one(self, k: int) -> tuple[list[float] | None, tuple[str, Tensor, Tensor, Tensor]]:
         """Return the numbers of an image, and what is drawn of it; no numbers of a uniform one, which has no scale."""
         seed = self.configuration.seed
+        seed_generators(seed, "validating", k)
         g = torch.Generator().manual_seed(seed_of(seed, "validation", k))
         batch = collate([self.scan.prepare(checked(self.validation_set[k]), g)]).to(self.device)
         truth = self.scan.show(batch.image[0]).cpu()
@@ -667,20 +669,36 @@ class Trainer:
         if self.configuration.threads is not None:
             torch.set_num_threads(self.configuration.threads)
         try:
-            with process_group(self.device, self.configuration.timeout), _Stop() as stop:
+            with (
+                process_group(self.device, self.configuration.timeout),
+                _Stop() as stop,
+                locked(self.folder),
+            ):
                 self._begin(resume)
                 try:
                     return self._run(stop)
                 except OSError as error:
-                    whole = next(iter(list_checkpoints(self.folder)), "none")
-                    raise RunError(
-                        f"{self.folder}: cannot be written any more: {error.strerror or error}; the newest checkpoint "
-                        f"is {whole}; mend it, and go on with --resume (resume=True)"
+                    raise self._broken_off(
+                        f"{self.folder}: cannot be written any more: {error.strerror or error}"
+                    ) from error
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader worker"):
+                        raise
+                    raise self._broken_off(
+                        f"a process that loads data ended ({error}); was there memory enough? data.workers is "
+                        f"{self.configuration.data.workers}"
                     ) from error
                 finally:
                     self.logs.close()
         finally:
             torch.set_num_threads(threads)
+
+    def _broken_off(self, reason: str) -> RunError:
+        """Return the error of a run that could not write a checkpoint where it ended."""
+        whole = next(iter(list_checkpoints(self.folder)), "none")
+        return RunError(
+            f"{reason}; the newest checkpoint is {whole}; mend it, and go on with --resume (resume=True)"
+        )
 
     def _run(self, stop: _Stop) -> Outcome:
         position = self.position
