@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 from .graphs import EAGER, Evaluation, Execution
 from .maps import FixedPointMap, Step, as_map, inner, per_image
 from .solution import DivergenceError, Solution, fit_contraction, last_residual
-
-Numbers = Any  # a tensor or, where that is quicker, a NumPy array
 
 # No transient of a momentum makes a step this many times longer than the first one and than the image.
 DIVERGENCE = 1e3
@@ -77,7 +75,8 @@ def _positive(name: str, field: str, value: float) -> None:
 class State:
     """What a solver carries from one iteration to the next.
 
-    Fields are arrays or lists of tensors whose first axis is the batch, or tuples of others.
+    Fields are tensors whose first axis is the batch, lists of such tensors, lists of a number for each image, or tuples
+    of others.
 
     Attributes:
         point: Where the map is evaluated next.
@@ -91,10 +90,10 @@ class State:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 setattr(self, f.name, value.index_select(0, images))
-            elif isinstance(value, np.ndarray):
-                setattr(self, f.name, value[images.numpy()])
-            elif isinstance(value, list):
+            elif isinstance(value, list) and all(isinstance(v, Tensor) for v in value):
                 setattr(self, f.name, [v.index_select(0, images) for v in value])
+            elif isinstance(value, list):
+                setattr(self, f.name, [value[k] for k in images.tolist()])
 
 
 StateT = TypeVar("StateT", bound=State)
@@ -413,8 +412,8 @@ class Picard(Solver[State]):
 @dataclass
 class _NesterovState(State):
     previous: Tensor
-    age: Numbers  # iterations since the start or the last restart
-    momenta: tuple[Numbers]  # at each age
+    age: Tensor | list[int]  # iterations since the start or the last restart
+    momenta: tuple[Tensor]  # at each age
 
 
 @dataclass(frozen=True)
@@ -456,30 +455,32 @@ class Nesterov(Solver[_NesterovState]):
         for _ in range(self.max_iterations):
             before, t = t, 0.5 * (1 + math.sqrt(1 + 4 * t * t))
             momenta.append((before - 1) / t)
-        # On the host in NumPy: each call of torch costs as much there as a small operator.
-        if looking_is_cheap(start.device) and not torch.compiler.is_compiling():
-            return _NesterovState(start, start, np.zeros(start.shape[0], np.int64), (np.array(momenta),))
         table = torch.tensor(momenta, dtype=torch.float64, device=start.device)
+        # On the host each call of torch costs as much as a small operator.
+        if looking_is_cheap(start.device) and not torch.compiler.is_compiling():
+            return _NesterovState(start, start, [0] * start.shape[0], (table,))
         age = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
         return _NesterovState(start, start, age, (table,))
 
     def _advance(self, fixed_point_map: FixedPointMap, state: _NesterovState) -> Step:
-        (table,) = state.momenta
-        momentum, on_host = table[state.age], isinstance(state.age, np.ndarray)
-        step = fixed_point_map.step(
-            state.point, state.previous, torch.from_numpy(momentum) if on_host else momentum
-        )
+        (table,), age = state.momenta, state.age
+        if isinstance(age, Tensor):
+            momentum = table[age]
+        elif len(age) == 1:
+            momentum = table[age[0] : age[0] + 1]
+        else:
+            momentum = table[torch.tensor(age)]
+        step = fixed_point_map.step(state.point, state.previous, momentum)
         state.point, state.previous = step.extrapolated, step.image
-        if not on_host:
-            state.age = state.age + 1
+        if isinstance(age, Tensor):
+            state.age = age + 1
             if self.restart:
                 state.age = state.age * (step.reductions[:, 2] <= 0)
-            return step
-        state.age += 1
-        if self.restart:
-            for image, (_, _, uphill) in enumerate(step.reductions.tolist()):
-                if not uphill <= 0:
-                    state.age[image] = 0
+        elif self.restart:
+            found = zip(age, step.reductions.tolist(), strict=True)
+            state.age = [n + 1 if uphill <= 0 else 0 for n, (_, _, uphill) in found]
+        else:
+            state.age = [n + 1 for n in age]
         return step
 
 
