@@ -197,7 +197,7 @@ profile() {
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
   ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
-    --kernel-name 'regex:oder::|^_(radon|fourier|diffraction|red)_' --metrics "$metrics" \
+    --kernel-name 'regex:oder::|^_(radon|fourier|diffraction|red|group_norm)_' --metrics "$metrics" \
     --force-overwrite --export "$work/kernels" "$PYTHON" benches/launch_kernels.py paper || return
   ncu --import "$work/kernels.ncu-rep" --csv --page raw --print-units base | grep -v '^==' >"$OUT/$name-kernels.csv"
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ..ops.group_norm_prelu import OPERATOR, OPERATOR_BACKWARD
 
 DEPTH = 4
 """Layers that are computed again for one gradient at most: each layer of a long chain would compute all before it."""
@@ -141,6 +143,9 @@ def _records_plainly() -> bool:
 class _Layer(ABC):
     """A layer with a derivative of its own."""
 
+    read: ClassVar[int] = 1
+    """Number of parameters, from the first on, that the derivative in the parameters reads."""
+
     @abstractmethod
     def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output, and what `vjp` needs."""
@@ -150,9 +155,9 @@ class _Layer(ABC):
         """Return the vjp in the features."""
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, read: tuple[Tensor, ...], wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the parameters, None where they are not wanted; the first needs the features."""
+        """Return the gradients in the parameters; there are features where one is wanted in what is read."""
         return ()
 
 
@@ -174,17 +179,18 @@ class _InParameters(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, recipe: Recipe, output: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.layer, ctx.function, ctx.needed = layer, recipe.function, parameters[0].requires_grad
+        read = parameters[: layer.read]
+        ctx.layer, ctx.function, ctx.needed = layer, recipe.function, any(p.requires_grad for p in read)
         # What is kept must be no argument: it would lead to the image, and the node run for that.
-        ctx.save_for_backward(parameters[0], *(recipe.kept if ctx.needed else ()))
+        ctx.save_for_backward(*read, *(recipe.kept if ctx.needed else ()))
         return output.new_zeros(()).expand(output.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        parameter, *kept = ctx.saved_tensors
+        read, kept = ctx.saved_tensors[: ctx.layer.read], ctx.saved_tensors[ctx.layer.read :]
         features = _compute(ctx.function, kept) if ctx.needed else None
         wanted = list(ctx.needs_input_grad[3:])
-        return None, None, None, *ctx.layer.parameter_gradients(gradient, features, parameter, wanted)
+        return None, None, None, *ctx.layer.parameter_gradients(gradient, features, read, wanted)
 
 
 def _apply(layer: _Layer, recipe: Recipe, features: Tensor, *parameters: Tensor) -> Tensor | None:
@@ -242,12 +248,12 @@ class _Convolution(_Layer):
         return features
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, read: tuple[Tensor, ...], wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
         bias = gradient.sum([0, *range(2, gradient.ndim)]) if wanted[1:] == [True] else None
         weight = None
         if features is not None:
-            weight = self._backward(gradient, features.to(gradient.dtype), parameter, [False, True, False])[1]
+            weight = self._backward(gradient, features.to(gradient.dtype), read[0], [False, True, False])[1]
         return (weight, bias)[: len(wanted)]
 
     def _backward(self, gradient: Tensor, features: Tensor, weight: Tensor, mask: list[bool]) -> Any:
@@ -332,9 +338,10 @@ class _Rectifier(_Layer):
         return result
 
     def parameter_gradients(
-        self, gradient: Tensor, features: Tensor | None, parameter: Tensor, wanted: list[bool]
+        self, gradient: Tensor, features: Tensor | None, read: tuple[Tensor, ...], wanted: list[bool]
     ) -> tuple[Tensor | None, ...]:
         assert features is not None
+        (parameter,) = read
         product = gradient * features.clamp(max=0)
         channels = [0, *range(2, product.ndim)] if parameter.numel() > 1 else list(range(product.ndim))
         return (product.sum(channels).reshape(parameter.shape),)
@@ -427,6 +434,62 @@ def _group_norm(
     return graph.remember(call(input, *affine), call, input, *affine)
 
 
+@dataclass
+class _GroupNormPrelu(_Layer):
+    """Group normalization and PReLU by one operator, which keeps its input and the statistics."""
+
+    read = 3
+
+    groups: int
+    eps: float
+    backend: str
+    statistics: tuple[Tensor, ...] = ()
+
+    def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output, *statistics = OPERATOR(features, *parameters, self.groups, self.eps, self.backend)
+        self.statistics = tuple(statistics)
+        return output, (features, *parameters)
+
+    def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
+        features: Tensor = self._backward(gradient, *saved, True, False)[0]
+        return features
+
+    def parameter_gradients(
+        self, gradient: Tensor, features: Tensor | None, read: tuple[Tensor, ...], wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        assert features is not None
+        gradients = self._backward(gradient, features, *read, False, True)[1:]
+        return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+    def _backward(self, gradient: Tensor, *others: Any) -> Any:
+        *saved, in_image, in_parameters = others
+        return OPERATOR_BACKWARD(
+            gradient, *saved, *self.statistics, self.groups, self.eps, in_image, in_parameters, self.backend
+        )
+
+
+def _group_norm_prelu(
+    graph: Rematerialized,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    groups: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...] | None:
+    layer, parameters = _GroupNormPrelu(groups, eps, backend), (weight, bias, slope)
+    output = _apply(layer, graph.recipe(input), input, *parameters)
+    if output is None:
+        return None
+
+    def call(features: Tensor, *parameters: Tensor) -> Tensor:
+        result: Tensor = OPERATOR(features, *parameters, groups, eps, backend)[0]
+        return result
+
+    return graph.remember(output, call, input, *parameters), *layer.statistics
+
+
 def _cat(graph: Rematerialized, tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
     tensors = tuple(tensors)
     output = torch.cat(tensors, dim)
@@ -437,7 +500,7 @@ def _cat(graph: Rematerialized, tensors: Iterable[Tensor], dim: int = 0) -> Tens
     return graph.remember(output, lambda *parts: torch.cat(parts, dim), *parts)
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv1d: _convolution(torch.conv1d, 1, False),
     torch.conv2d: _convolution(torch.conv2d, 2, False),
     torch.conv3d: _convolution(torch.conv3d, 3, False),
@@ -450,5 +513,6 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.relu: _relu,
     F.max_pool2d: _max_pool2d,
     F.group_norm: _group_norm,
+    OPERATOR: _group_norm_prelu,
     torch.cat: _cat,
 }

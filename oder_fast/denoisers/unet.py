@@ -13,6 +13,7 @@ from torch import Tensor, cat, nn
 from torch.nn.utils import parametrizations
 
 from ._checkpoints import load_fitting
+from ._fused import FusedSequential
 from .base import Denoiser, Predicts, pad_to_multiple
 from .lipschitz import bound_lipschitz
 
@@ -31,7 +32,7 @@ LEGACY_NAMES = {
 def _block(
     name: str, in_channels: int, channels: int, norm: Callable[[nn.Module], nn.Module]
 ) -> nn.Sequential:
-    return nn.Sequential(
+    return FusedSequential(
         OrderedDict(
             [
                 (f"{name}conv1", norm(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))),
@@ -49,6 +50,7 @@ class UNet(Denoiser):
 
     A block is convolution 3x3, group normalization in 4 groups, PReLU, convolution 3x3, PReLU; between levels
     max-pooling by 2 and transposed convolution by 2; the encoder's features are concatenated on the way up.
+    Normalization and the PReLU after it are one kernel on CUDA tensors, see `oder_fast.ops.group_norm_prelu`.
     Each (transposed) convolution carries a spectral norm, which bounds the kernel as a matrix: it is no
     certificate that the denoiser contracts. An image whose sides are no multiples of ``2 ** levels`` is
     extended at its lower and right border by reflection (replication where it is too small) and the result

@@ -15,6 +15,7 @@ from .diffraction import (
 )
 from .faces import BackendUnavailableError, available
 from .fourier import fourier_adjoint, fourier_forward, fourier_gradient, fourier_red_update
+from .group_norm_prelu import group_norm_prelu
 from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient, radon_red_update
 from .red_update import RedUpdate, red_update
 
@@ -35,6 +36,7 @@ __all__ = [
     "fourier_red_update",
     "gram_matrices",
     "gram_shape",
+    "group_norm_prelu",
     "normal_matrices",
     "radon_adjoint",
     "radon_backproject",

@@ -66,7 +66,7 @@ class _Triton:
 
 
 Face = _Compiled | _Triton
-STEMS = ("diffraction", "fourier", "radon", "red_update")
+STEMS = ("diffraction", "fourier", "group_norm_prelu", "radon", "red_update")
 
 
 def _import(name: str) -> ModuleType | str:
@@ -130,13 +130,17 @@ def face(backend: str) -> Face:
     return found
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(
+    backend: str, device: torch.device, dtype: torch.dtype, has: tuple[str, ...] = BACKENDS[2:]
+) -> str:
     """Return the face to run on: the named one, or the fastest that is here.
 
     Args:
-        backend: One of `BACKENDS`; ``"auto"`` obeys the environment variable ``ODER_FAST_BACKEND``.
+        backend: One of `BACKENDS`; ``"auto"`` obeys the environment variable ``ODER_FAST_BACKEND``, unless that names
+            a face which the operator does not have.
         device: Where the tensors are.
         dtype: Of the image.
+        has: Faces of the operator besides the reference.
 
     Raises:
         BackendUnavailableError: If the named face is missing or cannot take such tensors.
@@ -144,17 +148,21 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if backend == "auto":
         backend = os.environ.get("ODER_FAST_BACKEND", "auto")
+        if backend in BACKENDS[2:] and backend not in has:
+            backend = "auto"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = _reason_against(backend, device, dtype)
+        reason = (
+            _reason_against(backend, device, dtype) if backend in has else "the operator has no such face"
+        )
         if reason is not None:
             raise BackendUnavailableError(f"backend {backend!r} is not available: {reason}")
         return backend
     for candidate in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
-        if _reason_against(candidate, device, dtype) is None:
+        if candidate in has and _reason_against(candidate, device, dtype) is None:
             return candidate
     return "reference"
 
