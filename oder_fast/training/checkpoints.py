@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import os
 import random
 import re
@@ -18,11 +18,6 @@ import torch
 
 from ..data import atomic
 from .processes import rank
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
 FORMAT = 1
@@ -123,7 +118,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"output {folder}: cannot be made a folder: {error.strerror}") from error
-    if fcntl is None or rank() != 0:
+    if rank() != 0:
         yield
         return
     try:
@@ -134,10 +129,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             # Of this process alone: those that load do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Other errors mean a file system without locks.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise CheckpointError(f"output {folder}: another run is at work in it") from error
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(f"output {folder}: another run is at work in it") from error
+        except OSError:
+            pass  # some network file systems know no locks
         yield
 
 
