@@ -456,10 +456,7 @@ class RED(FixedPointMap):
     def denoise(self, image: Tensor) -> Tensor:
         """Call the denoiser on the image as channels, in the precision that autocast asks for."""
         channels = as_channels(image)
-        if self.autocast.enabled:
-            with self.autocast.resume():
-                denoised = self.denoiser(channels)
-        else:
+        with self.autocast.resume():
             denoised = self.denoiser(channels)
         if not isinstance(denoised, Tensor) or denoised.shape != channels.shape:
             got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
@@ -747,6 +744,8 @@ class _Autocast:
         self.dtype = torch.get_autocast_dtype(device.type)
 
     def resume(self) -> AbstractContextManager[Any]:
+        if not self.enabled:
+            return nullcontext()
         # A weight cast and kept without a graph would lose the gradient of an evaluation that wants one.
         return torch.autocast(self.device_type, self.dtype, cache_enabled=not torch.is_grad_enabled())
 
