@@ -253,6 +253,7 @@ inline uint32_t shift_right(uint32_t low, uint32_t high, int shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
 }
 inline float saturate(float a) { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }
+inline int64_t multiply_add(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
 inline double shuffle_down(double a, int offset) { return host::block().shuffle_down(a, offset); }
 template <int Bytes>
 void copy_async(void* target, const void* source, bool copy) {

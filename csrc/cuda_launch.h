@@ -56,6 +56,12 @@ ODER_DEVICE uint32_t bits_of_float(float a) { return __float_as_uint(a); }
 // Low word of (high:low) >> shift, for shift < 32.
 ODER_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, shift); }
 ODER_DEVICE float saturate(float a) { return __saturatef(a); }
+// a * b + c in one instruction, which the compiler at times takes apart.
+ODER_DEVICE int64_t multiply_add(int a, int b, int64_t c) {
+  int64_t d;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+  return d;
+}
 ODER_DEVICE double shuffle_down(double a, int offset) { return __shfl_down_sync(0xffffffffu, a, offset); }
 
 // Copies 4 or 16 bytes from global to shared memory, or writes zeros; seen by this thread after wait_for_copies(), by

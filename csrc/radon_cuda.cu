@@ -329,7 +329,15 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 1)
   out[at] = from_float<Out>(sum);
 }
 
-enum GatherKind { kNothing, kTwoBins, kFourBins, kAnyBins };
+// How a gathering reads the sinogram: through windows in shared memory, where a pixel takes at most two or four bins of
+// a view, or, for bins finer than half a pixel or much coarser than one, bin by bin with weights in float64.
+enum GatherKind { kTwoBins = 2, kFourBins = 4, kAnyBins = 0 };
+
+GatherKind gather_kind(double bin_spacing, bool matched) {
+  // Where sigma is above 8, the 23 bits of a fraction no longer make a weight of float's precision.
+  if (!(bin_spacing >= 0.5 && bin_spacing <= 5.6)) return kAnyBins;
+  return matched && bin_spacing < 1 - 1e-7 ? kFourBins : kTwoBins;
+}
 
 // One view as a tile of pixels sees it. A pixel takes bin d with the weight 1 - abs(d - u) * sigma, if that is
 // positive, where u is the bin coordinate of its centre.
@@ -337,25 +345,24 @@ struct GatherView {
   RadonBins bins;  // u from the tile's first pixel
   double sigma;
   float scale;
-  int from;  // first bin of the view's window in shared memory
+  int from;   // first bin of the view's window in shared memory
+  bool seen;  // touches the tile
 };
 
 // What the threads read of a view with a window, in two accesses: u from the tile's first pixel, such that its high
-// word counts from the first window.
+// word counts from the first window. Steps of u, at most 2, are 3.29 fixed-point numbers: one multiply-add makes u.
 struct alignas(16) GatherSteps {
-  int64_t corner, per_row, per_column;
-  float sigma;
-  int kind;
+  int64_t corner;
+  int per_row, per_column;
+  float sigma, before, after;  // 1 + sigma, 1 - 2 * sigma
 };
+constexpr int kStepScale = 8;
 
 // Prepares the `slot`-th view of those whose windows are in shared memory together; (i, j) is the tile's first pixel.
 ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, double scale, bool matched, int window,
                                 int slot, GatherView& view, GatherSteps& steps) {
   const RadonDirection direction = radon_direction(scan, used);
   const double sigma = matched ? direction.step * scan.bin_spacing : 1.0;
-  steps.sigma = static_cast<float>(sigma);
-  steps.kind = kNothing;
-  if (!direction.valid) return;
   view.bins = radon_bins(scan, direction);
   view.bins.corner += i * view.bins.per_row + j * view.bins.per_column;
   view.sigma = sigma;
@@ -363,33 +370,66 @@ ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, d
   const double over_rows = (kTile - 1) * view.bins.per_row, over_columns = (kTile - 1) * view.bins.per_column;
   const double low = view.bins.corner + (over_rows < 0 ? over_rows : 0) + (over_columns < 0 ? over_columns : 0);
   const double high = view.bins.corner + (over_rows > 0 ? over_rows : 0) + (over_columns > 0 ? over_columns : 0);
-  if (high + 1 / sigma < 0 || low - 1 / sigma > scan.n_bins - 1) return;
-  // Beyond 8 the 23 bits of a fraction no longer make a weight of float's precision.
-  if (window == 0 || sigma < 0.5 || sigma > 8) {
-    steps.kind = kAnyBins;
-    return;
-  }
-  steps.kind = sigma < 1 - 1e-7 ? kFourBins : kTwoBins;
-  view.from = static_cast<int>(floor(low)) - 1;
-  steps.corner = fixed(view.bins.corner - view.from) + (static_cast<int64_t>(slot * window) << 32);
-  steps.per_row = fixed(view.bins.per_row);
-  steps.per_column = fixed(view.bins.per_column);
+  view.seen = direction.valid && high + 1 / sigma >= 0 && low - 1 / sigma <= scan.n_bins - 1;
+  if (window == 0) return;
+  // A view beside the tile has a window of zeros.
+  view.from = view.seen ? static_cast<int>(floor(low)) - 1 : scan.n_bins;
+  steps.corner = static_cast<int64_t>(slot * window) << 32;
+  steps.corner += view.seen ? fixed(view.bins.corner - view.from) : fixed(1);
+  steps.per_row = view.seen ? static_cast<int>(fixed(view.bins.per_row) / kStepScale) : 0;
+  steps.per_column = view.seen ? static_cast<int>(fixed(view.bins.per_column) / kStepScale) : 0;
+  steps.sigma = static_cast<float>(sigma);
+  steps.before = static_cast<float>(1 + sigma);
+  steps.after = static_cast<float>(1 - 2 * sigma);
 }
 
-ODER_DEVICE bool has_window(const GatherSteps& steps) { return steps.kind == kTwoBins || steps.kind == kFourBins; }
-
-// Adds to a pixel the bins whose weights are not zero, of which there are at most Taps.
+// Adds to the pixels of a thread the bins whose weights are not zero, of which there are at most Taps.
 template <int Taps, int Images>
-ODER_DEVICE void add_bins(const Pack<float, Images>* windows, int64_t u, float sigma, float sums[Images]) {
-  const float fraction1 = one_plus_fraction(u);
-  const Pack<float, Images>* const at = windows + whole(u);
+ODER_DEVICE void gather_windows(const Pack<float, Images>* windows, const GatherSteps* steps, int n_views, int row,
+                                int column, float sums[kPixels][Images]) {
+#pragma unroll 2
+  for (int v = 0; v < n_views; ++v) {
+    const GatherSteps step = steps[v];
+    const int64_t per_row = static_cast<int64_t>(step.per_row) * kStepScale;
+    const int64_t first = multiply_add(step.per_column, kStepScale * column, step.corner);
+    int64_t u = multiply_add(step.per_row, kStepScale * row, first);
 #pragma unroll
-  for (int tap = 1 - Taps / 2; tap <= Taps / 2; ++tap) {
-    // 1 - abs(tap - fraction) * sigma
-    const float weight = tap < 1 ? saturate(fmaf(-sigma, fraction1, 1 + (1 + tap) * sigma))
-                                 : saturate(fmaf(sigma, fraction1, 1 - (1 + tap) * sigma));
+    for (int p = 0; p < kPixels; ++p, u += per_row) {
+      const float fraction1 = one_plus_fraction(u);
+      const Pack<float, Images>* const at = windows + whole(u);
 #pragma unroll
-    for (int k = 0; k < Images; ++k) sums[k] = fmaf(weight, at[tap].at[k], sums[k]);
+      for (int tap = 1 - Taps / 2; tap <= Taps / 2; ++tap) {
+        // 1 - abs(tap - fraction) * sigma
+        const float weight = tap < 0    ? saturate(fmaf(-step.sigma, fraction1, 1.0f))
+                             : tap == 0 ? saturate(fmaf(-step.sigma, fraction1, step.before))
+                             : tap == 1 ? saturate(fmaf(step.sigma, fraction1, step.after))
+                                        : saturate(fmaf(step.sigma, fraction1, step.after - step.sigma));
+#pragma unroll
+        for (int k = 0; k < Images; ++k) sums[p][k] = fmaf(weight, at[tap].at[k], sums[p][k]);
+      }
+    }
+  }
+}
+
+// The same without windows.
+template <class In, int Images>
+ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bins, int n_images, const GatherView& view,
+                            int row, int column, float sums[kPixels][Images]) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const double u = view.bins.corner + (row + p) * view.bins.per_row + column * view.bins.per_column;
+    const int begin = clamp_to(ceil(u - 1 / view.sigma), n_bins);
+    const int end = clamp_to(floor(u + 1 / view.sigma) + 1, n_bins);
+#pragma unroll 1
+    for (int d = begin; d < end; ++d) {
+      const double weight = 1 - fabs(d - u) * view.sigma;
+      if (weight <= 0) continue;
+      const float w = static_cast<float>(weight) * view.scale;
+#pragma unroll
+      for (int k = 0; k < Images; ++k) {
+        if (k < n_images) sums[p][k] += w * to_float(sinogram[k * sinogram_size + d]);
+      }
+    }
   }
 }
 
@@ -403,12 +443,12 @@ ODER_DEVICE void add_bins(const Pack<float, Images>* windows, int64_t u, float s
 //                 bin between lanes, so that their reads meet in no bank. The images share positions and weights.
 // Shared memory   the bins of 128 views that the tile can see, times the scale of the view; a table of the views.
 // Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin per
-//                 tile, in float64 for bins finer than half or coarser than 8 pixels.
+//                 tile, in float64 for bins finer than half a pixel or coarser than 5.6.
 // Preconditions   contiguous; with Update, n_partials is the number of tiles.
 template <class In, class Out, int Images, bool Update>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
     radon_gather_kernel(const In* __restrict__ sinogram, const Out* point, Out* image, RadonScan scan, int batch,
-                        double scale, bool matched, int chunk, int window, RedOperands red) {
+                        double scale, bool matched, GatherKind kind, int chunk, int window, RedOperands red) {
   using Bins = Pack<float, Images>;
   ODER_DYNAMIC_SHARED(Bins, windows);
   ODER_SHARED(GatherView, views, kGatherViews);
@@ -430,9 +470,16 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
                      steps[thread]);
     }
     __syncthreads();
+    if (kind == kAnyBins) {
+      for (int v = 0; v < n_views; ++v) {
+        if (!views[v].seen) continue;
+        gather_any<In, Images>(sinogram + row_of(scan, first_image, first_view + v), sinogram_size, scan.n_bins,
+                               batch - first_image, views[v], row, lane, sums);
+      }
+      continue;
+    }
     // Every thread fetches bins and then scales the same ones.
     for (int v = warp; v < n_views; v += kWarps) {
-      if (!has_window(steps[v])) continue;
       const int64_t offset = row_of(scan, first_image, first_view + v) + views[v].from;
 #pragma unroll 2
       for (int x = lane; x < window; x += 32) {
@@ -447,7 +494,6 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
     }
     wait_for_copies();
     for (int v = warp; v < n_views; v += kWarps) {
-      if (!has_window(steps[v])) continue;
       const float view_scale = views[v].scale;
 #pragma unroll 2
       for (int x = lane; x < window; x += 32) {
@@ -456,39 +502,10 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
       }
     }
     __syncthreads();
-    for (int v = 0; v < n_views; ++v) {
-      const GatherSteps step = steps[v];
-      if (step.kind == kTwoBins || step.kind == kFourBins) {
-        // Unsigned factors cost half the instructions.
-        int64_t u =
-            step.corner + step.per_row * static_cast<unsigned>(row) + step.per_column * static_cast<unsigned>(lane);
-        if (step.kind == kTwoBins) {
-#pragma unroll
-          for (int p = 0; p < kPixels; ++p, u += step.per_row) add_bins<2, Images>(windows, u, step.sigma, sums[p]);
-        } else {
-#pragma unroll
-          for (int p = 0; p < kPixels; ++p, u += step.per_row) add_bins<4, Images>(windows, u, step.sigma, sums[p]);
-        }
-      } else if (step.kind == kAnyBins) {
-        const GatherView& view = views[v];
-        const In* const source = sinogram + row_of(scan, first_image, first_view + v);
-#pragma unroll
-        for (int p = 0; p < kPixels; ++p) {
-          const double u = view.bins.corner + (row + p) * view.bins.per_row + lane * view.bins.per_column;
-          const int begin = clamp_to(ceil(u - 1 / view.sigma), scan.n_bins);
-          const int end = clamp_to(floor(u + 1 / view.sigma) + 1, scan.n_bins);
-#pragma unroll 1
-          for (int d = begin; d < end; ++d) {
-            const double weight = 1 - fabs(d - u) * view.sigma;
-            if (weight <= 0) continue;
-            const float w = static_cast<float>(weight) * view.scale;
-#pragma unroll
-            for (int k = 0; k < Images; ++k) {
-              if (first_image + k < batch) sums[p][k] += w * to_float(source[k * sinogram_size + d]);
-            }
-          }
-        }
-      }
+    if (kind == kTwoBins) {
+      gather_windows<2, Images>(windows, steps, n_views, row, lane, sums);
+    } else {
+      gather_windows<4, Images>(windows, steps, n_views, row, lane, sums);
     }
   }
 
@@ -562,15 +579,16 @@ void gather(const In* sinogram, const Out* point, Out* image, int batch, const R
   if (Update && red.n_partials != tiles) {
     throw std::invalid_argument("radon_gather_kernel: n_partials must be the number of tiles");
   }
+  const GatherKind kind = gather_kind(scan.bin_spacing, matched);
   // A tile sees its diagonal's worth of bins, and two more on each side.
-  const double seen = std::ceil((kTile - 1) * std::sqrt(2.0) / scan.bin_spacing) + 6;
-  int window = seen * sizeof(float) * Images <= kWindowBytes ? static_cast<int>(seen) : 0;
+  const int window =
+      kind == kAnyBins ? 0 : static_cast<int>(std::ceil((kTile - 1) * std::sqrt(2.0) / scan.bin_spacing)) + 6;
   const int64_t room = window ? kWindowBytes / (static_cast<int64_t>(sizeof(float)) * Images * window) : kGatherViews;
   const int64_t most = std::min<int64_t>({scan.n_used, room, kGatherViews});
   const int64_t chunk = ceil_div(scan.n_used, ceil_div(scan.n_used, most));
   const size_t shared = sizeof(float) * Images * window * chunk;
   ODER_LAUNCH((radon_gather_kernel<In, Out, Images, Update>), tiles * ceil_div(batch, Images), kThreads, shared, stream,
-              sinogram, point, image, scan, batch, scale, matched, static_cast<int>(chunk), window, red);
+              sinogram, point, image, scan, batch, scale, matched, kind, static_cast<int>(chunk), window, red);
 }
 
 template <class In, class Out, bool Update>
