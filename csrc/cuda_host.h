@@ -134,6 +134,16 @@ class Block {
     copies_[thread.x].clear();
   }
 
+  uint32_t ballot(bool value) {
+    const unsigned t = thread.x, warp = t / 32 * 32, end = std::min(warp + 32, size.x);
+    values_[t] = value;
+    wait(kAtWarp);
+    uint32_t result = 0;
+    for (unsigned lane = warp; lane < end; ++lane) result |= static_cast<uint32_t>(values_[lane] != 0) << (lane - warp);
+    wait(kAtWarp);
+    return result;
+  }
+
   double shuffle_down(double value, unsigned offset) {
     const unsigned t = thread.x, source = t % 32 + offset < 32 && t + offset < size.x ? t + offset : t;
     values_[t] = value;
@@ -254,6 +264,10 @@ inline uint32_t shift_right(uint32_t low, uint32_t high, int shift) {
 }
 inline float saturate(float a) { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }
 inline int64_t multiply_add(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
+inline float quotient(float a, float b) { return a / b; }
+inline float root(float a) { return std::sqrt(a); }
+inline int lowest_bit(uint32_t a) { return __builtin_ctz(a); }
+inline uint32_t ballot(bool a) { return host::block().ballot(a); }
 inline double shuffle_down(double a, int offset) { return host::block().shuffle_down(a, offset); }
 template <int Bytes>
 void copy_async(void* target, const void* source, bool copy) {

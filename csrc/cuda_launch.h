@@ -62,6 +62,21 @@ ODER_DEVICE int64_t multiply_add(int a, int b, int64_t c) {
   asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
   return d;
 }
+// Within 2 and 1 units in the last place, in two and one instructions; numbers below 2^-126 count as zero, and divisors
+// are below 2^126.
+ODER_DEVICE float quotient(float a, float b) {
+  float c;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+ODER_DEVICE float root(float a) {
+  float b;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(a));
+  return b;
+}
+ODER_DEVICE int lowest_bit(uint32_t a) { return __ffs(static_cast<int>(a)) - 1; }
+// Bit k tells whether it holds in lane k of the warp, all of whose lanes take part.
+ODER_DEVICE uint32_t ballot(bool a) { return __ballot_sync(0xffffffffu, a); }
 ODER_DEVICE double shuffle_down(double a, int offset) { return __shfl_down_sync(0xffffffffu, a, offset); }
 
 // Copies 4 or 16 bytes from global to shared memory, or writes zeros; seen by this thread after wait_for_copies(), by

@@ -31,23 +31,24 @@ ODER_DEVICE void add_product(Number& sum, const Number& a, const Number& b) {
   sum.im = sum.im + a.re * b.im + a.im * b.re;
 }
 
-// e^{2 pi i t}, by the series within an eighth of a turn.
-ODER_DEVICE Number wave(float turns) {
+// e^{pi i a}: polynomials for a within 1/2, and the sign of the half turns.
+ODER_DEVICE Number wave(float a) {
   constexpr float kRound = 12582912;  // 1.5 2^23
-  const float quarters = 4 * turns, shifted = quarters + kRound;
-  const float x = (quarters - (shifted - kRound)) * 1.57079632679f, square = x * x;
+  const float shifted = a + kRound, t = a - (shifted - kRound), q = t * t;
+  // (cos(pi t) - 1) / t^2 and sin(pi t) / t, interpolated at the Chebyshev points of t^2 in [0, 1/4]; exact at 0, since
+  // steps from slice to slice are small and raised to powers.
+  const float c =
+      1 + q * (-4.934802197f + q * (4.058711415f + q * (-1.335239961f + q * (0.2350743683f + q * -0.02462711154f))));
   const float s =
-      x * (1 + square * (-1 / 6.0f + square * (1 / 120.0f + square * (-1 / 5040.0f + square * (1 / 362880.0f)))));
-  const float c = 1 + square * (-0.5f + square * (1 / 24.0f + square * (-1 / 720.0f + square * (1 / 40320.0f))));
-  const uint32_t quarter = bits_of_float(shifted);
-  const float re = quarter & 1 ? s : c, im = quarter & 1 ? c : s;
-  return {(quarter + 1) & 2 ? -re : re, quarter & 2 ? -im : im};
+      t * (3.14159264f + q * (-5.167710077f + q * (2.550077387f + q * (-0.5982904113f + q * 0.07765591224f))));
+  const uint32_t sign = bits_of_float(shifted) << 31;
+  return {float_of_bits(bits_of_float(c) ^ sign), float_of_bits(bits_of_float(s) ^ sign)};
 }
 
 // What all illuminations have in common.
 struct Common {
   double row_step, cutoff_squared;
-  float nearest, column_step, gain, scale, first, spacing, factor;
+  float column_step, gain, half_turns, first, spacing, factor;
   int columns;  // of the half plane without half the sampling rate
   int tiles;    // blocks across a row
   int parts;    // blocks that share the slices
@@ -55,9 +56,15 @@ struct Common {
 };
 
 // An illumination at a row, and at that of the negative frequencies.
-struct Light {
-  float row_term[2], column, squared, root;
-  int l, begin[2], end[2];  // where its pupil is, or that mirrored: columns of the half plane
+struct alignas(16) Light {
+  int begin[2], end[2];  // where its pupil is, or that mirrored: columns of the half plane
+  float row_term[2], column, rest, root;
+  int l;           // -1 for none
+  int64_t offset;  // of its half spectra
+
+  ODER_DEVICE bool holds(int side, int j) const { return j >= begin[side] && j < end[side]; }
+  // Seldom does a pupil begin beyond the first columns.
+  ODER_DEVICE bool ends_after(int first) const { return end[0] > first || end[1] > first; }
 };
 
 // A row of the half plane, and the row of the negative frequencies.
@@ -68,8 +75,10 @@ struct Row {
 ODER_DEVICE Light light_of(const DiffractionScan& scan, const Common& common, const Row& row, int used) {
   const int64_t l = scan.blocks ? scan.blocks[used] : used;
   Light light{};
+  light.l = -1;
   if (l < 0 || l >= scan.n_illuminations) return light;
   light.l = static_cast<int>(l);
+  light.offset = l * scan.height * (scan.width / 2 + 1);
   for (int side = 0; side < 2; ++side) {
     const int32_t* const s = scan.support + 2 * (l * scan.height + row.i[side]);
     light.begin[side] = side ? 1 - s[1] : s[0];
@@ -77,38 +86,42 @@ ODER_DEVICE Light light_of(const DiffractionScan& scan, const Common& common, co
   }
   if (scan.stored) return light;
   const double* const f = static_cast<const double*>(scan.transfer) + 2 * l;
-  const double u = row.number * common.row_step, squared = f[0] * f[0] + f[1] * f[1];
-  const float rest = static_cast<float>(common.cutoff_squared - squared);
+  const double u = row.number * common.row_step;
+  const double rest = common.cutoff_squared - f[0] * f[0] - f[1] * f[1];
   light.row_term[0] = static_cast<float>(u * (u + 2 * f[0]));
   light.row_term[1] = static_cast<float>(u * (u - 2 * f[0]));
   light.column = static_cast<float>(f[1]);
-  light.squared = static_cast<float>(squared);
-  light.root = sqrtf(rest > 0 ? rest : 0.0f);
+  light.rest = static_cast<float>(rest);
+  light.root = sqrtf(rest > 0 ? light.rest : 0.0f);
   return light;
 }
 
+// Takes the first of 64 numbers that are left; -1 after the last.
+ODER_DEVICE int next_of(uint32_t (&left)[2]) {
+  if (left[0] != 0) {
+    const int m = lowest_bit(left[0]);
+    left[0] &= left[0] - 1;
+    return m;
+  }
+  if (left[1] == 0) return -1;
+  const int m = lowest_bit(left[1]);
+  left[1] &= left[1] - 1;
+  return 32 + m;
+}
+
 // The transfer functions h of an illumination at a frequency u (side 0), or the conjugates of those at -u: at depth z
-// i gain e^{2 pi i kappa z}.
+// i gain e^{pi i kappa z}.
 struct Transfer {
   float kappa, gain;
 
   Transfer() = default;
   ODER_DEVICE Transfer(const Common& common, const Light& light, int side, int j) {
-    Illumination<float> of_row;
-    of_row.row_term = light.row_term[side];
-    of_row.column = light.column;
-    of_row.step = side ? -common.column_step : common.column_step;
-    of_row.squared = light.squared;
-    of_row.root = light.root;
-    of_row.cutoff_squared = common.nearest;
-    of_row.gain = common.gain;
-    of_row.scale = common.scale;
-    wave_at(of_row, static_cast<float>(j), [](float a) { return sqrtf(a); }, kappa, gain);
+    const float u = (side ? -j : j) * common.column_step;
+    const float more = u * (u + 2 * light.column) + light.row_term[side];  // |q|^2 - |f|^2
+    const float axial = root(light.rest - more);
     // conj(i e^{i p}) is -i e^{-i p}.
-    if (side) {
-      kappa = -kappa;
-      gain = -gain;
-    }
+    kappa = quotient((side ? -common.half_turns : common.half_turns) * more, axial + light.root);
+    gain = quotient(side ? -common.gain : common.gain, axial);
   }
   ODER_DEVICE Number at_depth(float depth) const {
     const Number w = wave(kappa * depth);
@@ -120,15 +133,15 @@ struct Transfer {
 template <bool Whole>
 struct Progression {
   Number start, step;
-  float turns;  // from slice to slice
+  float turn;  // from slice to slice, in half turns
 
   Progression() = default;
   ODER_DEVICE Progression(const DiffractionScan&, const Common& common, const Light& light, int side, int j, int64_t,
                           const float*) {
     const Transfer h(common, light, side, j);
     start = h.at_depth(common.first);
-    turns = h.kappa * common.spacing;
-    step = wave(turns);
+    turn = h.kappa * common.spacing;
+    step = wave(turn);
   }
 
   // sum_z h_z slice(z)
@@ -140,12 +153,13 @@ struct Progression {
       sum = x;
     };
     if (Whole) {
+      if (n > kGroup) {
+        sum = slice(kWhole - 1);
 #pragma unroll
-      for (int group = kWhole - kGroup; group >= 0; group -= kGroup) {
-        if (group >= n) continue;
-#pragma unroll
-        for (int k = kGroup - 1; k >= 0; --k) add(slice(group + k));
+        for (int z = kWhole - 2; z >= kGroup; --z) add(slice(z));
       }
+#pragma unroll
+      for (int k = kGroup - 1; k >= 0; --k) add(slice(k));
     } else {
 #pragma unroll 4
       for (int z = n - 1; z >= 0; --z) add(slice(z));
@@ -158,7 +172,7 @@ struct Progression {
   ODER_DEVICE void add_back(Number (&sums)[Sums], int first_slice, int slices, const Number& residual) const {
     Number back = multiply(residual, start.re, -start.im);
     if (!Whole) {
-      const Number w = wave(turns * first_slice);
+      const Number w = wave(turn * first_slice);
       back = multiply(back, w.re, -w.im);
     }
 #pragma unroll
@@ -231,18 +245,19 @@ struct Functions {
 //                 thread has a frequency u of the half plane and -u, X and G of up to 8 slices at both in registers; of
 //                 more slices G of up to 16, while X is read for each illumination. h is made in registers: of evenly
 //                 spaced slices sum_z h_lz X_z is a polynomial in the step from slice to slice, by Horner's scheme.
+//                 A warp goes through the illuminations with a pupil at its columns.
 // Shared memory   64 illuminations at this row; depths of unevenly spaced slices.
 // Accumulation    float32, illuminations in the order given.
 // Preconditions   contiguous; no pupil holds a frequency of half the sampling rate.
 template <bool Whole, bool Even>
-ODER_KERNEL ODER_BOUNDS(kThreads, Whole ? 8 : 6)
+ODER_KERNEL ODER_BOUNDS(kThreads, (Whole && Even) ? 8 : 6)
     diffraction_kernel(Kind kind, const Pair* spectrum, Pair* half, Pair* out, DiffractionScan scan, Common common,
                        int64_t batch) {
   using H = std::conditional_t<Even, Progression<Whole>, Functions<Whole>>;
   constexpr int kSums = Whole ? kWhole : kPart;
   ODER_SHARED(Light, lights, kThreads);
   ODER_DYNAMIC_SHARED(float, depths);
-  const int thread = threadIdx.x, n = static_cast<int>(scan.n_slices);
+  const int thread = threadIdx.x, lane = thread % 32, n = static_cast<int>(scan.n_slices);
   const int height = static_cast<int>(scan.height), width = static_cast<int>(scan.width);
   const int n_used = static_cast<int>(scan.n_used);
 
@@ -265,6 +280,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Whole ? 8 : 6)
   const int64_t at[2] = {row.i[0] * scan.width + j, row.i[1] * scan.width + mirrored(j, scan.width)};
   // The column of half the sampling rate, where there is one, goes with the last of the half plane.
   const bool has_edge = j + 1 == common.columns && width % 2 == 0;
+  Pair* const row_of_half = half + (b * scan.n_illuminations * height + row.i[0]) * half_width + j;
 
   const int n_depths = Even || scan.stored ? 0 : n;
   for (int z = thread; z < n_depths; z += kThreads) depths[z] = static_cast<float>(scan.depths[z]);
@@ -289,14 +305,18 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Whole ? 8 : 6)
     __syncthreads();
     if (first + thread < n_used) lights[thread] = light_of(scan, common, row, first + thread);
     __syncthreads();
-    if (!here) continue;
     const int count = n_used - first < kThreads ? n_used - first : kThreads;
-#pragma unroll 1
-    for (int m = 0; m < count; ++m) {
-      const Light& light = lights[m];
-      const bool inside[2] = {j >= light.begin[0] && j < light.end[0], j >= light.begin[1] && j < light.end[1]};
-      const int l = scan.blocks ? light.l : first + m;
-      Pair* const measured = half + ((b * scan.n_illuminations + l) * height + row.i[0]) * half_width + j;
+    const auto concerns = [&](int m) {
+      return m < count && (kind == kForward ? lights[m].l >= 0 : lights[m].ends_after(j - lane));
+    };
+    uint32_t left[kThreads / 32];
+#pragma unroll
+    for (int part = 0; part < kThreads / 32; ++part) left[part] = ballot(concerns(32 * part + lane));
+    if (!here) continue;
+    for (int m = next_of(left); m >= 0; m = next_of(left)) {
+      const Light light = lights[m];
+      const bool inside[2] = {light.holds(0, j), light.holds(1, j)};
+      Pair* const measured = row_of_half + light.offset;
       if (kind == kForward && has_edge) write(measured[1], {0, 0});
       Number residual{0, 0};
       H h[2];
@@ -485,10 +505,9 @@ void run(Kind kind, const void* spectrum, const void* half, void* out, int64_t b
   Common common{};
   common.row_step = 1 / (static_cast<double>(scan.height) * scan.pixel_size);
   common.cutoff_squared = scan.cutoff * scan.cutoff;
-  common.nearest = static_cast<float>(common.cutoff_squared);
   common.column_step = static_cast<float>(1 / (static_cast<double>(scan.width) * scan.pixel_size));
   common.gain = static_cast<float>(scan.amplitude / (6.283185307179586476925 * scan.scale));
-  common.scale = static_cast<float>(scan.scale);
+  common.half_turns = static_cast<float>(2 * scan.scale);
   common.first = static_cast<float>(scan.first);
   common.spacing = static_cast<float>(scan.spacing);
   common.factor = static_cast<float>(2 * static_cast<double>(scan.n_illuminations) / static_cast<double>(scan.n_used));

@@ -70,7 +70,7 @@ def test_floors_are_those_that_the_benches_state():
     assert microseconds(bench_group_norm_prelu.backward_work(32 * 512 * 512, H200.l2)) == (39.0, "memory")
     assert microseconds(bench_group_norm_prelu.backward_work(8 * 64 * 256 * 256, H200.l2)) == (156, "memory")
     assert microseconds(bench_diffraction.gradient_work(256, 8, 0.286e6)) == (2.48, "memory")
-    assert microseconds(bench_diffraction.gradient_work(512, 8, 3.18e6)) == (13.7, "memory")
+    assert microseconds(bench_diffraction.gradient_work(512, 8, 3.18e6)) == (17.2, "instructions")
     assert microseconds(bench_diffraction.gram_work(256, 8, 0.520, 0.1277)) == (3.52, "memory")
     assert microseconds(bench_diffraction.gram_work(512, 8, 0.523, 0.1341)) == (14.2, "memory")
 

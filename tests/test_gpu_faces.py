@@ -233,11 +233,13 @@ TINY = {
         {"image": (2, 29, 5), "coils": 3, "own": True},
         {"image": (2, 15, 12), "coils": 2, "points": True, "own": True},
     ),
-    # Two chunks of illuminations; two blocks across a row and two parts of the slices; depths of their own.
+    # Two chunks of illuminations; two blocks across a row and two parts of the slices; depths of their own; pupils that
+    # end where a warp does.
     "diffraction": (
         {"image": (2, 5, 6, 10), "lights": 70},
         {"image": (1, 17, 5, 140), "lights": 3},
         {"image": (1, 9, 7, 6), "lights": 2, "uneven": True},
+        {"image": (1, 2, 14, 280), "lights": 40},
     ),
 }
 
@@ -303,7 +305,11 @@ SPOILED = (
     ("first + thread < n_used", "first + thread < n_used - 1"),
     ("m < count", "m < count - 1"),
     ("z < n_depths", "z < n_depths - 1"),
-    ("group >= n", "group >= n - 1"),
+    ("n > kGroup", "n > kGroup + 1"),
+    ("z >= kGroup", "z > kGroup"),
+    ("end[0] > first", "end[0] > first + 1"),
+    ("end[1] > first", "end[1] > first + 1"),
+    ("32 + m", "31 + m"),
     ("group >= slices", "group >= slices - 1"),
     ("z >= 0", "z > 0"),
     ("k < slices", "k < slices - 1"),
@@ -430,9 +436,9 @@ def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
     assert set(spills) == {("0", "0")}
     assert "warning" not in report
     # Blocks of 512 threads in all share the 65536 registers of a multiprocessor; 384 where parts of the slices are
-    # summed.
+    # summed, or slices are not evenly spaced.
     if stem == "diffraction":
-        assert sum(n > 128 for n in registers) <= 9
+        assert sum(n > 128 for n in registers) <= 12
         assert max(registers) <= 168
     # Three blocks of 256 threads do; two of the kernels with long radices.
     elif stem != "red_update":
