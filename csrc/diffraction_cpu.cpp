@@ -15,6 +15,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu_faces.h"
@@ -169,6 +170,38 @@ ODER_INLINE Cx<T> keep(index_vec<T> inside, const Cx<T>& v) {
   return {keep<T>(inside, v.re), keep<T>(inside, v.im)};
 }
 
+// What one illumination brings to all frequencies of a row: the row's frequency is `sign` times that of row number k.
+template <class T>
+struct Illumination {
+  T row_term;      // u_row (u_row + 2 f_row)
+  T column, step;  // f_column, and sign times the distance of columns
+  T rest, root;    // nu^2 - |f|^2 and its root
+  T gain, scale;   // a / (2 pi s), s
+
+  Illumination() = default;
+  Illumination(const DiffractionScan& scan, int64_t l, int64_t k, int sign) {
+    const double* const f = static_cast<const double*>(scan.transfer) + 2 * l;
+    const double u = sign * static_cast<double>(k) / (static_cast<double>(scan.height) * scan.pixel_size);
+    const double beyond = scan.cutoff * scan.cutoff - f[0] * f[0] - f[1] * f[1];
+    row_term = static_cast<T>(u * (u + 2 * f[0]));
+    column = static_cast<T>(f[1]);
+    step = static_cast<T>(sign / (static_cast<double>(scan.width) * scan.pixel_size));
+    rest = static_cast<T>(beyond);
+    root = static_cast<T>(std::sqrt(beyond > 0 ? beyond : 0.0));
+    gain = static_cast<T>(scan.amplitude / (6.283185307179586476925 * scan.scale));
+    scale = static_cast<T>(scan.scale);
+  }
+
+  // kappa, and a / kz(q), at the columns of numbers j. The difference of wavenumbers is taken without cancellation.
+  void waves(vec<T> j, vec<T>& kappa, vec<T>& gains) const {
+    const vec<T> u = j * step;
+    const vec<T> more = u * (u + 2 * column) + row_term;  // |q|^2 - |f|^2
+    const vec<T> axial = sqrt_of(rest - more);
+    kappa = scale * more / (axial + root);
+    gains = gain / axial;
+  }
+};
+
 // What the h of all slices at some columns follow from: amplitude and kappa, or with evenly spaced slices that of the
 // first and the factor from one to the next.
 template <class T>
@@ -204,7 +237,7 @@ struct Transfer {
     vec<T> j;
     for (int l = 0; l < lanes<T>; ++l) j[l] = static_cast<T>(column[l]);
     vec<T> kappa, gain;
-    wave_at(sign > 0 ? light.light_here : light.light_there, j, [](vec<T> a) { return sqrt_of(a); }, kappa, gain);
+    (sign > 0 ? light.light_here : light.light_there).waves(j, kappa, gain);
     // conj(i e^{i p}) is -i e^{-i p}.
     const index_vec<T> inside = light.inside(column, sign);
     gain = keep<T>(inside, gain) * static_cast<T>(sign);
@@ -591,40 +624,22 @@ void with_dtype(int dtype, F&& f) {
 
 // ---------------------------------------------------------------- what becomes of a gradient's spectrum
 
-// Numbers that are updated together: their sums are added in order, whichever thread makes them.
-constexpr int64_t kRun = 16384;
-
 template <class T>
-void red_update(const T* spectrum, const T* image, const RedOperands& red, int64_t batch,
+void red_update(const T* spectrum, const void* image, const RedOperands& red, int64_t batch,
                 const DiffractionPlanes& planes, int threads) {
   const PlaneTransform<T> transform(planes, threads);
-  const int64_t size = 2 * planes.height * planes.width, parts = (size + kRun - 1) / kRun;
+  const int64_t size = 2 * planes.height * planes.width, runs = (size + kRedRun - 1) / kRedRun;
+  const int64_t slices = planes.count / batch;
   struct Gradient;
   T* const gradient = static_cast<T*>(kept<Gradient>(static_cast<size_t>(transform.together() * size) * sizeof(T)));
   const auto place = [&](int64_t plane) { return gradient + plane % transform.together() * size; };
-  std::vector<double> partial(static_cast<size_t>(3 * planes.count * parts), 0.0);
-  transform.inverse(spectrum, place, parts, [&](int64_t plane, int64_t part) {
-    const RedStep<T> step = red_step<T>(red, plane / (planes.count / batch));
-    const int64_t first = part * kRun, at = transform.offset(plane) + first, length = std::min(kRun, size - first);
-    const auto operand = [at](const void* p) { return static_cast<const T*>(p) + at; };
-    const T* const g = place(plane) + first;
-    T* const updated = static_cast<T*>(red.updated) + at;
-    double* const sums = partial.data() + 3 * (plane * parts + part);
-    if (red.previous) {
-      red_span<T, true, false>(image + at, g, operand(red.denoised), operand(red.previous), step, updated,
-                               static_cast<T*>(red.extrapolated) + at, length, sums);
-    } else {
-      red_span<T, false, false>(image + at, g, operand(red.denoised), nullptr, step, updated, nullptr, length, sums);
-    }
+  RedParts<T> parts(image, red, batch, slices * runs);
+  transform.inverse(spectrum, place, runs, [&](int64_t plane, int64_t run) {
+    const int64_t first = run * kRedRun;
+    parts.step(plane / slices, plane % slices * runs + run, transform.offset(plane) + first, place(plane) + first,
+               std::min(kRedRun, size - first));
   });
-  const int64_t parts_of_image = planes.count / batch * parts;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int r = 0; r < 3; ++r) {
-      double total = 0;
-      for (int64_t k = b * parts_of_image; k < (b + 1) * parts_of_image; ++k) total += partial[3 * k + r];
-      red.reductions[3 * b + r] = total;
-    }
-  }
+  parts.reduce();
 }
 
 }  // namespace
@@ -650,7 +665,7 @@ void diffraction_red_update(int dtype, const void* spectrum, const void* image, 
                             const DiffractionPlanes& planes, int threads) {
   with_dtype(dtype, [&](auto value) {
     using T = decltype(value);
-    red_update<T>(static_cast<const T*>(spectrum), static_cast<const T*>(image), red, batch, planes, threads);
+    red_update<T>(static_cast<const T*>(spectrum), image, red, batch, planes, threads);
   });
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "complex_number.h"
 #include "cuda_types.h"
 #include "diffraction_cuda.h"
 

@@ -574,9 +574,7 @@ struct Write {
 template <class T>
 struct Update {
   const Scan<T>& scan;
-  const T* image;
-  const RedOperands& red;
-  std::vector<double>& partial;  // [batch, strips, 3]
+  RedParts<T>& parts;  // the strips
 
   void operator()(int64_t b, int64_t strip, const Cx<T>* sum, T factor) const {
     // The strip's rows, each a run of the image.
@@ -584,20 +582,9 @@ struct Update {
     const int64_t length = scan.transposed ? scan.n : scan.valid(column);
     T* const gradient = static_cast<T*>(kept<Update>(static_cast<size_t>(2 * rows * length) * sizeof(T)));
     store_strip(scan, sum, column, factor, gradient, length);
-    const RedStep<T> step = red_step<T>(red, b);
-    double* const sums = partial.data() + 3 * (b * scan.strips() + strip);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = 2 * (strip_offset(scan, b, column) + r * (scan.transposed ? scan.n : scan.width));
-      const auto operand = [at](const void* p) { return static_cast<const T*>(p) + at; };
-      const T* const g = gradient + 2 * r * length;
-      T* const updated = static_cast<T*>(red.updated) + at;
-      if (red.previous) {
-        red_span<T, true, false>(image + at, g, operand(red.denoised), operand(red.previous), step, updated,
-                                 static_cast<T*>(red.extrapolated) + at, 2 * length, sums);
-      } else {
-        red_span<T, false, false>(image + at, g, operand(red.denoised), nullptr, step, updated, nullptr, 2 * length,
-                                  sums);
-      }
+      parts.step(b, strip, at, gradient + 2 * r * length, 2 * length);
     }
   }
 };
@@ -651,15 +638,9 @@ void fourier_red_update(int dtype, const void* image, const void* samples, const
   with_dtype(dtype, [&](auto value) {
     using T = decltype(value);
     const Scan<T> scan(fourier, batch);
-    std::vector<double> partial(static_cast<size_t>(3 * batch * scan.strips()), 0.0);
-    gradient(scan, image, samples, threads, Update<T>{scan, static_cast<const T*>(image), red, partial});
-    for (int64_t b = 0; b < batch; ++b) {
-      for (int r = 0; r < 3; ++r) {
-        double total = 0;
-        for (int64_t strip = 0; strip < scan.strips(); ++strip) total += partial[3 * (b * scan.strips() + strip) + r];
-        red.reductions[3 * b + r] = total;
-      }
-    }
+    RedParts<T> parts(image, red, batch, scan.strips());
+    gradient(scan, image, samples, threads, Update<T>{scan, parts});
+    parts.reduce();
   });
 }
 

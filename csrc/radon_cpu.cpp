@@ -360,30 +360,22 @@ void gather_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_
 // What becomes of a finished run of pixels: plain result, or the RED step.
 template <class T>
 struct Epilogue {
-  T* image = nullptr;        // plain result
-  const T* point = nullptr;  // RED step at this point
-  const RedOperands* red = nullptr;
-  double* partial = nullptr;  // [batch][tiles][3]
-  int64_t tiles = 0;
+  T* image;                    // plain result
+  RedParts<T>* red = nullptr;  // RED step, by tiles
 
   void operator()(int64_t b, int64_t tile, int64_t pixel, int64_t image_size, const T* g, int64_t n) const {
-    const int64_t o = b * image_size + pixel;
-    if (!red) {
-      std::copy(g, g + n, image + o);
-      return;
-    }
-    const T* denoised = static_cast<const T*>(red->denoised) + o;
-    T* updated = static_cast<T*>(red->updated) + o;
-    double* sums = partial + (b * tiles + tile) * 3;
-    const RedStep<T> step = red_step<T>(*red, b);
-    if (red->previous) {
-      red_span<T, true, false>(point + o, g, denoised, static_cast<const T*>(red->previous) + o, step, updated,
-                               static_cast<T*>(red->extrapolated) + o, n, sums);
+    const int64_t at = b * image_size + pixel;
+    if (red) {
+      red->step(b, tile, at, g, n);
     } else {
-      red_span<T, false, false>(point + o, g, denoised, nullptr, step, updated, nullptr, n, sums);
+      std::copy(g, g + n, image + at);
     }
   }
 };
+
+inline int64_t tile_count(const RadonGeometry& g) {
+  return ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
+}
 
 // Add the sums of views that march over columns to those of views that march over rows.
 template <class T, int M>
@@ -545,11 +537,8 @@ void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& 
 
 template <class T>
 void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Plan& plan, int threads,
-                  Epilogue<T> epilogue) {
-  const int64_t tiles = ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
-  std::vector<double> partial(epilogue.red ? static_cast<size_t>(batch * tiles * 3) : 0, 0.0);
-  epilogue.partial = partial.data();
-  epilogue.tiles = tiles;
+                  const Epilogue<T>& epilogue) {
+  const int64_t tiles = tile_count(g);
   struct Task {
     int64_t tile, b;
     int images;
@@ -578,13 +567,6 @@ void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Pl
         gather(std::integral_constant<int, 1>{});
     }
   });
-  if (!epilogue.red) return;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int r = 0; r < 3; ++r) {
-      double s = 0;
-      for (int64_t t = 0; t < tiles; ++t) s += partial[static_cast<size_t>((b * tiles + t) * 3 + r)];
-      epilogue.red->reductions[b * 3 + r] = s;
-    }
 }
 
 template <class T>
@@ -618,9 +600,7 @@ void adjoint(const T* sinogram, T* image, int64_t batch, const RadonGeometry& g,
     const T weight = static_cast<T>(v.weight);
     for (int64_t d = 0; d < g.n_bins; ++d) row[d] = weight * in[v.reversed ? g.n_bins - 1 - d : d];
   }
-  Epilogue<T> epilogue;
-  epilogue.image = image;
-  back_project<T>(rows.get(), batch, g, plan, threads, epilogue);
+  back_project<T>(rows.get(), batch, g, plan, threads, Epilogue<T>{image});
 }
 
 template <class T>
@@ -668,9 +648,8 @@ void radon_gradient(int dtype, const void* image, const void* measured, void* re
                     const RadonGeometry& g, int threads) {
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    Epilogue<T> epilogue;
-    epilogue.image = static_cast<T*>(result);
-    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads, epilogue);
+    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads,
+             Epilogue<T>{static_cast<T*>(result)});
   });
 }
 
@@ -678,10 +657,10 @@ void radon_red_update(int dtype, const void* image, const void* measured, const 
                       const RadonGeometry& g, int threads) {
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    Epilogue<T> epilogue;
-    epilogue.point = static_cast<const T*>(image);
-    epilogue.red = &red;
-    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads, epilogue);
+    RedParts<T> parts(image, red, batch, tile_count(g));
+    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads,
+             Epilogue<T>{nullptr, &parts});
+    parts.reduce();
   });
 }
 

@@ -1,5 +1,7 @@
-// The RED step on one run of memory, shared by red_update and by the epilogue of the CT back-projection.
+// The RED step of images whose gradient is made run by run: shared by red_update and the RED steps of the operators.
 #pragma once
+
+#include <vector>
 
 #include "cpu_faces.h"
 #include "vec.h"
@@ -67,11 +69,53 @@ inline void red_span(const T* x, const T* g, const T* denoised, const T* previou
   }
 }
 
+// Numbers of a run where an image is cut into runs alone.
+constexpr int64_t kRedRun = 16384;
+
+// The RED step of a batch of images, of which each is made of `parts` parts. A part's sums are added up by the thread
+// that has it, those of the parts in order at the end: equal bits for any number of threads.
 template <class T>
-inline RedStep<T> red_step(const RedOperands& red, int64_t b) {
-  const double step = *red.step_size;
-  return {static_cast<T>(step), static_cast<T>(step * *red.tau), static_cast<T>(red.momentum ? red.momentum[b] : 0.0),
-          red.nonnegative};
-}
+class RedParts {
+ public:
+  RedParts(const void* image, const RedOperands& red, int64_t batch, int64_t parts)
+      : image_(static_cast<const T*>(image)),
+        red_(red),
+        batch_(batch),
+        parts_(parts),
+        sums_(static_cast<size_t>(3 * batch * parts)) {}
+
+  // Step on the n numbers from `at` on, which are of that part of image b and have the gradient g[n].
+  template <bool Streams = false>
+  void step(int64_t b, int64_t part, int64_t at, const T* g, int64_t n) {
+    const double size = *red_.step_size;
+    const RedStep<T> p{static_cast<T>(size), static_cast<T>(size * *red_.tau),
+                       static_cast<T>(red_.momentum ? red_.momentum[b] : 0.0), red_.nonnegative};
+    const auto operand = [at](const void* first) { return static_cast<const T*>(first) + at; };
+    T* const updated = static_cast<T*>(red_.updated) + at;
+    double* const sums = sums_.data() + 3 * (b * parts_ + part);
+    if (red_.previous) {
+      red_span<T, true, Streams>(image_ + at, g, operand(red_.denoised), operand(red_.previous), p, updated,
+                                 static_cast<T*>(red_.extrapolated) + at, n, sums);
+    } else {
+      red_span<T, false, Streams>(image_ + at, g, operand(red_.denoised), nullptr, p, updated, nullptr, n, sums);
+    }
+  }
+
+  void reduce() const {
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t r = 0; r < 3; ++r) {
+        double total = 0;
+        for (int64_t k = b * parts_; k < (b + 1) * parts_; ++k) total += sums_[static_cast<size_t>(3 * k + r)];
+        red_.reductions[3 * b + r] = total;
+      }
+    }
+  }
+
+ private:
+  const T* image_;
+  const RedOperands& red_;
+  int64_t batch_, parts_;
+  std::vector<double> sums_;  // [batch, parts, 3]
+};
 
 }  // namespace oder

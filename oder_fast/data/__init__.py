@@ -7,6 +7,7 @@ from .datasets import ImageFolder, Phantoms
 from .files import atomic, save_npz
 from .images import ImageFile, read_image
 from .kspace import KSpaceFile, read_kspace
+from .kspace_folder import KSpaceFolder
 from .masks import equispaced_lines, gaussian_lines, poisson_disc, radial, random_lines
 from .metrics import psnr, snr, ssim
 from .microscopy import led_grid, led_ring, normalize_background, read_led_stack
@@ -21,7 +22,6 @@ from .phantoms import (
     smooth_phase,
 )
 from .samples import Batch, Sample, Samples, Subset, collate, common_shape, seeded_generator, split
-from .scans import KSpaceFolder
 from .simulation import add_gaussian_noise, add_poisson_noise, beam_propagation
 from .transforms import (
     Compose,

@@ -34,8 +34,10 @@ class TotalVariation(nn.Module):
 
     It can be differentiated once, in the image and in `weight`: the derivative is that of the proximal map, from as
     many iterations linearized at the result. It is symmetric, nonexpansive however few they are, and keeps no
-    images of single iterations in memory. Higher derivatives leave out the curvature of the isotropic and the
-    joint variation.
+    images of single iterations in memory. That of `x - D(x)`, at most 1 for the proximal map itself, may have a norm
+    slightly above 1 before the iterations have converged: near a Shepp-Logan phantom of 32 x 32 pixels
+    without noise `estimate_lipschitz` found 1.12 after 200 of them, 1.02 after 400 and 1.00 after 2000. Higher
+    derivatives leave out the curvature of the isotropic and the joint variation.
 
     Args:
         weight: :math:`w`, in the unit of the image: a float, a 0-d tensor, or a parameter to be trained. A float

@@ -175,9 +175,8 @@ class MeasurementParallel(nn.Module):
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"MeasurementParallel: rank {self.rank} lost another of the {self.world_size} ranks: one has ended, or "
-                f"was not there within the timeout of the process group; end this process and start all anew "
-                f"({str(error).splitlines()[0]})"
+                f"MeasurementParallel: rank {self.rank} lost contact with another of the {self.world_size} ranks: look "
+                "in their output for the one that ended or hangs, and start all anew"
             ) from error
 
     def _gather(self, value: Any) -> list[Any]:

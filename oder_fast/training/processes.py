@@ -69,9 +69,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise LostProcessError(
-            f"process {rank()} of {world_size()}: another process of the run ended or did not answer in time ({reason})"
+            f"rank {rank()} lost contact with another of the {world_size()} ranks: look in their output for the one "
+            "that ended or hangs, mend it, and go on with --resume (resume=True)"
         ) from error
 
 
