@@ -316,7 +316,9 @@ def lines_work(batch: int, coils: int, n: int, width: int, n_lines: int) -> list
     Shared memory binds, closely followed by device memory with one image; with several they share the coil maps. Hence radices
     of 8 (and up to 23) in registers, the first stage reading image and map and the last one back writing products, the
     residual formed in the registers of the middle stage, where a thread keeps its rows: nothing but maps, samples and the
-    image passes through memory, and the transform along the sampled lines is not made at all.
+    image passes through memory, and the transform along the sampled lines is not made at all. The sm_90 code of nvcc 13.0 has
+    some 137 instructions for each number of each coil at 320 = 8 * 8 * 5, 6.7 us by themselves with one image: lanes without
+    a coil go along with a neighbour instead of being asked at each access, and offsets in a plane have 32 bits.
     """
     numbers, plan = float(batch) * coils * n * width, radices(n)
     s = len(plan)

@@ -391,11 +391,14 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
   const int64_t plane = static_cast<int64_t>(n) * width;
   for (int round = first_round; round < last_round; ++round) {
     const int used = round * slots + slot;
-    const int64_t index = used < scan.n_used ? (scan.coils ? scan.coils[used] : used) : -1;
-    const int coil = here && index >= 0 && index < scan.n_coils ? static_cast<int>(index) : -1;
+    // A lane without a coil or a column goes along with its last neighbour that has one, without samples.
+    const int nearest = used < scan.n_used ? used : scan.n_used - 1;
+    const int64_t index = scan.coils ? scan.coils[nearest] : nearest;
+    const bool known = index >= 0 && index < scan.n_coils, active = here && known && used < scan.n_used;
+    const int coil = known ? static_cast<int>(index) : 0;
     // Addresses from few numbers: they would take registers through all stages.
     const auto map_at = [&] {
-      return ((scan.shared_maps ? 0 : int64_t{b} * scan.n_coils) + (coil < 0 ? 0 : coil)) * plane + column;
+      return ((scan.shared_maps ? 0 : int64_t{b} * scan.n_coils) + coil) * plane + (here ? column : width - 1);
     };
 
     // The last round's products are summed; kAdjoint has the barrier of transform().
@@ -408,31 +411,31 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
     if (kind != kAdjoint) {
       with_first_stage(plan, scan, [&](auto r, auto maps) {
         const auto map = maps + map_at();
-        const int64_t image_row = scan.transposed ? 1 : width;
-        const Pair* const x = image + b * plane + (scan.transposed ? static_cast<int64_t>(column) * n : column);
+        const unsigned image_row = scan.transposed ? 1 : width, x_at = here ? column : width - 1;
+        const Pair* const x = image + b * plane + (scan.transposed ? x_at * n : x_at);
         stage<decltype(r)::value, false>(
             share, n,
             [&](int row) {
-              if (coil < 0) return Number{0, 0};
-              const Number s = read(map[static_cast<int64_t>(row) * width]);
+              const Number s = read(map[static_cast<unsigned>(row) * width]);
               return multiply(read(x[row * image_row]), s.re, s.im);
             },
             [&](int row, const Number& v) { write(share.cell(row), v); });
       });
     }
+    // The samples of all coils are measured; those between two kernels are of the coils in use.
+    const int64_t sample_plane = kind == kNormal ? int64_t{b} * scan.n_coils + coil : int64_t{b} * scan.n_used + used;
+    Pair* const mine = samples + sample_plane * lines.n * width + column;
     transform<Long>(share, kind, plan, first, block, [&](int row, const Number& a) {
       const int line = line_at[row];
       Number sample{0, 0};
-      if (line < 0) return sample;
-      // The samples of all coils are measured; those between two kernels are of the coils in use.
-      const int64_t sample_plane = kind == kNormal ? int64_t{b} * scan.n_coils + coil : int64_t{b} * scan.n_used + used;
-      Pair* const target = samples + (sample_plane * lines.n + line) * width + column;
+      if (line < 0 || !active) return sample;
+      Pair& measured = mine[static_cast<unsigned>(line) * width];
       if (kind == kForward) {
-        if (here && used < scan.n_used) write(*target, {a.re * lines.scale, a.im * lines.scale});
-      } else {
-        if (coil >= 0 && samples) sample = read(*target);
-        if (kind == kNormal) sample = {a.re * lines.scale - sample.re, a.im * lines.scale - sample.im};
+        write(measured, {a.re * lines.scale, a.im * lines.scale});
+        return sample;
       }
+      if (samples) sample = read(measured);
+      if (kind == kNormal) sample = {a.re * lines.scale - sample.re, a.im * lines.scale - sample.im};
       return sample;
     });
     if (kind == kForward) continue;
@@ -443,12 +446,8 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
       stage<decltype(r)::value, true>(
           share, n, [&](int row) { return read(share.cell(row)); },
           [&](int row, const Number& v) {
-            Number product{0, 0};
-            if (coil >= 0) {
-              const Number s = read(map[static_cast<int64_t>(row) * width]);
-              product = multiply(v, s.re, -s.im);
-            }
-            write(share.cell(row), product);
+            const Number s = read(map[static_cast<unsigned>(row) * width]);
+            write(share.cell(row), multiply(v, s.re, -s.im));
           });
     });
     __syncthreads();
@@ -465,12 +464,14 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
   }
 
   if (kind == kForward) {
-    if (!line_of) return;
     const int used = first_round * slots + slot;
     if (!here || used >= scan.n_used) return;
+    const int64_t index = scan.coils ? scan.coils[used] : used;
+    const bool known = index >= 0 && index < scan.n_coils;
+    if (known && !line_of) return;
     for (int pad = share.first; pad < lines.n; pad += share.step) {
-      const int64_t line = line_of[pad];
-      if (line >= 0 && line < n) continue;
+      const int64_t line = line_of ? line_of[pad] : pad;
+      if (known && line >= 0 && line < n) continue;
       write(samples[((int64_t{b} * scan.n_used + used) * lines.n + pad) * width + column], {0, 0});
     }
     return;
@@ -619,6 +620,9 @@ void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const Four
               void* stream) {
   if (red.updated && red.n_partials != scan.width) {
     throw std::invalid_argument("fourier_lines_kernel: n_partials must be the number of columns");
+  }
+  if (int64_t{scan.n} * scan.width > 0xffffffff) {
+    throw std::invalid_argument("fourier: the CUDA kernels take images of fewer than 2^32 pixels");
   }
   const FourierPlan plan = fourier_plan(scan.n);
   const Layout layout = layout_of(scan, plan, kind, Long);
