@@ -59,8 +59,8 @@ export PYTHONPATH=$work/site:$root/benches${PYTHONPATH:+:$PYTHONPATH}
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_CACHE_DIR=1
 # Deterministic products, which the tests ask for.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
-# The CUDA toolkit's tools, where only the toolkit is installed.
-PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+# The programs of the wheels; the CUDA toolkit's, where only the toolkit is installed.
+PATH=$work/site/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 
 # ---------------------------------------------------------------- steps
 
@@ -173,14 +173,25 @@ tests() {
   # Stopped at the limit: what has not come to its end.
   trap 'tail -n 20 "$work"/*.pytest' TERM
   export OMP_NUM_THREADS=1
+  parts() { printf '%s\n' "${@/#/$file|}"; }
   # shellcheck disable=SC2016
   for file in tests/test_*.py; do
     case $file in
-      # The longest, each face by itself.
-      tests/test_operators.py | tests/test_gpu_faces.py | tests/test_on_gpu.py)
-        printf '%s\n' "$file|triton" "$file|cuda and not triton" "$file|not cuda and not triton"
+      # What takes longest, in parts: each face by itself, and kernels that Triton compiles shared among several.
+      tests/test_operators.py)
+        parts "cuda and not triton" "not cuda and not triton" "triton and fourier" "triton and not fourier and not radon" \
+          "triton and not fourier and radon and red_update" "triton and not fourier and radon and not red_update"
         ;;
-      *) printf '%s\n' "$file|" ;;
+      tests/test_on_gpu.py)
+        parts "cuda and not triton" "not cuda and not triton" "triton and graph" "triton and not graph"
+        ;;
+      tests/test_gpu_faces.py)
+        parts "cuda and compiles" "cuda and not compiles" "triton and not cuda" "not cuda and not triton"
+        ;;
+      tests/test_group_norm_prelu.py) parts "values or gradients" "not values and not gradients" ;;
+      tests/test_trainer.py) parts "process" "killed and not process" "not process and not killed" ;;
+      tests/test_cli.py) parts "idt" "mri and not idt" "not idt and not mri" ;;
+      *) parts "" ;;
     esac
   done | sort -t '|' -k 2r | xargs -P "$(nproc)" -I '{}' bash -c 'tests_of "$1"' _ '{}'
 }

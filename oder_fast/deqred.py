@@ -751,8 +751,9 @@ class _Autocast:
 
 
 def _exporting() -> bool:
-    # torch 2.6 has no such question.
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
+    # What `torch.compiler.is_exporting` returns: compilers before torch 2.13 take that for true whenever they trace it,
+    # and torch 2.6 has neither.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def _eager() -> AbstractContextManager[Any]:

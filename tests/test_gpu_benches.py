@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ import launch_kernels
 from gpu import H200, Machine, Work
 from oder_fast.testing import angles_over
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benches" / "run_gpu.sh"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benches" / "run_gpu.sh"
 
 
 # ------------------------------------------------------------------ floors
@@ -265,6 +267,15 @@ def test_script_goes_on_after_failures_and_tells_them_at_the_end(tmp_path):
     assert "---- tests/test_radon.py : exit status 1" in log
     assert "-k cuda and not triton tests/test_operators.py" in log
     assert "sanitizer --tool memcheck --kernel-name kns=oder" in log
+    parts = {}
+    for file, which in re.findall(r"^---- (tests/\w+\.py) (.*): exit status", log, re.M):
+        parts.setdefault(file, []).append(which)
+    assert {ROOT / file for file in parts} == set(ROOT.glob("tests/test_*.py"))
+    for file, conditions in parts.items():
+        words = sorted({w for c in conditions for w in re.findall(r"\w+", c)} - {"and", "or", "not"})
+        for values in product([False, True], repeat=len(words)):
+            chosen = [c for c in conditions if not c or eval(c, dict(zip(words, values, strict=True)))]
+            assert len(chosen) == 1, (file, words, values)
 
 
 @needs_bash

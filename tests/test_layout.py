@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def test_imports_point_down_only(path):
 
 
 def tracked() -> list[str]:
+    if shutil.which("git") is None:
+        pytest.skip("git is not on the PATH")
     run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if run.returncode != 0:
         pytest.skip("not a git checkout")

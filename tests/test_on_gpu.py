@@ -122,7 +122,9 @@ def test_a_solve_and_its_gradient_equal_those_of_the_cpu(minibatch_size, backend
     found = []
     for device, face in (("cpu", "cpu"), ("cuda", backend)):
         ct = ParallelBeamCT(32, 24, backend=face).to(device)
-        denoiser.to(device).zero_grad()
+        # Moving a network moves its gradients too, in place.
+        denoiser.zero_grad()
+        denoiser.to(device)
         y = ct(truth.to(device))
         model = DEQRED(
             ct,
