@@ -300,7 +300,7 @@ def gradient_work(size: int, slices: int, pairs: float) -> list[Work]:
 
     Bytes: spectra of the slices read and written once, of the data what lies in the pupils. Operations of a pair: two waves and
     their wavenumber, 74, and for each slice 8 to gather and 8 to give back (Horner's scheme and its transpose). Instructions
-    of a pair at 8 slices in the sm_90 code of nvcc 13.0: 157 where both signs of a frequency lie in the pupil, else 205.
+    of a pair at 8 slices in the sm_90 code of nvcc 13.0: 161 where both signs of a frequency lie in the pupil, else 209.
 
     | at 8 slices | pairs | memory | arithmetic | instructions | floor on an H200 |
     |---|---|---|---|---|---|

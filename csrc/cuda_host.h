@@ -264,6 +264,7 @@ inline uint32_t shift_right(uint32_t low, uint32_t high, int shift) {
 }
 inline float saturate(float a) { return a > 0 ? (a < 1 ? a : 1.0f) : 0.0f; }
 inline int64_t multiply_add(int a, int b, int64_t c) { return static_cast<int64_t>(a) * b + c; }
+// Rounded correctly, where the device is within a unit in the last place.
 inline float quotient(float a, float b) { return a / b; }
 inline float root(float a) { return std::sqrt(a); }
 inline int lowest_bit(uint32_t a) { return __builtin_ctz(a); }

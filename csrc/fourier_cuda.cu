@@ -447,7 +447,8 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
           share, n, [&](int row) { return read(share.cell(row)); },
           [&](int row, const Number& v) {
             const Number s = read(map[static_cast<unsigned>(row) * width]);
-            write(share.cell(row), multiply(v, s.re, -s.im));
+            // Of an inactive lane all cells are zeros already, whatever its neighbour's map holds.
+            if (active) write(share.cell(row), multiply(v, s.re, -s.im));
           });
     });
     __syncthreads();
@@ -621,8 +622,8 @@ void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const Four
   if (red.updated && red.n_partials != scan.width) {
     throw std::invalid_argument("fourier_lines_kernel: n_partials must be the number of columns");
   }
-  if (int64_t{scan.n} * scan.width > 0xffffffff) {
-    throw std::invalid_argument("fourier: the CUDA kernels take images of fewer than 2^32 pixels");
+  if (std::max<int64_t>(scan.n, scan.n_lines) * scan.width > 0xffffffff) {
+    throw std::invalid_argument("fourier: the CUDA kernels take images and samples of a coil below 2^32 numbers");
   }
   const FourierPlan plan = fourier_plan(scan.n);
   const Layout layout = layout_of(scan, plan, kind, Long);

@@ -357,6 +357,7 @@ struct alignas(16) GatherSteps {
   float sigma, before, after;  // 1 + sigma, 1 - 2 * sigma
 };
 constexpr int kStepScale = 8;
+constexpr double kStepOne = 4294967296.0 / kStepScale;
 
 // Prepares the `slot`-th view of those whose windows are in shared memory together; (i, j) is the tile's first pixel.
 ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, double scale, bool matched, int window,
@@ -372,12 +373,13 @@ ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, d
   const double high = view.bins.corner + (over_rows > 0 ? over_rows : 0) + (over_columns > 0 ? over_columns : 0);
   view.seen = direction.valid && high + 1 / sigma >= 0 && low - 1 / sigma <= scan.n_bins - 1;
   if (window == 0) return;
-  // A view beside the tile has a window of zeros.
-  view.from = view.seen ? static_cast<int>(floor(low)) - 1 : scan.n_bins;
+  // One bin for the first tap, and one since rounded steps may lead below `low`. A view beside the tile has a window of
+  // zeros.
+  view.from = view.seen ? static_cast<int>(floor(low)) - 2 : scan.n_bins;
   steps.corner = static_cast<int64_t>(slot * window) << 32;
   steps.corner += view.seen ? fixed(view.bins.corner - view.from) : fixed(1);
-  steps.per_row = view.seen ? static_cast<int>(fixed(view.bins.per_row) / kStepScale) : 0;
-  steps.per_column = view.seen ? static_cast<int>(fixed(view.bins.per_column) / kStepScale) : 0;
+  steps.per_row = view.seen ? static_cast<int>(llrint(view.bins.per_row * kStepOne)) : 0;
+  steps.per_column = view.seen ? static_cast<int>(llrint(view.bins.per_column * kStepOne)) : 0;
   steps.sigma = static_cast<float>(sigma);
   steps.before = static_cast<float>(1 + sigma);
   steps.after = static_cast<float>(1 - 2 * sigma);
@@ -580,7 +582,7 @@ void gather(const In* sinogram, const Out* point, Out* image, int batch, const R
     throw std::invalid_argument("radon_gather_kernel: n_partials must be the number of tiles");
   }
   const GatherKind kind = gather_kind(scan.bin_spacing, matched);
-  // A tile sees its diagonal's worth of bins, and two more on each side.
+  // A tile sees its diagonal's worth of bins, two more before it, and the second tap and what rounding brings after it.
   const int window =
       kind == kAnyBins ? 0 : static_cast<int>(std::ceil((kTile - 1) * std::sqrt(2.0) / scan.bin_spacing)) + 6;
   const int64_t room = window ? kWindowBytes / (static_cast<int64_t>(sizeof(float)) * Images * window) : kGatherViews;
