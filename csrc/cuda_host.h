@@ -100,6 +100,7 @@ class Block {
     const std::lock_guard<std::mutex> guard(mutex_);
     kernel_ = std::move(kernel);
     dynamic_.reset(new char[shared + 16 + kGuardBytes]);
+    std::memset(dynamic_.get(), kUnset, 16);
     grid.x = blocks;
     size.x = threads;
     if (fibers_.size() < threads) fibers_.resize(threads);
