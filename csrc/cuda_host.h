@@ -242,6 +242,7 @@ inline void __syncthreads() { oder::host::block().wait_for_block(); }
 namespace oder {
 
 inline int processor_count() { return 1; }
+inline size_t shared_bytes() { return 227 * 1024; }
 
 template <class... Parameters, class... Arguments>
 void launch_checked(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,

@@ -8,6 +8,10 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #define ODER_KERNEL __global__ void
 #define ODER_DEVICE __device__ __forceinline__
 #define ODER_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
@@ -30,22 +34,36 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-inline int processor_count() {
-  int device = 0, count = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+  return device;
+}
+inline int device_attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int processor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// What a block may have of the shared memory.
+inline size_t shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Lets a kernel have dynamic shared memory, and never less than before: another thread may be about to launch with it.
+inline void allow_shared(const char* name, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> guard(mutex);
+  size_t& most = allowed[{kernel, current_device()}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  most = bytes;
 }
 
 template <class... Parameters, class... Arguments>
 void launch_checked(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
                     void* stream, Arguments&&... arguments) {
   // Beyond 48 KB, static shared memory included, a kernel must ask.
-  if (shared > 32 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
-          name);
-  }
+  if (shared > 32 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel), shared);
   kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), name);

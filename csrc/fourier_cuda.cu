@@ -12,9 +12,10 @@ namespace {
 constexpr int kThreads = kRedThreads;
 // Transforms side by side in shared memory: half a warp reads 16 numbers of 8 bytes from all banks.
 constexpr int kLanes = 16;
-// What a block of many lanes may take of the shared memory, so that several fit beside each other, and what any may.
+// What a block of many lanes may take of the shared memory, so that several fit beside each other; one of few may take
+// all but what is static.
 constexpr size_t kSharedBytes = 96 * 1024;
-constexpr size_t kMostSharedBytes = 160 * 1024;
+constexpr size_t kStaticBytes = 1024;
 // Largest radix that is transformed in registers: by every kernel, and as the last stage by one that needs more of
 // them.
 constexpr int kRadix = 13;
@@ -590,9 +591,14 @@ size_t tile_bytes(const FourierPlan& plan, bool is_long, int cells, int sums) {
   return plan.n * (sizeof(Pair) * (cells * (dense ? 2 : 1) + sums + 1) + sizeof(int));
 }
 
+size_t room_of(int lanes) {
+  const size_t room = shared_bytes() - kStaticBytes;
+  return lanes > 4 ? std::min(room, kSharedBytes) : room;
+}
+
 [[noreturn]] void refuse(int n) {
   throw std::invalid_argument("fourier: a transform of length " + std::to_string(n) +
-                              " does not fit into shared memory (4500 always does); use backend 'reference'");
+                              " does not fit into the shared memory of this GPU; use backend 'reference'");
 }
 
 Layout layout_of(const FourierScan& scan, const FourierPlan& plan, Kind kind, bool is_long) {
@@ -608,7 +614,7 @@ Layout layout_of(const FourierScan& scan, const FourierPlan& plan, Kind kind, bo
     // 4 columns are 32 bytes of a row, the least that memory gives.
     const int slots = std::min(most, std::max(lanes / 4, 1));
     Layout layout = with(lanes / slots, slots);
-    if (layout.shared > (lanes > 4 ? kSharedBytes : kMostSharedBytes)) continue;
+    if (layout.shared > room_of(lanes)) continue;
     const bool idle = int64_t{layout.tiles} * scan.batch < 2 * processor_count();
     if (kind != kForward && lanes == kLanes && slots == 4 && layout.rounds > 1 && idle) return with(2, 8);
     return layout;
@@ -659,7 +665,7 @@ void points_of(Kind kind, Pair* samples, const FourierScan& scan, void* stream) 
   const double scale = 1 / std::sqrt(static_cast<double>(scan.width));
   for (int lanes = kLanes; lanes > 0; lanes /= 2) {
     const size_t shared = tile_bytes(plan, Long, lanes | 1, 0);
-    if (shared > (lanes > 4 ? kSharedBytes : kMostSharedBytes)) continue;
+    if (shared > room_of(lanes)) continue;
     ODER_LAUNCH(fourier_points_kernel<Long>, ceil_div(scan.n, lanes) * scan.n_used * scan.batch, kThreads, shared,
                 stream, kind, samples, scan, plan, lanes, static_cast<float>(scale));
     return;

@@ -168,11 +168,11 @@ def test_cuda_tiles(case, shape, face, generator):
 
 
 def test_cuda_refuses_what_exceeds_shared_memory(face):
-    image, lines = torch.zeros(1, 9000, 1, dtype=torch.complex64), torch.tensor([[0]])
-    with pytest.raises(ValueError, match="length 9000 does not fit into shared memory"):
+    image, lines = torch.zeros(1, 12000, 1, dtype=torch.complex64), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="length 12000 does not fit into the shared memory"):
         oder_fast.ops.fourier_forward(image, image[:, None], lines, backend=face.backend)
-    mask = torch.ones(1, 1, 9000, dtype=torch.bool)
-    with pytest.raises(ValueError, match="length 9000 does not fit into shared memory"):
+    mask = torch.ones(1, 1, 12000, dtype=torch.bool)
+    with pytest.raises(ValueError, match="length 12000 does not fit into the shared memory"):
         oder_fast.ops.fourier_gradient(image.mT, None, image.mT[None], mask, backend=face.backend)
     volume, depths = torch.zeros(1, 8193, 1, 1, dtype=torch.complex64), torch.zeros(8193).double()
     light, support = torch.zeros(1, 2).double(), torch.tensor([[[0, 1]]], dtype=torch.int32)
