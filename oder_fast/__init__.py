@@ -16,25 +16,31 @@ from .denoisers import (
     bound_lipschitz,
     estimate_lipschitz,
 )
-from .deqred import DEQRED
-from .diagnosis import Diagnosis, diagnose
+from .deqred import DEQRED, oder
 from .fixed_point import (
     Anderson,
     Average,
-    Decay,
     DivergenceError,
     FixedPointError,
     Implicit,
     JacobianFree,
     Nesterov,
-    NotCapturedWarning,
     NotConvergedError,
     NotConvergedWarning,
     Picard,
     Solution,
     Unrolled,
 )
-from .operators import CartesianMRI, DiffractionTomography, MeasurementParallel, ParallelBeamCT, split_blocks
+from .operators import (
+    CartesianMRI,
+    DiffractionTomography,
+    LeastSquares,
+    MeasurementOperator,
+    MeasurementParallel,
+    ParallelBeamCT,
+    as_operator,
+    split_blocks,
+)
 from .ops import (
     BackendUnavailableError,
     Optics,
@@ -56,6 +62,7 @@ from .ops import (
     radon_red_update,
     red_update,
 )
+from .red import GradientStep, ProximalStep
 
 __version__ = metadata.version("oder-fast")
 
@@ -68,28 +75,31 @@ __all__ = [
     "BackendUnavailableError",
     "CartesianMRI",
     "DRUNet",
-    "Decay",
     "Diagnosis",
     "DiffractionTomography",
     "DivergenceError",
     "DnCNN",
     "FixedPointError",
+    "GradientStep",
     "Implicit",
     "JacobianFree",
+    "LeastSquares",
+    "MeasurementOperator",
     "MeasurementParallel",
     "Nesterov",
-    "NotCapturedWarning",
     "NotConvergedError",
     "NotConvergedWarning",
     "Optics",
     "ParallelBeamCT",
     "Picard",
+    "ProximalStep",
     "RedUpdate",
     "Solution",
     "TotalVariation",
     "UNet",
     "Unrolled",
     "bound_lipschitz",
+    "as_operator",
     "build_info",
     "diagnose",
     "diffraction_adjoint",
@@ -103,6 +113,7 @@ __all__ = [
     "fourier_forward",
     "fourier_gradient",
     "fourier_red_update",
+    "oder",
     "radon_adjoint",
     "radon_backproject",
     "radon_forward",

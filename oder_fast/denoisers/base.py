@@ -28,6 +28,9 @@ class Denoiser(nn.Module):
         ValueError: For another `predicts`, or a residual with other channels than the image.
     """
 
+    scale_free: bool = False
+    """Whether D(a x) = a D(x) for all a > 0, so that images in any unit are denoised alike."""
+
     def __init__(self, in_channels: int, out_channels: int, predicts: Predicts) -> None:
         super().__init__()
         name = type(self).__name__

@@ -52,6 +52,7 @@ class DnCNN(Denoiser):
         for before, after in pairwise(channels):
             layers += [norm(nn.Conv2d(before, after, 3, padding=1, bias=bias)), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
+        self.scale_free = not bias
 
     def network(self, image: Tensor) -> Tensor:
         """Return the raw prediction; the residual ``x - D(x)`` by default."""

@@ -11,20 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .graphs import EAGER, Execution, tell
-from .maps import Checkpointed, FixedPointMap, Hidden, Linearization
+from .maps import Checkpointed, FixedPointMap, Linearization, per_image
 from .solution import FixedPointError, NotConvergedWarning, Solution
-from .solvers import Solver
+from .solvers import Anderson, Solver
 
 Fallback = Literal["raise", "warn", "jacobian_free"]
 FALLBACKS = ("raise", "warn", "jacobian_free")
-
-
-@dataclass
-class AdjointMemory:
-    """The last adjoint solution, where a warm start begins."""
-
-    last: Tensor | None = None
 
 
 class Differentiation(ABC):
@@ -32,12 +24,7 @@ class Differentiation(ABC):
 
     @abstractmethod
     def solve(
-        self,
-        fixed_point_map: FixedPointMap,
-        start: Tensor,
-        solver: Solver[Any],
-        memory: AdjointMemory,
-        execution: Execution = EAGER,
+        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
     ) -> Solution:
         """Solve for the fixed point; where gradients are recorded, the solution's value carries them.
 
@@ -45,36 +32,30 @@ class Differentiation(ABC):
             fixed_point_map: The map.
             start: Shape ``(B, ...)``.
             solver: Of the forward solve.
-            memory: Where a warm start is kept from call to call.
-            execution: How the iterations of this solve and of its adjoint run.
+            adjoint_start: Where the adjoint solve starts, shape of `start`; None for the Jacobian-free guess.
 
         Returns:
             The `Solution`, converged or not.
-
-        Raises:
-            DivergenceError: Where the forward solve diverges.
         """
 
 
 @dataclass(frozen=True)
 class Implicit(Differentiation):
-    r"""Differentiate the fixed point itself, by another fixed point.
+    r"""Differentiate the equation of the fixed point, :math:`F(x^*, \theta) = 0`, by another fixed point.
 
-    .. math:: w = T'(x^*)^H w + g, \qquad \nabla_\theta \ell = (\partial_\theta T(x^*))^H w
+    .. math:: -(\partial_x F)^H u = \nabla_x \ell, \qquad \nabla_\theta \ell = (\partial_\theta F)^H u
 
-    The map is linearized once, at :math:`x^*`, so memory does not depend on the number of iterations. The
+    The denoiser is linearized once, at :math:`x^*`, so memory does not depend on the number of iterations. The
     gradient in the start is zero: a fixed point does not depend on it. Second derivatives are refused.
 
     Args:
-        solver: Of the adjoint equation; None for that of the forward solve.
-        minibatch_size: Blocks in a minibatch of the adjoint solve, drawn afresh: a number, ``"same"`` as in
-            the forward solve, or None for all.
-        warm_start: Start from the adjoint solution of the last call where it had this shape, else from `g`.
+        solver: Of the adjoint equation; None for ``Anderson(100, 1e-2, memory=8)``, or, where the forward solve takes
+            minibatches, its solver.
         on_failure: Where the adjoint solve fails: ``"raise"``; ``"warn"``, and use what it reached
-            (divergence still raises); ``"jacobian_free"``: warn, and use :math:`w = g`.
+            (divergence still raises); ``"jacobian_free"``: warn, and use the first guess of `u`.
 
     Raises:
-        ValueError: For another policy, or a minibatch of no blocks.
+        ValueError: For another policy.
 
     References:
         Bai, Kolter, Koltun, "Deep equilibrium models", NeurIPS 2019. Gilton, Ongie, Willett, "Deep
@@ -83,58 +64,38 @@ class Implicit(Differentiation):
     """
 
     solver: Solver[Any] | None = None
-    minibatch_size: int | Literal["same"] | None = "same"
-    warm_start: bool = False
     on_failure: Fallback = "warn"
 
     def __post_init__(self) -> None:
         if self.on_failure not in FALLBACKS:
             raise ValueError(f"Implicit: on_failure must be one of {FALLBACKS}, got {self.on_failure!r}")
-        size = self.minibatch_size
-        if not (size is None or size == "same" or (type(size) is int and size >= 1)):
-            raise ValueError(
-                f'Implicit: minibatch_size must be a number of blocks, "same", or None for all, got {size!r}'
-            )
+        if not (self.solver is None or isinstance(self.solver, Solver)):
+            raise TypeError(f"Implicit: solver must be a Solver or None, got {self.solver!r}")
 
     def solve(
-        self,
-        fixed_point_map: FixedPointMap,
-        start: Tensor,
-        solver: Solver[Any],
-        memory: AdjointMemory,
-        execution: Execution = EAGER,
+        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
     ) -> Solution:
-        """Solve without a graph; attach one evaluation of the map, and the adjoint solve to its gradient."""
-        solution = _solve_without_graph(fixed_point_map, start, solver, execution)
+        """Solve without a graph; attach the equation there, and the adjoint solve to its gradient."""
+        solution = _solve_without_graph(fixed_point_map, start, solver)
         if not (torch.is_grad_enabled() and fixed_point_map.requires_grad):
             return solution
-        with execution.aside():
-            linearization = fixed_point_map.linearize(solution.value, self.minibatch_size)
+        linearization = _linearize(fixed_point_map, solution, start)
+        chosen = self.solver
+        if chosen is None:
+            chosen = solver if fixed_point_map.stochastic else Anderson(100, 1e-2, memory=8)
 
         def adjoint(gradient: Tensor) -> Tensor:
-            with execution.aside():
-                w = self._adjoint(
-                    linearization, gradient, self.solver or solver, memory, execution, solution.adjoint
-                )
-            return execution.hand_over(w)
+            first = linearization.jacobian_free(gradient) if adjoint_start is None else adjoint_start
+            return self._adjoint(linearization.adjoint(gradient), first, chosen, solution.adjoint)
 
         return _attach(solution, linearization, start, adjoint)
 
     def _adjoint(
-        self,
-        linearization: Linearization,
-        gradient: Tensor,
-        solver: Solver[Any],
-        memory: AdjointMemory,
-        execution: Execution,
-        record: list[Solution],
+        self, adjoint_map: FixedPointMap, first: Tensor, solver: Solver[Any], record: list[Solution]
     ) -> Tensor:
-        warm = self.warm_start and memory.last is not None and memory.last.shape == gradient.shape
-        first = memory.last.to(gradient) if warm and memory.last is not None else gradient
+        solution = solver.solve(adjoint_map, first)
+        record.append(solution)
         try:
-            solution = solver.solve(_Adjoint(linearization.transposed, gradient), first, execution)
-            record.append(solution)
-            tell(solution.fallback_reason, execution.told, stacklevel=2)
             solution.require("ignore" if self.on_failure == "warn" else "raise")
         except FixedPointError as error:
             if self.on_failure != "jacobian_free":
@@ -144,20 +105,20 @@ class Implicit(Differentiation):
                 NotConvergedWarning,
                 stacklevel=2,
             )
-            return gradient
+            return first
         if not bool(solution.converged.all()):
             warnings.warn(f"Implicit, adjoint solve: {solution.message}", NotConvergedWarning, stacklevel=2)
-        memory.last = solution.value if self.warm_start else None
         return solution.value
 
 
 @dataclass(frozen=True)
 class JacobianFree(Differentiation):
-    r"""Differentiate one application of the map at the fixed point, as if :math:`T'(x^*)` were zero.
+    r"""Differentiate one application of the map at the fixed point, as if the denoiser were constant.
 
-    .. math:: \nabla_\theta \ell \approx (\partial_\theta T(x^*))^H g
+    .. math:: \nabla_\theta \ell \approx (\partial_\theta F)^H u, \quad u = (A^H A + \tau)^{-1} \nabla_x \ell
 
-    No adjoint solve: much cheaper than `Implicit`, a descent direction under conditions, not the gradient.
+    in the proximal form, :math:`\gamma \nabla_x \ell` in the gradient form. No adjoint solve: much cheaper than
+    `Implicit`, a descent direction under conditions, not the gradient.
 
     References:
         Fung, Heaton, Li, McKenzie, Osher, Yin, "JFB: Jacobian-free backpropagation for implicit networks",
@@ -165,20 +126,14 @@ class JacobianFree(Differentiation):
     """
 
     def solve(
-        self,
-        fixed_point_map: FixedPointMap,
-        start: Tensor,
-        solver: Solver[Any],
-        memory: AdjointMemory,
-        execution: Execution = EAGER,
+        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
     ) -> Solution:
-        """Solve without a graph; attach one evaluation of the map."""
-        solution = _solve_without_graph(fixed_point_map, start, solver, execution)
+        """Solve without a graph; attach the equation there."""
+        solution = _solve_without_graph(fixed_point_map, start, solver)
         if not (torch.is_grad_enabled() and fixed_point_map.requires_grad):
             return solution
-        return _attach(
-            solution, fixed_point_map.linearize(solution.value, None), start, lambda gradient: gradient
-        )
+        linearization = _linearize(fixed_point_map, solution, start)
+        return _attach(solution, linearization, start, linearization.jacobian_free)
 
 
 @dataclass(frozen=True)
@@ -190,89 +145,67 @@ class Unrolled(Differentiation):
     """
 
     def solve(
-        self,
-        fixed_point_map: FixedPointMap,
-        start: Tensor,
-        solver: Solver[Any],
-        memory: AdjointMemory,
-        execution: Execution = EAGER,
+        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
     ) -> Solution:
         """Solve with a graph, checkpointed."""
         if not torch.is_grad_enabled():
-            return _solve_without_graph(fixed_point_map, start, solver, execution)
-        if execution is not EAGER and execution.reason is None:
-            reason = "Unrolled lets autograd record the iterations, which a graph would replay unrecorded"
-            execution = Execution(reason, execution.told)
-        return solver.solve(Checkpointed(fixed_point_map), start, execution)
+            return _solve_without_graph(fixed_point_map, start, solver)
+        return solver.solve(Checkpointed(fixed_point_map), start)
 
 
-class _Adjoint(FixedPointMap):
-    """The map ``w -> T'(x)^H w + g``."""
-
-    def __init__(self, transposed: FixedPointMap, gradient: Tensor) -> None:
-        self.transposed = transposed
-        self.gradient = gradient
-        self.stochastic = transposed.stochastic
-        self.variance_reduced = transposed.variance_reduced
-        self.advice = transposed.advice
-
-    @property
-    def hidden(self) -> Hidden:  # type: ignore[override]
-        return self.transposed.hidden
-
-    def __call__(self, point: Tensor) -> Tensor:
-        return self.transposed(point) + self.gradient
-
-    def agree(self, reductions: Tensor) -> Tensor:
-        return self.transposed.agree(reductions)
-
-    def draw(self) -> FixedPointMap:
-        return _Adjoint(self.transposed.draw(), self.gradient)
+def _solve_without_graph(fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any]) -> Solution:
+    with torch.no_grad(), fixed_point_map.solving():
+        return solver.solve(fixed_point_map, start)
 
 
-def _solve_without_graph(
-    fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], execution: Execution
-) -> Solution:
-    with execution.aside(), torch.no_grad(), fixed_point_map.solving():
-        solution = solver.solve(fixed_point_map, start, execution)
-    execution.hand_over(solution.value)
-    return solution
+def _linearize(fixed_point_map: FixedPointMap, solution: Solution, start: Tensor) -> Linearization:
+    """Linearize at the solution, and where there is none, at the start."""
+    point = solution.value.detach()
+    if bool(solution.diverged.any()):
+        point = torch.where(per_image(solution.diverged.to(point.device), point), start.detach(), point)
+    return fixed_point_map.linearize(point)
 
 
 def _attach(
     solution: Solution, linearization: Linearization, start: Tensor, adjoint: Callable[[Tensor], Tensor]
 ) -> Solution:
-    value = _Attach.apply(linearization.output, solution.value, start, adjoint)  # type: ignore[no-untyped-call]
+    def gradient_of_the_rest(gradient: Tensor) -> Tensor:
+        # What diverged has no derivative, and must not spoil that of the others.
+        diverged = per_image(solution.diverged.to(gradient.device), gradient)
+        return adjoint(torch.where(diverged, 0, gradient))
+
+    backward = gradient_of_the_rest if bool(solution.diverged.any()) else adjoint
+    value = _Attach.apply(linearization.balance, solution.value, start, backward)  # type: ignore[no-untyped-call]
     return replace(solution, value=value)
 
 
 class _Attach(torch.autograd.Function):
-    """The solution's value, with the gradient of the map's output there, through the adjoint solve."""
+    """The solution's value, with the gradient of the equation there, through the adjoint solve."""
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, value: Tensor, start: Tensor, adjoint: Callable[[Tensor], Tensor]
+        ctx: Any, balance: Tensor, value: Tensor, start: Tensor, adjoint: Callable[[Tensor], Tensor]
     ) -> Tensor:
         ctx.adjoint = adjoint
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(balance)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            w = ctx.adjoint(gradient.contiguous())
+            u = ctx.adjoint(gradient.contiguous())
         if torch.is_grad_enabled():
-            w = _Refuse.apply(w, *ctx.saved_tensors, gradient)  # type: ignore[no-untyped-call]
+            u = _Refuse.apply(u, *ctx.saved_tensors, gradient)  # type: ignore[no-untyped-call]
         zero = torch.zeros_like(gradient) if ctx.needs_input_grad[2] else None
-        return w, None, zero, None
+        return u, None, zero, None
 
 
 class _Refuse(torch.autograd.Function):
     """The identity; its derivative would be a second one through the fixed point."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
-        return w.view_as(w)
+    def forward(ctx: Any, u: Tensor, balance: Tensor, gradient: Tensor) -> Tensor:
+        return u.view_as(u)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Anchor = tuple[Tensor, ...]
+
 
 class Step(NamedTuple):
     """One application of a map.
@@ -20,110 +22,133 @@ class Step(NamedTuple):
         extrapolated: ``image + momentum * (image - previous)``; `image` itself without momentum.
         reductions: float64, shape ``(B, 3)``: squared norm of ``image - point``, squared norm of ``image``,
             and ``<point - image, image - previous>`` (0 without momentum).
+        anchor: What an evaluation with all blocks leaves for the minibatches after it.
     """
 
     image: Tensor
     extrapolated: Tensor
     reductions: Tensor
+    anchor: Anchor = ()
 
 
-class Hidden:
-    """What evaluations of a map have in common beside their arguments, and a CUDA graph has to know.
+class Calls(NamedTuple):
+    """How often a solve called what it is made of, for the whole batch at a time.
 
     Attributes:
-        carried: Tensors that one evaluation leaves for the next ones; can be set to copies of them.
-        generators: That minibatches are drawn from on a GPU, beside torch's default one.
-        obstacle: Why an evaluation, the drawing included, cannot be captured.
+        denoiser: Calls of the denoiser, or products with its transposed derivative.
+        operator: Calls of the normal operator :math:`A^H A`; a minibatch counts as its share of the blocks.
     """
 
-    carried: tuple[Tensor, ...] = ()
-    generators: tuple[torch.Generator, ...] = ()
-    obstacle: str | None = None
+    denoiser: int = 0
+    operator: float = 0.0
 
 
 class FixedPointMap:
     """A map T on batches of images. Define the call; all else has a default.
 
     Attributes:
-        stochastic: Whether `draw` gives a minibatch's map instead of this one.
-        variance_reduced: Whether the minibatches' noise vanishes at the fixed point. Such a map is evaluated
-            itself before the first draw, and again now and then.
+        stochastic: Whether `draw` gives minibatches.
+        variance_reduced: Whether the minibatches' noise vanishes at the fixed point.
         requires_grad: Whether anything that the map depends on needs a gradient.
+        gain: The distance from the fixed point is at least this many residuals where nothing contracts the error
+            further: 1 for a map whose residual is a step towards the fixed point, more for one of short steps.
         advice: What to change where the iteration does not converge.
-        hidden: What evaluations have in common beside their arguments.
     """
 
     stochastic: bool = False
     variance_reduced: bool = False
     requires_grad: bool = True
+    gain: float = 1.0
     advice: str = "iterate a map that contracts"
-    hidden: Hidden = Hidden()
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``, shape ``(B, ...)``."""
         raise NotImplementedError
 
-    def step(self, point: Tensor, previous: Tensor | None = None, momentum: Tensor | None = None) -> Step:
-        """Apply the map, then extrapolate from `previous` by `momentum`, shape ``(B,)``."""
-        image = self(point)
-        change = inner(image - point, image - point)
-        norm = inner(image, image)
+    def step(
+        self,
+        point: Tensor,
+        accuracy: Tensor | None = None,
+        previous: Tensor | None = None,
+        momentum: Tensor | None = None,
+        blocks: Tensor | None = None,
+        anchor: Anchor = (),
+    ) -> Step:
+        """Apply the map, then extrapolate from `previous`.
+
+        Args:
+            point: Shape ``(B, ...)``.
+            accuracy: The last relative residual of each image, shape ``(B,)``: a map that is itself computed by
+                iteration needs to be a good deal more accurate than that. None at the first evaluation.
+            previous: The image to extrapolate from.
+            momentum: Shape ``(B,)``.
+            blocks: A minibatch from `draw`; None for all blocks.
+            anchor: From the last evaluation with all blocks.
+        """
+        return self.finish(self(point), point, previous, momentum)
+
+    def finish(
+        self, image: Tensor, point: Tensor, previous: Tensor | None, momentum: Tensor | None, anchor: Anchor = ()
+    ) -> Step:
+        """Return the step to `image`, extrapolated, with its reductions."""
+        change = image - point
+        norms = [inner(change, change), inner(image, image)]
         if previous is None or momentum is None:
-            return Step(image, image, self.agree(torch.stack([change, norm, torch.zeros_like(norm)], 1)))
+            reductions = torch.stack([*norms, torch.zeros_like(norms[0])], 1)
+            return Step(image, image, self.agree(reductions), anchor)
         direction = image - previous
-        uphill = inner(point - image, direction)
+        uphill = -inner(change, direction)
         extrapolated = image + per_image(momentum, image) * direction
-        return Step(image, extrapolated, self.agree(torch.stack([change, norm, uphill], 1)))
+        return Step(image, extrapolated, self.agree(torch.stack([*norms, uphill], 1)), anchor)
 
     def agree(self, reductions: Tensor) -> Tensor:
         """Return the reductions that decide, where the map is evaluated in several processes at once."""
         return reductions
 
-    def draw(self) -> FixedPointMap:
-        """Return the map of one fresh minibatch, which does not change from call to call."""
-        return self
+    def draw(self) -> Tensor:
+        """Draw a minibatch of blocks; only of a stochastic map."""
+        raise NotImplementedError
 
-    def select(self, images: Tensor) -> FixedPointMap | None:
-        """Return the map of some images of the batch alone; None where they cannot be told apart."""
-        return None
+    def calls(self) -> Calls:
+        """Return what the evaluations so far have cost."""
+        return Calls()
 
     def solving(self) -> AbstractContextManager[None]:
         """Return a context for a solve without gradients, in which the map stays the same."""
         return nullcontext()
 
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Return a context that a checkpointed step is computed again in."""
-        return nullcontext()
-
-    def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
-        """Evaluate the map once at `point`, with the graph to everything else it depends on.
+    def linearize(self, point: Tensor) -> Linearization:
+        """Linearize the map at a fixed point.
 
         Args:
             point: Shape ``(B, ...)``, without a graph.
-            minibatch_size: Blocks in a minibatch of the adjoint; ``"same"`` as this map's, None for all.
         """
-        if minibatch_size not in (None, "same"):
-            raise ValueError(
-                f"Implicit: this map has no minibatches, but minibatch_size is {minibatch_size!r}"
-            )
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
             output = self(leaf)
 
-        return Linearization(output, Plain(lambda v: vjp(output, leaf, v), self.advice))
+        def adjoint(gradient: Tensor) -> FixedPointMap:
+            return Plain(lambda u: vjp(output, leaf, u) + gradient, self.advice)
+
+        return Linearization(output, adjoint, lambda gradient: gradient)
 
 
 @dataclass(frozen=True)
 class Linearization:
-    r"""A map near a point :math:`x`, as implicit differentiation needs it.
+    r"""A fixed-point equation :math:`F(x, \theta) = 0` near its solution, as implicit differentiation needs it.
+
+    .. math:: \nabla_\theta \ell = (\partial_\theta F)^H u, \qquad -(\partial_x F)^H u = \nabla_x \ell
 
     Attributes:
-        output: :math:`T(x)` with the graph to everything the map depends on.
-        transposed: The linear map :math:`v \mapsto T'(x)^H v`, which may draw minibatches of its own.
+        balance: A tensor whose derivative in the parameters is that of :math:`F` at the solution. Only this
+            tensor's derivatives are used; its value need not be that of F.
+        adjoint: Turns the gradient in the solution into the map whose fixed point is `u`.
+        jacobian_free: Turns the gradient into the first guess of `u`, as if the denoiser were constant.
     """
 
-    output: Tensor
-    transposed: FixedPointMap
+    balance: Tensor
+    adjoint: Callable[[Tensor], FixedPointMap]
+    jacobian_free: Callable[[Tensor], Tensor]
 
 
 class Plain(FixedPointMap):
@@ -145,32 +170,24 @@ class Checkpointed(FixedPointMap):
         self.inner_map = inner_map
         self.stochastic = inner_map.stochastic
         self.variance_reduced = inner_map.variance_reduced
+        self.gain = inner_map.gain
         self.advice = inner_map.advice
+        self.draw = inner_map.draw  # type: ignore[method-assign]
+        self.calls = inner_map.calls  # type: ignore[method-assign]
 
-    def __call__(self, point: Tensor) -> Tensor:
-        """Return ``T(point)``."""
-        return self.step(point).image
-
-    def step(self, point: Tensor, previous: Tensor | None = None, momentum: Tensor | None = None) -> Step:
+    def step(
+        self,
+        point: Tensor,
+        accuracy: Tensor | None = None,
+        previous: Tensor | None = None,
+        momentum: Tensor | None = None,
+        blocks: Tensor | None = None,
+        anchor: Anchor = (),
+    ) -> Step:
         """Apply the map under `torch.utils.checkpoint`."""
-        step: Step = checkpoint(
-            self.inner_map.step,
-            point,
-            previous,
-            momentum,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), self.inner_map.recomputing()),
-        )
+        arguments = (point, accuracy, previous, momentum, blocks, anchor)
+        step: Step = checkpoint(self.inner_map.step, *arguments, use_reentrant=False)
         return step
-
-    def draw(self) -> FixedPointMap:
-        """Return a minibatch's map, checkpointed; it uses the same minibatch when computed again."""
-        return Checkpointed(self.inner_map.draw())
-
-    def select(self, images: Tensor) -> FixedPointMap | None:
-        """Return the map of some images, checkpointed."""
-        selected = self.inner_map.select(images)
-        return None if selected is None else Checkpointed(selected)
 
 
 def as_map(function: FixedPointMap | Callable[[Tensor], Tensor]) -> FixedPointMap:
@@ -187,8 +204,9 @@ def vjp(output: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Return values ``(B,)`` in the real dtype of `like`, to be broadcast over its images."""
-    return values.to(like.real.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    """Return values ``(B,)`` in the real dtype of `like` (as they are where it is bool), to be broadcast."""
+    values = values if values.dtype == torch.bool else values.to(like.real.dtype)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -21,21 +21,26 @@ class Solution:
     r"""A fixed point, and how it was reached.
 
     Attributes:
-        value: The last :math:`T(s)` of each image, shape ``(B, ...)``. Its residual is that of `s`.
+        value: The :math:`T(s)` with the least residual of each image, shape ``(B, ...)``; NaN of one that diverged.
         iterations: Evaluations of the map that each image took, int64, shape ``(B,)``.
         residuals: Relative residuals :math:`\|T(s) - s\| / \|T(s)\|`, float64, shape ``(n, B)``: a row for
             each residual taken, NaN where an image had converged before. Of a stochastic map only those of
             the full map, never a minibatch's.
         residual_iterations: At which iterations the rows of `residuals` were taken, int64, shape ``(n,)``.
-        converged: Whether each image reached the tolerance, bool, shape ``(B,)``.
+        converged: Whether each image's estimated distance reached the tolerance, bool, shape ``(B,)``.
+        diverged: Whether each image's residual became NaN, infinite, or grew far beyond its start, bool, ``(B,)``.
         contraction: Factor by which the residual shrank per iteration at the end, fitted to the last half of
             `residuals`, float64, shape ``(B,)``; NaN where there were too few; 1 or more: the map, as
             iterated, does not contract.
+        distance: Estimated relative distance of the value from the fixed point, float64, shape ``(B,)``: the residual
+            over one minus the contraction seen in the last iterations.
         message: What happened, and what to change where an image did not converge.
+        denoiser_calls: Calls of the denoiser, for the whole batch at a time; in an adjoint solution the products
+            with its transposed derivative.
+        operator_calls: Calls of the normal operator :math:`A^H A`; a minibatch counts as its share of the blocks,
+            a solve in closed form as one.
         adjoint: Solutions of the adjoint equation: implicit differentiation appends one in each backward
             pass.
-        fallback_reason: Why not all iterations were replayed as CUDA graphs that could have been, where this was
-            asked for; else None.
     """
 
     value: Tensor
@@ -43,17 +48,20 @@ class Solution:
     residuals: Tensor
     residual_iterations: Tensor
     converged: Tensor
+    diverged: Tensor
     contraction: Tensor
+    distance: Tensor
     message: str
+    denoiser_calls: int = 0
+    operator_calls: float = 0.0
     adjoint: list[Solution] = field(default_factory=list)
-    fallback_reason: str | None = None
 
     def __repr__(self) -> str:
         """Tell how it went; the image itself would fill the screen."""
         return (
             f"Solution(value={tuple(self.value.shape)} {self.value.dtype}, iterations={self.iterations.tolist()}, "
-            f"residual={[float(f'{r:.3g}') for r in self.residual]}, converged={self.converged.tolist()}, "
-            f"message={self.message!r})"
+            f"distance={[float(f'{d:.3g}') for d in self.distance]}, converged={self.converged.tolist()}, "
+            f"denoiser_calls={self.denoiser_calls}, operator_calls={self.operator_calls:g}, message={self.message!r})"
         )
 
     @property
@@ -69,11 +77,16 @@ class Solution:
             stacklevel: Where the warning points to, as in `warnings.warn`.
 
         Raises:
+            DivergenceError: Where an image diverged and the policy is ``"raise"``, or all images did.
             NotConvergedError: Where an image did not converge and the policy is ``"raise"``.
         """
-        if on_failure != "ignore" and not bool(self.converged.all()):
-            if on_failure == "raise":
-                raise NotConvergedError(self.message, self)
+        if bool(self.converged.all()):
+            return self
+        if bool(self.diverged.all()) or (on_failure == "raise" and bool(self.diverged.any())):
+            raise DivergenceError(self.message, self)
+        if on_failure == "raise":
+            raise NotConvergedError(self.message, self)
+        if on_failure == "warn":
             warnings.warn(self.message, NotConvergedWarning, stacklevel=stacklevel)
         return self
 
@@ -91,7 +104,7 @@ class FixedPointError(RuntimeError):
 
 
 class NotConvergedError(FixedPointError):
-    """The iterations ended before the residual reached the tolerance."""
+    """The iterations ended before the estimated distance reached the tolerance."""
 
 
 class DivergenceError(FixedPointError):
@@ -99,7 +112,7 @@ class DivergenceError(FixedPointError):
 
 
 class NotConvergedWarning(UserWarning):
-    """The iterations ended before the residual reached the tolerance."""
+    """The iterations ended before the estimated distance reached the tolerance."""
 
 
 def last_residual(residuals: Tensor) -> Tensor:

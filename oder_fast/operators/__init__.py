@@ -1,8 +1,19 @@
-"""Measurement operators: what a user builds, and what the fixed point takes its gradients from."""
+"""Measurement operators, and the data fidelity that each makes of data."""
 
+from .base import ForeignOperator, LeastSquares, MeasurementOperator, as_operator
 from .ct import ParallelBeamCT
 from .idt import DiffractionTomography
 from .mri import CartesianMRI
 from .parallel import MeasurementParallel, split_blocks
 
-__all__ = ["CartesianMRI", "DiffractionTomography", "MeasurementParallel", "ParallelBeamCT", "split_blocks"]
+__all__ = [
+    "CartesianMRI",
+    "DiffractionTomography",
+    "ForeignOperator",
+    "LeastSquares",
+    "MeasurementOperator",
+    "MeasurementParallel",
+    "ParallelBeamCT",
+    "as_operator",
+    "split_blocks",
+]

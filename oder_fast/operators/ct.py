@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from scipy.fft import next_fast_len
+from torch import Tensor
 
 from .. import ops
 from . import _blocks
+from .base import LeastSquares, MeasurementOperator, power_iteration
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
 SAMPLING = ("uniform", "stratified")
@@ -19,7 +21,7 @@ SAMPLING = ("uniform", "stratified")
 SECTORS = 5
 
 
-class ParallelBeamCT(nn.Module):
+class ParallelBeamCT(MeasurementOperator):
     r"""Parallel-beam CT: sinograms of images, and everything a fixed point needs of them.
 
     .. math:: y = A x, \quad y_{v,d} = \int x \, ds \;\; \text{along} \;\; x\cos\theta_v + y\sin\theta_v = s_d
@@ -97,12 +99,15 @@ class ParallelBeamCT(nn.Module):
         self.register_buffer("angles", self._exact_angles.clone(), persistent=False)
         self._norm_squared: float | None = None
         self._filters: dict[tuple[Any, ...], Tensor] = {}
+        self._response: Tensor | None = None
+        self._grid = (0, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelBeamCT:
         # .half() or .to(float32) must not move the rays.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.angles = self._exact_angles.to(self.angles.device)
         self._filters = {}
+        self._response = None
         return self
 
     def extra_repr(self) -> str:
@@ -149,50 +154,10 @@ class ParallelBeamCT(nn.Module):
         self._check("sinogram", y, self.data_shape)
         return ops.radon_adjoint(y, self.angles, self.image_shape, **self._geometry)
 
-    def gradient(self, x: Tensor, y: Tensor | None, blocks: Tensor | None = None) -> Tensor:
-        r"""Compute :math:`\frac{V}{|B|} A_B^T (A_B x - y_B)`, all views where `blocks` is None.
-
-        Args:
-            x: Images, shape ``(B, H, W)``.
-            y: Sinograms of all views, shape ``(B, V, D)``; None for zeros (the normal operator).
-            blocks: int64 indices of the minibatch's views, from `draw_blocks`.
-        """
-        self._check("image", x, self.image_shape)
-        if y is not None:
-            self._check("sinogram", y, self.data_shape)
-        return ops.radon_gradient(x, y, self.angles, blocks, n_bins=self.n_bins, **self._geometry)
-
-    def red_update(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        blocks: Tensor | None,
-        denoised: Tensor,
-        step_size: float | Tensor,
-        tau: float | Tensor,
-        *,
-        previous: Tensor | None = None,
-        momentum: float | Tensor | None = None,
-        nonnegative: bool = False,
-    ) -> ops.RedUpdate:
-        """Take one RED step, the gradient fused with the update; see `oder_fast.radon_red_update`."""
-        self._check("image", x, self.image_shape)
-        if y is not None:
-            self._check("sinogram", y, self.data_shape)
-        return ops.radon_red_update(
-            x,
-            y,
-            self.angles,
-            blocks,
-            denoised,
-            step_size,
-            tau,
-            previous=previous,
-            momentum=momentum,
-            nonnegative=nonnegative,
-            n_bins=self.n_bins,
-            **self._geometry,
-        )
+    def least_squares(self, y: Tensor) -> CTLeastSquares:
+        r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2` of sinograms ``(B, V, D)``."""
+        self._check("sinogram", y, self.data_shape)
+        return CTLeastSquares(self, y)
 
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the views of a minibatch without replacement, each as likely as any other.
@@ -214,27 +179,30 @@ class ParallelBeamCT(nn.Module):
         drawn = _draw_stratified(n, size, generator, device if generator is None else generator.device)
         return drawn.sort().values.to(device, non_blocking=True)
 
-    def norm_squared(self, tolerance: float = 1e-4, max_iterations: int = 200) -> float:
-        r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept.
-
-        Args:
-            tolerance: Relative change of the estimate at which to stop, on the first call.
-            max_iterations: At the most.
-        """
+    def norm_squared(self) -> float:
+        r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept."""
         if self._norm_squared is None:
-            x = torch.ones(1, *self.image_shape, device=self.angles.device)
-            last = 0.0
-            with torch.no_grad():
-                for _ in range(max_iterations):
-                    x = x / x.norm()
-                    z = self.gradient(x, None)
-                    value = float((x * z).sum())
-                    x = z
-                    if abs(value - last) <= tolerance * value:
-                        break
-                    last = value
-            self._norm_squared = value
+            ones = torch.ones(1, *self.image_shape, device=self.angles.device)
+            self._norm_squared = power_iteration(self._normal, ones)
         return self._norm_squared
+
+    def _normal(self, v: Tensor, blocks: Tensor | None = None) -> Tensor:
+        return ops.radon_gradient(v, None, self.angles, blocks, n_bins=self.n_bins, **self._geometry)
+
+    def _circulant(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
+        """Return the spectrum of A^T A's response to a point in the middle, on a larger grid, and the grid; kept."""
+        if self._response is None or self._response.dtype != dtype:
+            height, width = self.image_shape
+            grid = tuple(next_fast_len(2 * n, real=True) for n in self.image_shape)
+            with torch.inference_mode(False), torch.no_grad():
+                point = torch.zeros(1, height, width, dtype=dtype, device=self.angles.device)
+                point[0, height // 2, width // 2] = 1
+                response = torch.zeros(grid, dtype=dtype, device=point.device)
+                response[:height, :width] = self._normal(point)[0]
+                response = response.roll((-(height // 2), -(width // 2)), (0, 1))
+                self._response = torch.fft.rfft2(response).real.clamp(min=0)
+                self._grid = grid
+        return self._response, self._grid
 
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: filtered back-projection with the Hann window."""
@@ -279,6 +247,36 @@ class ParallelBeamCT(nn.Module):
         filtered = torch.fft.irfft(torch.fft.rfft(y.to(response.dtype), length) * response, length)
         filtered = filtered[..., : self.n_bins].to(y.dtype).contiguous()
         return ops.radon_backproject(filtered, self.angles, self.image_shape, **self._geometry)
+
+
+class CTLeastSquares(LeastSquares):
+    """The data fidelity of `ParallelBeamCT`; its inner solves are preconditioned by a circulant.
+
+    A^T A is nearly a convolution: its response to a point in the middle of the image, on a grid twice as large, has the
+    spectrum `c`, and ``(c + w)^-1`` between transforms is an approximate inverse, for any set of angles.
+    """
+
+    operator: ParallelBeamCT
+
+    def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
+        ct = self.operator
+        ct._check("image", x, ct.image_shape)
+        return ops.radon_gradient(x, self.y, ct.angles, blocks, n_bins=ct.n_bins, **ct._geometry)
+
+    def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
+        return self.operator._normal(v, blocks)
+
+    def _preconditioner(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        response, grid = self.operator._circulant(self.y.dtype)
+        inverse = 1 / (response + weight)
+        height, width = self.operator.image_shape
+
+        def apply(v: Tensor) -> Tensor:
+            spectrum = torch.fft.rfft2(v, s=grid).mul_(inverse)
+            image: Tensor = torch.fft.irfft2(spectrum, s=grid)
+            return image[..., :height, :width]
+
+        return apply
 
 
 def _read_angles(angles: int | Sequence[float] | Tensor) -> Tensor:

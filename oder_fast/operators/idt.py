@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from . import _blocks
+from .base import LeastSquares, MeasurementOperator
 
 # Relative tolerance of radii and distances, for what was computed in floating point.
 ROUNDING = 1e-9
@@ -22,7 +23,7 @@ LARGEST_GRAM = 2**30
 CHUNK = 2048
 
 
-class DiffractionTomography(nn.Module):
+class DiffractionTomography(MeasurementOperator):
     r"""Intensity diffraction tomography: images of a weakly scattering volume under plane waves from many directions.
 
     .. math:: y_l = 2 \operatorname{Re} F^{-1} \Bigl( \sum_z h_{l,z} \, F x_z \Bigr)
@@ -244,36 +245,14 @@ class DiffractionTomography(nn.Module):
         self._check("intensities", y, self.data_shape, is_complex=False)
         return ops.diffraction_adjoint(y, *self._scan, self.optics, backend=self.backend)
 
-    def prepare(self, y: Tensor) -> Tensor:
-        """Bring data into the form that the gradients take, once for a whole solve: half their spectra.
-
-        Args:
-            y: Intensities, shape ``(B, L, H, W)``.
-
-        Returns:
-            Shape ``(B, L, H, W // 2 + 1)``, complex; differentiable in `y`.
+    def least_squares(self, y: Tensor) -> IDTLeastSquares:
+        r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2` of intensities ``(B, L, H, W)``.
 
         Raises:
             ValueError: For a shape that does not fit, or data that are NaN or infinite.
         """
         self._check_data(y)
-        spectra: Tensor = torch.fft.rfft2(y, norm="ortho")
-        return spectra
-
-    def prepare_full_batch(self, y: Tensor) -> Tensor:
-        """Bring data into the form for solves that take all illuminations in each step.
-
-        Args:
-            y: Intensities, shape ``(B, L, H, W)``.
-
-        Returns:
-            With Gram matrices the spectrum of `adjoint`, shape ``(B, Z, H, W)``; else what `prepare` returns.
-        """
-        if not self.gram:
-            return self.prepare(y)
-        self._check_data(y)
-        spectrum: Tensor = torch.fft.fft2(self.adjoint(y), norm="ortho")
-        return spectrum
+        return IDTLeastSquares(self, y)
 
     def _check_data(self, y: Tensor) -> None:
         self._check("intensities", y, self.data_shape, is_complex=False)
@@ -283,96 +262,6 @@ class DiffractionTomography(nn.Module):
             )
         if not torch.compiler.is_compiling() and not bool(y.detach().isfinite().all()):
             raise ValueError("DiffractionTomography: intensities must be finite, got NaN or infinite ones")
-
-    def gradient(
-        self, x: Tensor, y: Tensor | None, blocks: Tensor | None = None, *, prepared: bool = False
-    ) -> Tensor:
-        r"""Compute :math:`\frac{L}{|B|} A_B^T (A_B x - y_B)`, all illuminations where `blocks` is None.
-
-        Args:
-            x: Contrasts, shape ``(B, Z, H, W)``.
-            y: Intensities of all illuminations, shape ``(B, L, H, W)``; None for zeros (the normal operator).
-            blocks: int64 indices of the minibatch's illuminations, from `draw_blocks`.
-            prepared: Whether `y` comes from `prepare` or `prepare_full_batch`; else it is prepared in each call.
-        """
-        y, by_gram = self._choose(x, y, blocks, prepared)
-        if by_gram:
-            return ops.diffraction_gram(x, *self._gram_matrices(x), y, backend=self.backend)
-        return ops.diffraction_gradient(x, y, *self._scan, blocks, self.optics, backend=self.backend)
-
-    def red_update(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        blocks: Tensor | None,
-        denoised: Tensor,
-        step_size: float | Tensor,
-        tau: float | Tensor,
-        *,
-        previous: Tensor | None = None,
-        momentum: float | Tensor | None = None,
-        nonnegative: bool = False,
-        prepared: bool = False,
-    ) -> ops.RedUpdate:
-        """Take one RED step, the gradient fused with the update; see `oder_fast.diffraction_red_update`."""
-        if nonnegative:
-            raise ValueError("DiffractionTomography: nonnegative needs real images, and these are complex")
-        y, by_gram = self._choose(x, y, blocks, prepared)
-        if by_gram:
-            return ops.diffraction_gram_red_update(
-                x,
-                *self._gram_matrices(x),
-                y,
-                denoised,
-                step_size,
-                tau,
-                previous=previous,
-                momentum=momentum,
-                backend=self.backend,
-            )
-        return ops.diffraction_red_update(
-            x,
-            y,
-            *self._scan,
-            blocks,
-            self.optics,
-            denoised,
-            step_size,
-            tau,
-            previous=previous,
-            momentum=momentum,
-            backend=self.backend,
-        )
-
-    def _choose(
-        self, x: Tensor, y: Tensor | None, blocks: Tensor | None, prepared: bool
-    ) -> tuple[Tensor | None, bool]:
-        """Return the prepared data, and whether the Gram matrices take them."""
-        self._check("image", x, self.image_shape, is_complex=True)
-        if y is not None and not prepared:
-            y = self.prepare_full_batch(y) if blocks is None else self.prepare(y)
-        of_adjoint = self._is_of_adjoint(y)
-        if blocks is None and self.gram and (y is None or of_adjoint):
-            return y, True
-        if of_adjoint:
-            raise ValueError(
-                "DiffractionTomography: data from prepare_full_batch are for Gram matrices and all illuminations; "
-                "minibatches need those of prepare"
-            )
-        return y, False
-
-    def _is_of_adjoint(self, y: Tensor | None) -> bool:
-        """Tell prepared data for full batches from those for minibatches."""
-        if y is None:
-            return False
-        n, height, width = self.image_shape
-        of_adjoint, spectra = (n, height, width), (self.n_blocks, height, width // 2 + 1)
-        if not isinstance(y, Tensor) or not y.is_complex() or tuple(y.shape[1:]) not in (of_adjoint, spectra):
-            got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"DiffractionTomography: y must come from prepare or prepare_full_batch, got {got}"
-            )
-        return tuple(y.shape[1:]) == of_adjoint
 
     def _gram_matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Gram matrices, built when they are first needed."""
@@ -503,6 +392,36 @@ class DiffractionTomography(nn.Module):
     def contrast(self, refractive_index: Tensor) -> Tensor:
         r"""Return the permittivity contrast :math:`n^2 - n_0^2` of refractive indices, complex."""
         return _complex("refractive_index", refractive_index) ** 2 - self.medium_index**2
+
+
+class IDTLeastSquares(LeastSquares):
+    """The data fidelity of `DiffractionTomography`; with all illuminations through Gram matrices where they pay."""
+
+    operator: DiffractionTomography
+
+    def __init__(self, operator: DiffractionTomography, y: Tensor) -> None:
+        super().__init__(operator, y)
+        self._spectra: Tensor | None = None
+        self._spectrum: Tensor | None = None
+
+    def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
+        if self.operator.gram and blocks is None:
+            if self._spectrum is None or (self.y.requires_grad and torch.is_grad_enabled()):
+                self._spectrum = torch.fft.fft2(self.adjoint_data(), norm="ortho")
+            return self._take(x, self._spectrum, blocks)
+        if self._spectra is None or (self.y.requires_grad and torch.is_grad_enabled()):
+            self._spectra = torch.fft.rfft2(self.y, norm="ortho")
+        return self._take(x, self._spectra, blocks)
+
+    def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
+        return self._take(v, None, blocks)
+
+    def _take(self, x: Tensor, data: Tensor | None, blocks: Tensor | None) -> Tensor:
+        idt = self.operator
+        idt._check("image", x, idt.image_shape, is_complex=True)
+        if idt.gram and blocks is None:
+            return ops.diffraction_gram(x, *idt._gram_matrices(x), data, backend=idt.backend)
+        return ops.diffraction_gradient(x, data, *idt._scan, blocks, idt.optics, backend=idt.backend)
 
 
 def _complex(name: str, value: Tensor) -> Tensor:

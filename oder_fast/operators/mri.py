@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from . import _blocks
+from .base import LeastSquares, MeasurementOperator
 
 
-class CartesianMRI(nn.Module):
+class CartesianMRI(MeasurementOperator):
     r"""Parallel MRI: undersampled k-space of images, and everything a fixed point needs of them.
 
     .. math:: y_c = M F (S_c \odot x), \qquad c = 1, \dots, C
@@ -21,7 +21,7 @@ class CartesianMRI(nn.Module):
     `M`. The blocks that minibatches are made of are the coils.
 
     A mask that keeps or drops whole lines of k-space is recognised. The transform along the lines is then unitary and
-    cancels in :math:`A^H A`: `prepare` undoes it once, and each gradient transforms along the other axis only.
+    cancels in :math:`A^H A`: `least_squares` undoes it once, and each gradient transforms along the other axis only.
 
     Args:
         coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch;
@@ -141,23 +141,6 @@ class CartesianMRI(nn.Module):
         self.register_buffer("coil_maps", maps.to(like.device, dtype), persistent=False)
         return self
 
-    def select(self, images: Tensor) -> CartesianMRI:
-        """Return the operator of some images of the batch that its maps or masks are for.
-
-        Args:
-            images: int64 indices.
-        """
-        if self.coil_maps.shape[0] == 1 and self.mask.shape[0] == 1:
-            return self
-        selected = copy.copy(self)
-        selected._buffers = {
-            name: value
-            if value is None or value.shape[0] == 1
-            else value.index_select(0, images.to(value.device))
-            for name, value in self._buffers.items()
-        }
-        return selected
-
     def extra_repr(self) -> str:
         """Tell the sizes."""
         kind = "points" if self.axis is None else f"lines of axis {self.axis}"
@@ -205,22 +188,20 @@ class CartesianMRI(nn.Module):
             samples, self.coil_maps, self.sampling, axis=self._axis, backend=self.backend
         )
 
-    def prepare(self, y: Tensor) -> Tensor:
-        """Bring k-space into the form that the gradients take, once for a whole solve.
+    def least_squares(self, y: Tensor) -> MRILeastSquares:
+        r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2` of k-space ``(B, C, H', W')``.
 
-        The origin moves to index 0, only what the mask keeps is left, and where that is whole lines they are
-        transformed back along themselves, an oversampled readout cut to the image.
-
-        Args:
-            y: k-space, shape ``(B, C, H', W')``.
-
-        Returns:
-            Samples as `oder_fast.fourier_gradient` takes them; differentiable in `y`.
+        k-space takes the form of the gradients once: the origin moves to index 0, only what the mask keeps is left, and
+        where that is whole lines they are transformed back along themselves, an oversampled readout cut to the image.
 
         Raises:
             ValueError: For a shape that does not fit, samples that are NaN or infinite, or data that disagree with the
                 mask: values where nothing is sampled, or nothing at all where something is.
         """
+        return MRILeastSquares(self, y)
+
+    def _samples(self, y: Tensor) -> Tensor:
+        """Return k-space as `oder_fast.fourier_gradient` takes it, checked."""
         samples = self._convert(y)
         values = y.detach()
         if torch.compiler.is_compiling():
@@ -239,59 +220,6 @@ class CartesianMRI(nn.Module):
             image = int(empty.nonzero()[0])
             raise ValueError(f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it")
         return samples
-
-    def gradient(
-        self, x: Tensor, y: Tensor | None, blocks: Tensor | None = None, *, prepared: bool = False
-    ) -> Tensor:
-        r"""Compute :math:`\frac{C}{|B|} A_B^H (A_B x - y_B)`, all coils where `blocks` is None.
-
-        Args:
-            x: Images, shape ``(B, H, W)``.
-            y: k-space of all coils, shape ``(B, C, H', W')``; None for zeros (the normal operator).
-            blocks: int64 indices of the minibatch's coils, from `draw_blocks`.
-            prepared: Whether `y` comes from `prepare`; else it is converted in each call, and its values not checked.
-        """
-        self._check("image", x, self.image_shape)
-        if y is not None and not prepared:
-            y = self._convert(y)
-        return ops.fourier_gradient(
-            x, y, self.coil_maps, self.sampling, blocks, axis=self._axis, backend=self.backend
-        )
-
-    def red_update(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        blocks: Tensor | None,
-        denoised: Tensor,
-        step_size: float | Tensor,
-        tau: float | Tensor,
-        *,
-        previous: Tensor | None = None,
-        momentum: float | Tensor | None = None,
-        nonnegative: bool = False,
-        prepared: bool = False,
-    ) -> ops.RedUpdate:
-        """Take one RED step, the gradient fused with the update; see `oder_fast.fourier_red_update`."""
-        if nonnegative:
-            raise ValueError("CartesianMRI: nonnegative needs real images, and these are complex")
-        self._check("image", x, self.image_shape)
-        if y is not None and not prepared:
-            y = self._convert(y)
-        return ops.fourier_red_update(
-            x,
-            y,
-            self.coil_maps,
-            self.sampling,
-            blocks,
-            denoised,
-            step_size,
-            tau,
-            previous=previous,
-            momentum=momentum,
-            axis=self._axis,
-            backend=self.backend,
-        )
 
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the coils of a minibatch without replacement, each as likely as any other.
@@ -376,6 +304,29 @@ class CartesianMRI(nn.Module):
     def _index(self) -> tuple[Tensor, Tensor]:
         lines = self.sampling[:, None, :, None]
         return lines.clamp(min=0), lines >= 0
+
+
+class MRILeastSquares(LeastSquares):
+    """The data fidelity of `CartesianMRI`."""
+
+    operator: CartesianMRI
+
+    def __init__(self, operator: CartesianMRI, y: Tensor) -> None:
+        super().__init__(operator, y)
+        self.samples = operator._samples(y)
+
+    def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
+        return self._take(x, self.samples, blocks)
+
+    def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
+        return self._take(v, None, blocks)
+
+    def _take(self, x: Tensor, samples: Tensor | None, blocks: Tensor | None) -> Tensor:
+        mri = self.operator
+        mri._check("image", x, mri.image_shape)
+        return ops.fourier_gradient(
+            x, samples, mri.coil_maps, mri.sampling, blocks, axis=mri._axis, backend=mri.backend
+        )
 
 
 def _read_mask(

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import ops
-from . import _blocks
+from . import _blocks, solve
+from .base import LeastSquares, MeasurementOperator, as_operator
 from .ct import ParallelBeamCT, _angular_weights
 from .idt import DiffractionTomography
 from .mri import CartesianMRI
 
-# Of conjugate gradients, for a start: they leave 4 % of the error where a hundredth of the norm is added.
-START_ITERATIONS = 20
+# Of conjugate gradients, for a start.
+START_RESIDUAL = 0.01
 START_WEIGHT = 0.01
 # From the seed of one rank's minibatches to the next one's.
 SEED_STRIDE = 7919
@@ -58,7 +58,7 @@ def split_blocks(n_blocks: int, rank: int, world_size: int) -> Tensor:
     return torch.arange(rank, n_blocks, world_size)
 
 
-class MeasurementParallel(nn.Module):
+class MeasurementParallel(MeasurementOperator):
     r"""An operator whose measurements are spread over the processes of a `torch.distributed` group.
 
     .. math:: \nabla g(x) = \sum_r A_r^H (A_r x - y_r)
@@ -102,12 +102,12 @@ class MeasurementParallel(nn.Module):
         >>> dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)  # torchrun gives all three
         >>> mine = split_blocks(30, dist.get_rank(), dist.get_world_size())
         >>> ct = MeasurementParallel(ParallelBeamCT(64, mine * torch.pi / 30))
-        >>> ct.gradient(torch.ones(1, 64, 64), torch.zeros(1, 30, 91)).shape
+        >>> ct.least_squares(torch.zeros(1, 30, 91)).gradient(torch.ones(1, 64, 64)).shape
         torch.Size([1, 64, 64])
         >>> dist.destroy_process_group()
     """
 
-    local_operator: Any
+    local_operator: MeasurementOperator
 
     def __init__(self, local_operator: Any, group: Any = None) -> None:
         super().__init__()
@@ -121,20 +121,15 @@ class MeasurementParallel(nn.Module):
         self.world_size: int = dist.get_world_size(group)
         if self.rank < 0:
             raise RuntimeError("MeasurementParallel: this process is not in the group")
-        # No submodule: DistributedDataParallel would give all ranks the geometry of the first.
-        object.__setattr__(self, "local_operator", local_operator)
         self._norm_squared: float | None = None
         self._view_scale: Tensor | None = None
         self._generator: torch.Generator | None = None
         with self.agreement() as same:
-            for name in ("gradient", "n_blocks", "draw_blocks", "image_shape", "norm_squared"):
-                if not hasattr(local_operator, name):
-                    raise TypeError(
-                        f"MeasurementParallel: local_operator must have {name}, and "
-                        f"{type(local_operator).__name__} has not"
-                    )
+            local_operator = as_operator(local_operator)
             same["the kind of operator"] = type(local_operator).__name__
             same["image_shape"] = tuple(local_operator.image_shape)
+        # No submodule: DistributedDataParallel would give all ranks the geometry of the first.
+        object.__setattr__(self, "local_operator", local_operator)
         self.n_blocks: int = min(self._gather(local_operator.n_blocks))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeasurementParallel:
@@ -159,14 +154,14 @@ class MeasurementParallel(nn.Module):
         return f"rank={self.rank}, world_size={self.world_size}, local_operator={self.local_operator}"
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """Of all ranks."""
-        return tuple(self.local_operator.image_shape)
+        return self.local_operator.image_shape
 
     @property
-    def data_shape(self) -> tuple[int, ...]:
+    def data_shape(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """Of this rank's data."""
-        return tuple(self.local_operator.data_shape)
+        return self.local_operator.data_shape
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
@@ -250,66 +245,19 @@ class MeasurementParallel(nn.Module):
         r"""Compute :math:`\sum_r A_r^H y_r` from each rank's data: the exact transpose of all ranks' `forward`."""
         return self._sum(self.local_operator.adjoint(y))
 
-    def prepare(self, y: Tensor) -> Tensor:
-        """Bring this rank's data into the form that the gradients take; as they are where there is no other."""
-        return self._prepare(y, "prepare")
+    def least_squares(self, y: Tensor) -> ParallelLeastSquares:
+        r"""Return the data fidelity of all ranks, :math:`g(x) = \sum_r \tfrac12 \|A_r x - y_r\|^2`.
 
-    def prepare_full_batch(self, y: Tensor) -> Tensor:
-        """Bring this rank's data into the form for solves that take all blocks in each step."""
-        return self._prepare(y, "prepare_full_batch", "prepare")
-
-    def _prepare(self, y: Tensor, *names: str) -> Tensor:
-        name = next((name for name in names if hasattr(self.local_operator, name)), None)
-        prepared: Tensor = y if name is None else getattr(self.local_operator, name)(y)
-        return prepared
-
-    def gradient(
-        self, x: Tensor, y: Tensor | None, blocks: Tensor | None = None, *, prepared: bool = False
-    ) -> Tensor:
-        r"""Compute :math:`\sum_r A_r^H (A_r x - y_r)`, or an unbiased estimate from a minibatch of each rank.
-
-        .. math:: \sum_r \frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
-
-        Each rank's term estimates its part without bias whatever the others draw, so that their sum is the estimate.
+        Its gradients, its normal operator and each step of its inner solve cost one all-reduce of the image.
 
         Args:
-            x: Images, the same on all ranks, shape ``(B, *image_shape)``.
-            y: Data of this rank; None for zeros (the normal operator).
-            blocks: int64 indices among this rank's blocks, from `draw_blocks`; None for all of them.
-            prepared: Whether `y` comes from `prepare` or `prepare_full_batch`.
-
-        Returns:
-            Shape of `x`, the same bits on all ranks; differentiable any number of times in `x` and `y`.
+            y: Data of this rank.
         """
-        options = {"prepared": prepared} if hasattr(self.local_operator, "prepare") else {}
-        return self._sum(self.local_operator.gradient(self._share(x), y, blocks, **options))
+        return ParallelLeastSquares(self, y)
 
-    def red_update(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        blocks: Tensor | None,
-        denoised: Tensor,
-        step_size: Tensor,
-        tau: Tensor,
-        *,
-        previous: Tensor | None = None,
-        momentum: Tensor | None = None,
-        nonnegative: bool = False,
-        prepared: bool = False,
-    ) -> ops.RedUpdate:
-        """Take one RED step; see `oder_fast.red_update`."""
-        gradient = self.gradient(x, y, blocks, prepared=prepared)
-        return ops.red_update(
-            x,
-            gradient,
-            denoised,
-            step_size,
-            tau,
-            previous=previous,
-            momentum=momentum,
-            nonnegative=nonnegative,
-        )
+    def normal(self, v: Tensor) -> Tensor:
+        r"""Compute :math:`\sum_r A_r^H A_r v`, the same bits on all ranks."""
+        return self._sum(self.local_operator.adjoint(self.local_operator(self._share(v))))
 
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw a minibatch of this rank's blocks.
@@ -330,19 +278,6 @@ class MeasurementParallel(nn.Module):
         drawn: Tensor = self.local_operator.draw_blocks(size, generator)
         return drawn
 
-    def select(self, images: Tensor) -> MeasurementParallel:
-        """Return the operator of some images of a batch.
-
-        Args:
-            images: int64 indices.
-        """
-        if not hasattr(self.local_operator, "select"):
-            return self
-        # Not by copy.copy, which would start the minibatches anew.
-        selected = object.__new__(type(self))
-        selected.__dict__ = self.__dict__ | {"local_operator": self.local_operator.select(images)}
-        return selected
-
     def norm_squared(self, tolerance: float = 0.01, max_iterations: int = 200) -> float:
         r"""Estimate :math:`\| A \|^2` of all ranks' measurements from above, the same bits on all; kept.
 
@@ -359,7 +294,7 @@ class MeasurementParallel(nn.Module):
             with torch.no_grad():
                 for _ in range(max_iterations):
                     x = x / _inner(x, x).sqrt()
-                    z = self.gradient(x, None)
+                    z = self.normal(x)
                     quotient = _inner(x, z)
                     rest = z - quotient * x
                     value, left = self.agree(torch.stack([quotient, _inner(rest, rest).sqrt()]))
@@ -431,24 +366,39 @@ class MeasurementParallel(nn.Module):
         return self._view_scale.to(y)
 
     def _regularized(self, y: Tensor) -> Tensor:
+        rhs = self.adjoint(y)
         weight = START_WEIGHT * self.norm_squared()
-        residual = direction = self.adjoint(y)
-        x = torch.zeros_like(residual)
-        square = _inner(residual, residual)
-        for _ in range(START_ITERATIONS):
-            image = self.gradient(direction, None) + weight * direction
-            curvature = _inner(direction, image)
-            length = square / torch.where(curvature > 0, curvature, 1.0)
-            x = x + length * direction
-            residual = residual - length * image
-            last, square = square, _inner(residual, residual)
-            direction = residual + square / torch.where(last > 0, last, 1.0) * direction
-        return x
+        target = START_RESIDUAL * solve.norm(rhs)
+        return solve.conjugate_gradients(
+            lambda v: self.normal(v) + weight * v, rhs, torch.zeros_like(rhs), target, lambda v: v
+        )
 
     @property
     def _device(self) -> torch.device:
         tensors = self.local_operator.buffers() if isinstance(self.local_operator, nn.Module) else ()
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+class ParallelLeastSquares(LeastSquares):
+    """The data fidelity of `MeasurementParallel`: the sum of those of the ranks, in which each is unbiased.
+
+    .. math:: \\sum_r \\frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
+    """
+
+    operator: MeasurementParallel
+
+    def __init__(self, operator: MeasurementParallel, y: Tensor) -> None:
+        super().__init__(operator, y)
+        self.local = operator.local_operator.least_squares(y)
+
+    def _adjoint(self) -> Tensor:
+        return self.operator._sum(self.local.adjoint_data())
+
+    def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
+        return self.operator._sum(self.local.gradient(self.operator._share(x), blocks))
+
+    def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
+        return self.operator._sum(self.local.normal(self.operator._share(v), blocks))
 
 
 class _Sum(torch.autograd.Function):

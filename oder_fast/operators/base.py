@@ -1,0 +1,335 @@
+"""What a measurement operator is, and the data fidelity that it makes of data."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import solve as inner
+
+# Relative mismatch of a dot test beyond which an adjoint is called wrong, for each precision.
+MISMATCH = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class MeasurementOperator(nn.Module):
+    r"""A linear map from images to measurements, and everything a fixed point needs of it.
+
+    .. math:: y = A x
+
+    A subclass defines `forward` and `adjoint`, and sets `image_shape` and `data_shape`; all else follows. It gains by
+    a `LeastSquares` of its own: a faster `normal`, a preconditioner, a closed form.
+
+    Attributes:
+        image_shape: Shape of an image without the batch; None where any will do.
+        data_shape: Shape of an image's data without the batch; None where any will do.
+        n_blocks: Number of blocks that minibatches are drawn from; 1 where there are no minibatches.
+
+    Example:
+        >>> import torch
+        >>> class Mask(MeasurementOperator):
+        ...     def __init__(self, mask):
+        ...         super().__init__()
+        ...         self.mask = mask
+        ...         self.image_shape = self.data_shape = tuple(mask.shape)
+        ...     def forward(self, x):
+        ...         return self.mask * x
+        ...     def adjoint(self, y):
+        ...         return self.mask * y
+        >>> mask = Mask(torch.eye(8))
+        >>> data_fidelity = mask.least_squares(torch.ones(1, 8, 8))
+        >>> data_fidelity.gradient(torch.zeros(1, 8, 8)).sum()
+        tensor(-8.)
+    """
+
+    image_shape: tuple[int, ...] | None = None
+    data_shape: tuple[int, ...] | None = None
+    n_blocks: int = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Measure images ``(B, *image_shape)``: data ``(B, *data_shape)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Bring data back to images: the exact conjugate transpose of `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} must define adjoint(y)")
+
+    def least_squares(self, y: Tensor) -> LeastSquares:
+        r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2`."""
+        return LeastSquares(self, y)
+
+    def initial(self, y: Tensor) -> Tensor:
+        """Reconstruct a start for iterations: the adjoint over the norm squared."""
+        return self.adjoint(y) / self.norm_squared()
+
+    def norm_squared(self) -> float:
+        r"""Return :math:`\|A\|^2`, the Lipschitz constant of the full gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define norm_squared()")
+
+    def minibatch_norm_squared(self, size: int) -> float:
+        r"""Return what takes the place of :math:`\|A\|^2` where each step sees a minibatch of `size` blocks."""
+        return self.norm_squared()
+
+    def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a minibatch of blocks, int64 indices, each block as likely as any other."""
+        raise NotImplementedError(f"{type(self).__name__} has no minibatches")
+
+    def agreement(self) -> AbstractContextManager[dict[str, object]]:
+        """Return a context for what may fail in one process alone where the measurements are spread over several."""
+        return nullcontext({})
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """Return the numbers that decide how an iteration goes on, in all processes the same."""
+        return numbers
+
+
+class LeastSquares:
+    r"""The data fidelity of an operator, bound to data.
+
+    .. math:: g(x) = \tfrac12 \|A x - y\|^2
+
+    Args:
+        operator: :math:`A`.
+        y: Data, shape ``(B, *data_shape)``.
+
+    Attributes:
+        y: The data; gradients in them flow through `adjoint_data` and `gradient`.
+        calls: Calls of the normal operator so far; a minibatch counts as its share of the blocks.
+    """
+
+    def __init__(self, operator: MeasurementOperator, y: Tensor) -> None:
+        self.operator = operator
+        self.y = y
+        self.calls = 0.0
+        self._adjoint_data: Tensor | None = None
+
+    def adjoint_data(self) -> Tensor:
+        r"""Return :math:`A^H y`, kept; differentiable in `y`."""
+        if self._adjoint_data is None or (self.y.requires_grad and torch.is_grad_enabled()):
+            self._adjoint_data = self._adjoint()
+        return self._adjoint_data
+
+    def gradient(self, x: Tensor, blocks: Tensor | None = None) -> Tensor:
+        r"""Compute :math:`\frac{n}{|B|} A_B^H (A_B x - y_B)`, with all blocks where `blocks` is None."""
+        self._count(blocks)
+        return self._gradient(x, blocks)
+
+    def normal(self, v: Tensor, blocks: Tensor | None = None) -> Tensor:
+        r"""Compute :math:`\frac{n}{|B|} A_B^H A_B v`, with all blocks where `blocks` is None."""
+        self._count(blocks)
+        return self._normal(v, blocks)
+
+    def solve(
+        self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor, free: Tensor | None = None
+    ) -> Tensor:
+        r"""Solve :math:`(A^H A + w) x = r`.
+
+        Args:
+            rhs: :math:`r`, shape ``(B, *image_shape)``.
+            weight: :math:`w`, a 0-d tensor above 0.
+            start: Where the iteration starts, shape of `rhs`.
+            tolerance: An image is done where the norm of its residual is at most this times ``weight * |start|``, or,
+                for a start of 0, times ``|rhs|``; shape ``(B,)``. The relative error is then at most as large.
+            free: 1 where pixels are free; the others are 0 and their equations left out. None for all pixels.
+        """
+        target = self._target(rhs, weight, start, tolerance)
+        return self._method(
+            lambda v: torch.addcmul(self.normal(v), weight, v), rhs, start, target, self._preconditioner(weight), free
+        )
+
+    def solve_nonnegative(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
+        r"""Minimize :math:`\tfrac12 \langle x, (A^T A + w) x \rangle - \langle r, x \rangle` over :math:`x \ge 0`.
+
+        Arguments as of `solve`.
+        """
+        target = self._target(rhs, weight, start, tolerance)
+        return inner.nonnegative(
+            lambda v: torch.addcmul(self.normal(v), weight, v), rhs, start, target, self._preconditioner(weight)
+        )
+
+    def counted_anew(self) -> LeastSquares:
+        """Return the same data fidelity with a count of calls of its own."""
+        anew = copy.copy(self)
+        anew.calls = 0.0
+        return anew
+
+    @property
+    def _method(self) -> Callable[..., Tensor]:
+        return inner.conjugate_gradients
+
+    def _target(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
+        size = weight * inner.norm(start)
+        size = torch.where(size > 0, size, inner.norm(rhs))
+        return tolerance.to(size.dtype).reshape(size.shape) * size
+
+    def _count(self, blocks: Tensor | None) -> None:
+        self.calls += 1.0 if blocks is None else len(blocks) / self.operator.n_blocks
+
+    def _adjoint(self) -> Tensor:
+        return self.operator.adjoint(self.y)
+
+    def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
+        return self._normal(x, blocks) - self.adjoint_data()
+
+    def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
+        return self.operator.adjoint(self.operator(v))
+
+    def _preconditioner(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return an approximate inverse of A^H A + weight."""
+        return lambda v: v
+
+
+class ForeignOperator(MeasurementOperator):
+    """Anything with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv, as an operator."""
+
+    def __init__(self, physics: Any) -> None:
+        super().__init__()
+        # No submodule, and no cycle with the table that keeps one of these for each physics.
+        object.__setattr__(self, "_physics", weakref.ref(physics))
+        self._norms: dict[tuple[Any, ...], float] = {}
+        self._exact: bool | None = None
+        self._probe: Tensor | None = None
+
+    @property
+    def physics(self) -> Any:
+        """What is wrapped."""
+        return self._physics()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``A(x)``."""
+        measured: Tensor = self.physics.A(x)
+        return measured
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return ``A_adjoint(y)``."""
+        image: Tensor = self.physics.A_adjoint(y)
+        return image
+
+    def least_squares(self, y: Tensor) -> LeastSquares:
+        """Return the data fidelity, the adjoint tested where this is the first one."""
+        with torch.no_grad():
+            like = self.adjoint(y)
+        if not isinstance(like, Tensor) or like.shape[0] != y.shape[0]:
+            got = tuple(like.shape) if isinstance(like, Tensor) else type(like).__name__
+            raise ValueError(f"{self._name}: A_adjoint(y) must hold {y.shape[0]} images, as y does, got {got}")
+        self._probe = like[:1]
+        if self._exact is None:
+            self._exact = self._test_adjoint(like, y)
+        return LeastSquares(self, y) if self._exact else InexactLeastSquares(self, y)
+
+    @property
+    def _name(self) -> str:
+        return type(self.physics).__name__
+
+    def _test_adjoint(self, like: Tensor, y: Tensor) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        x, v = (torch.randn(t.shape, dtype=t.dtype, generator=generator).to(t.device) for t in (like, y))
+        with torch.no_grad():
+            measured, back = self.forward(x), self.adjoint(v)
+            if measured.shape != y.shape:
+                raise ValueError(
+                    f"{self._name}: the operator does not match y: A(A_adjoint(y)) has shape {tuple(measured.shape)}, y "
+                    f"{tuple(y.shape)}"
+                )
+            difference = (inner.dot(measured, v) - inner.dot(x, back)).abs().amax()
+            size = (inner.norm(measured) * inner.norm(v)).amax()
+            # The range of A and that of its adjoint: random data are nearly orthogonal to the first.
+            size = torch.minimum(size, (inner.norm(x) * inner.norm(back)).amax())
+            mismatch = float(difference / size) if float(size) > 0 else 0.0
+        if mismatch <= MISMATCH[x.real.dtype]:
+            return True
+        warnings.warn(
+            f"{self._name}: A_adjoint is not the adjoint of A: <A x, y> and <x, A_adjoint y> differ by {mismatch:.2g} of "
+            "|A x| |y|; the fixed point is that of the pair as it is, and gradients are not exact",
+            stacklevel=2,
+        )
+        return False
+
+    def norm_squared(self) -> float:
+        r"""Compute :math:`\|A\|^2` by power iteration on images like those of the last data; kept for each shape."""
+        if self._probe is None:
+            raise ValueError(f"{self._name}: the norm needs the shape of an image: call least_squares(y) first")
+        like = self._probe
+        key = (tuple(like.shape), like.dtype, like.device)
+        if key not in self._norms:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+            self._norms[key] = power_iteration(lambda v: self.adjoint(self.forward(v)), x)
+        return self._norms[key]
+
+
+class InexactLeastSquares(LeastSquares):
+    """The data fidelity of an operator whose adjoint is not the transpose of its forward."""
+
+    @property
+    def _method(self) -> Callable[..., Tensor]:
+        return inner.minimal_residuals
+
+
+_FOREIGN: weakref.WeakKeyDictionary[Any, ForeignOperator] = weakref.WeakKeyDictionary()
+
+
+def as_operator(operator: Any) -> MeasurementOperator:
+    """Return an operator as it is, or anything with ``A`` and ``A_adjoint`` as one.
+
+    Args:
+        operator: A `MeasurementOperator`, or an object with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv.
+
+    Returns:
+        The operator; of one object always the same one, so that its norm and the test of its adjoint are kept.
+
+    Raises:
+        TypeError: For anything else.
+
+    Example:
+        >>> import torch
+        >>> class Blur:
+        ...     def A(self, x):
+        ...         return (x + x.roll(1, -1)) / 2
+        ...     def A_adjoint(self, y):
+        ...         return (y + y.roll(-1, -1)) / 2
+        >>> blur = Blur()
+        >>> data_fidelity = as_operator(blur).least_squares(torch.ones(1, 1, 8, 8))
+        >>> round(as_operator(blur).norm_squared(), 3)
+        1.0
+    """
+    if isinstance(operator, MeasurementOperator):
+        return operator
+    if not (hasattr(operator, "A") and hasattr(operator, "A_adjoint")):
+        raise TypeError(
+            "operator must be a MeasurementOperator, or have A(x) and A_adjoint(y) as a physics of deepinv has, got "
+            f"{type(operator).__name__}"
+        )
+    if operator not in _FOREIGN:
+        _FOREIGN[operator] = ForeignOperator(operator)
+    return _FOREIGN[operator]
+
+
+def power_iteration(
+    normal: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-4, max_iterations: int = 200
+) -> float:
+    """Return the largest eigenvalue of a positive semidefinite map.
+
+    Args:
+        normal: The map.
+        x: Where to start, shape ``(1, ...)``.
+        tolerance: Relative change of the estimate at which to stop.
+        max_iterations: At the most.
+    """
+    last = value = 0.0
+    with torch.no_grad():
+        for _ in range(max_iterations):
+            x = x / torch.linalg.vector_norm(x)
+            z = normal(x)
+            value = float(inner.dot(x, z))
+            x = z
+            if value == 0 or abs(value - last) <= tolerance * value:
+                break
+            last = value
+    return value
