@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .denoisers import Rematerialized, folded, frozen
+from .denoisers import Rematerialized, frozen
 from .fixed_point import (
     Differentiation,
     FixedPointMap,
@@ -288,16 +288,14 @@ class DEQRED(nn.Module):
             start = None if x0 is None else self._check_start(x0, y)
             same.update(self._settings(y, x0))
         autocast = _Autocast(y.device)
-        module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
-        with _full_precision(y.device), frozen(module):
+        with _full_precision(y.device), frozen(self.denoiser) as denoiser:
             if start is None:
                 start = self._check_start(self._initial(y), y)
             fidelity = Fidelity(
                 self.operator, data, self.minibatch_size, self.variance_reduction, self.generator
             )
             step_size, tau = (self._scalar(v, y.device) for v in (self.current_step_size(), self.tau))
-            flags = [(submodule, submodule.training) for submodule in module.modules()]
-            yield RED(fidelity, self.denoiser, step_size, tau, self.nonnegative, autocast, flags), start
+            yield RED(fidelity, denoiser, step_size, tau, self.nonnegative, autocast), start
 
     def _agreement(self) -> AbstractContextManager[dict[str, object]]:
         """Return a context of what may fail, for all processes together where the measurements are spread over some."""
@@ -402,7 +400,6 @@ class RED(FixedPointMap):
     tau: Tensor
     nonnegative: bool
     autocast: _Autocast
-    flags: list[tuple[nn.Module, bool]]
 
     advice = (
         "lower step_size or tau, try Anderson() or Picard(), or take a denoiser that contracts (spectral norms, "
@@ -477,15 +474,10 @@ class RED(FixedPointMap):
 
     @contextmanager
     def solving(self) -> Iterator[None]:
-        """Fold the spectral norms for a solve without gradients; forget what autocast has cast."""
-        with folded():
-            yield
+        """Forget what autocast has cast in a solve without gradients."""
+        yield
         if self.autocast.enabled:
             torch.clear_autocast_cache()
-
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Put the denoiser into the mode it was solved in, while a step is computed again."""
-        return _Modes(self.flags)
 
     def linearize(self, point: Tensor, minibatch_size: int | str | None) -> Linearization:
         """Linearize the denoiser once; the data fidelity is linear, and the projection a mask."""
@@ -493,7 +485,7 @@ class RED(FixedPointMap):
         assert not isinstance(size, str)
         point = point.detach()
         mask = (point > 0).to(point.dtype) if self.nonnegative else None
-        with torch.enable_grad(), folded(), _eager():
+        with torch.enable_grad(), _eager():
             leaf = point.detach().requires_grad_()
             with Rematerialized():
                 denoised = self.denoise(leaf)
@@ -716,23 +708,6 @@ def from_channels(channels: Tensor, like: Tensor) -> Tensor:
             channels.reshape(like.shape[0], -1, 2, *like.shape[2:]).permute(0, 1, 3, 4, 2).contiguous()
         )
     return channels.squeeze(1) if like.ndim == 3 else channels
-
-
-class _Modes(AbstractContextManager[None]):
-    """Modules in given modes, restored on exit; can be entered again, as second derivatives do."""
-
-    def __init__(self, flags: list[tuple[nn.Module, bool]]) -> None:
-        self.flags = flags
-        self.before: list[list[bool]] = []
-
-    def __enter__(self) -> None:
-        self.before.append([module.training for module, _ in self.flags])
-        for module, training in self.flags:
-            module.training = training
-
-    def __exit__(self, *exception: object) -> None:
-        for (module, _), before in zip(self.flags, self.before.pop(), strict=True):
-            module.training = before
 
 
 class _Autocast:
