@@ -20,7 +20,7 @@ import torch
 
 from oder_fast import DEQRED, Implicit, Nesterov, ParallelBeamCT, Picard, UNet
 from oder_fast.data import add_gaussian_noise, random_ellipses
-from oder_fast.denoisers import folded, frozen
+from oder_fast.denoisers import frozen
 
 # The solves are stopped short of their tolerance on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning", "ignore::UserWarning")
@@ -33,12 +33,12 @@ def denoiser_alone(unet, start, optimizer, iterations=ITERATIONS):
     """What of a step no method can leave out."""
     optimizer.zero_grad()
     image = start[:, None]
-    with torch.no_grad(), frozen(unet), folded():
-        for _ in range(iterations):
-            unet(image)
-    with frozen(unet), folded():
+    with frozen(unet) as fixed:
+        with torch.no_grad():
+            for _ in range(iterations):
+                fixed(image)
         leaf = image.clone().requires_grad_()
-        denoised = unet(leaf)
+        denoised = fixed(leaf)
     for _ in range(iterations):
         torch.autograd.grad(denoised, leaf, image, retain_graph=True)
     denoised.backward(image)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from oder_fast import DnCNN, ParallelBeamCT, UNet
 from oder_fast.data import add_gaussian_noise, read_image, save_npz, shepp_logan, snr
-from oder_fast.denoisers import folded
+from oder_fast.denoisers import frozen
 
 VIEWS, SNR, ITERATIONS, SIZE = 90, 50.0, 180, 512
 STEP_TIMES_NORM = 0.777
@@ -78,7 +78,7 @@ def main() -> None:
     image = point = initial
     t = 1.0
     start = time.perf_counter()
-    with torch.no_grad(), folded():
+    with torch.no_grad(), frozen(denoiser) as fixed:
         for _ in tqdm(range(arguments.iterations)):
             before = image
             blocks = None if arguments.minibatch == VIEWS else ct.draw_blocks(arguments.minibatch, generator)
@@ -87,7 +87,7 @@ def main() -> None:
                 point,
                 y,
                 blocks,
-                denoiser(point[:, None])[:, 0],
+                fixed(point[:, None])[:, 0],
                 step,
                 tau,
                 previous=image,

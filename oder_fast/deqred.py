@@ -20,7 +20,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._torch import full_precision, uncompiled
+from ._torch import Autocast, full_precision, uncompiled
 from .denoisers import Denoiser, frozen
 from .denoisers.call import ImageDenoiser
 from .fixed_point import Anderson, Differentiation, Implicit, Nesterov, Picard, Solution, Solver
@@ -231,16 +231,14 @@ class DEQRED(nn.Module):
     ) -> Iterator[tuple[REDMap, Tensor, Tensor | None]]:
         """Give the map, the start and the scale of the images, the denoiser frozen."""
         operator = as_operator(operator)
-        module = self.denoiser if isinstance(self.denoiser, nn.Module) else nn.Identity()
-        denoise = ImageDenoiser(self.denoiser, y.device) if isinstance(y, Tensor) else None
         with operator.agreement() as same:
             self._check("y", y, operator.data_shape)
             with full_precision(y.device):
                 start, scale = self._start(y, operator, x0)
                 fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
             same.update(self._settings(y, x0))
-        assert denoise is not None
-        with full_precision(y.device), frozen(module):
+        autocast = Autocast(y.device)
+        with full_precision(y.device), frozen(self.denoiser) as denoiser:
             size = self.step.minibatch_size
             if size is not None and not 1 <= size <= operator.n_blocks:
                 raise ValueError(
@@ -249,6 +247,7 @@ class DEQRED(nn.Module):
                 )
             norm = operator.norm_squared()
             weight = _tensor(self.tau, y.device) * norm
+            denoise = ImageDenoiser(denoiser, autocast)
             common = (fidelity, denoise, weight, None, self.nonnegative, None, self.generator)
             red_map: REDMap
             if isinstance(self.step, ProximalStep):

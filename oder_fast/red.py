@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,11 +124,9 @@ class REDMap(FixedPointMap):
         """Return what the evaluations so far have cost."""
         return Calls(self.denoise.calls, self.fidelity.calls)
 
-    @contextmanager
-    def solving(self) -> Iterator[None]:
-        """Compute the denoiser's weights once for a solve without gradients."""
-        with self.denoise.solving():
-            yield
+    def solving(self) -> AbstractContextManager[None]:
+        """Return the denoiser's context for a solve without gradients."""
+        return self.denoise.solving()
 
     def residual(self, point: Tensor, blocks: Tensor | None = None) -> Tensor:
         """Return the data's part of the equation, ``A^H A x - r``, or an estimate from a minibatch."""

@@ -1,4 +1,3 @@
-import copy
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -9,18 +8,15 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import lsq_linear, minimize
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 from oder_fast.denoisers import (
     BM3D,
     AtNoiseLevel,
-    Denoiser,
     DnCNN,
     DRUNet,
     TotalVariation,
     UNet,
-    folded,
     frozen,
 )
 from oder_fast.denoisers.total_variation import differences, transposed_differences
@@ -116,9 +112,9 @@ def test_official_checkpoint_gives_the_official_residual(state, wrapped):
     unet.load_official_state_dict({"epoch": 3, "model_state_dict": state} if wrapped else state)
     unet.double()
     x = torch.rand(2, 1, 32, 48, dtype=torch.float64)
-    with torch.no_grad(), folded():
+    with torch.no_grad(), frozen(unet) as fixed:
         expected = official_forward({k: v.double() for k, v in state.items()}, x)
-        torch.testing.assert_close(x - unet(x), expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(x - fixed(x), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_official_checkpoint_without_prefix(state, official):
@@ -706,113 +702,3 @@ def test_the_real_bm3d_removes_noise():
     x[..., 12:36, 16:30] = 1
     noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     assert float((BM3D(0.1)(noisy) - x).norm()) < 0.3 * float((noisy - x).norm())
-
-
-# ------------------------------------------------------------------ frozen, folded
-
-
-class Changing(nn.Module):
-    """Every layer whose map depends on the training flag or changes with each call."""
-
-    def __init__(self):
-        super().__init__()
-        self.new = parametrizations.spectral_norm(nn.Conv2d(1, 4, 3, padding=1))
-        self.batch = nn.BatchNorm2d(4)
-        self.instance = nn.InstanceNorm2d(4, track_running_stats=True)
-        self.drop = nn.Dropout2d(0.5)
-        self.alpha = nn.AlphaDropout(0.5)
-        self.noisy = nn.RReLU()
-        self.legacy = legacy_conv(nn.Conv2d, 4, 2, 3, padding=1)
-
-    def forward(self, x):
-        x = self.instance(self.batch(self.new(x)))
-        return self.legacy(self.noisy(self.alpha(self.drop(x))))
-
-
-def flags(module):
-    return [m.training for m in module.modules()]
-
-
-@pytest.fixture
-def changing():
-    torch.manual_seed(0)
-    return Changing()
-
-
-def test_frozen_makes_one_map_of_a_training_network(changing):
-    x = torch.randn(2, 1, 6, 6)
-    assert not torch.equal(changing(x), changing(x))
-    before = flags(changing)
-    with frozen(changing):
-        state = copy.deepcopy(changing.state_dict())
-        assert torch.equal(changing(x), changing(x))
-        assert all(torch.equal(state[k], v) for k, v in changing.state_dict().items() if k != "legacy.weight")
-    assert flags(changing) == before
-
-
-def test_frozen_switches_only_what_changes(changing):
-    changing.add_module("plain", nn.Conv2d(1, 1, 1))
-    changing.batch.eval()
-    before = flags(changing)
-    with frozen(changing):
-        assert changing.training
-        assert changing.plain.training
-        inside = flags(changing)
-        with frozen(changing):
-            assert flags(changing) == inside
-        assert flags(changing) == inside
-    assert flags(changing) == before
-
-
-def test_frozen_restores_after_an_error(changing):
-    before = flags(changing)
-    with pytest.raises(KeyError), frozen(changing):
-        raise KeyError
-    assert flags(changing) == before
-
-
-@pytest.mark.parametrize("name", ["new", "legacy"])
-def test_frozen_takes_the_power_iteration_of_one_forward_pass(changing, name):
-    twin = copy.deepcopy(changing)
-    layer = getattr(changing, name)
-    getattr(twin, name)(torch.zeros(1, layer.in_channels, 3, 3))
-    start = copy.deepcopy(layer.state_dict())
-    with frozen(changing):
-        pass
-    vectors = [k for k in start if k.endswith(("_u", "_v"))]
-    assert len(vectors) == 2
-    for key in vectors:
-        assert not torch.equal(layer.state_dict()[key], start[key])
-        torch.testing.assert_close(layer.state_dict()[key], getattr(twin, name).state_dict()[key])
-
-
-def test_frozen_leaves_an_eval_network_untouched(changing):
-    changing.eval()
-    state = copy.deepcopy(changing.state_dict())
-    with frozen(changing):
-        assert not any(flags(changing))
-    assert not any(flags(changing))
-    assert all(torch.equal(state[k], v) for k, v in changing.state_dict().items())
-
-
-def test_folded_computes_each_weight_once():
-    unet = UNet(SMALL).eval()
-    norms = [m for m in unet.modules() if isinstance(m, parametrizations._SpectralNorm)]
-    assert len(norms) == 13
-    calls = []
-    for norm in norms:
-        norm.register_forward_hook(lambda *_: calls.append(1))
-    x = torch.randn(1, 1, 8, 8)
-    plain = unet(x)
-    assert len(calls) == 13
-    with torch.no_grad(), folded():
-        assert torch.equal(unet(x), plain)
-        unet(x)
-    assert len(calls) == 26
-
-
-def test_gradients_reach_the_weights_under_frozen_and_folded():
-    unet: Denoiser = UNet(SMALL)
-    with frozen(unet), folded():
-        unet(torch.randn(1, 1, 8, 8)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())

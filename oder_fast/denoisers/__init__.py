@@ -4,7 +4,7 @@ from .base import Denoiser
 from .bm3d import BM3D
 from .dncnn import DnCNN
 from .drunet import DRUNet
-from .freeze import folded, frozen
+from .freeze import frozen
 from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
 from .noise_level import AtNoiseLevel
 from .rematerialize import Rematerialized
@@ -23,6 +23,5 @@ __all__ = [
     "UNet",
     "bound_lipschitz",
     "estimate_lipschitz",
-    "folded",
     "frozen",
 ]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import Autocast, eager
-from .freeze import folded
 from .rematerialize import Rematerialized
 
 Channels = Callable[[Tensor], Tensor]
@@ -20,16 +19,16 @@ class ImageDenoiser:
     """Call a denoiser on images: real and imaginary parts as channels, in its memory layout and precision.
 
     Args:
-        denoiser: From ``(B, C, H, W)`` to the same.
-        device: Of the images.
+        denoiser: From ``(B, C, H, W)`` to the same, frozen.
+        autocast: What it computes in.
 
     Attributes:
         calls: How often it has been called.
     """
 
-    def __init__(self, denoiser: Channels, device: torch.device) -> None:
+    def __init__(self, denoiser: Channels, autocast: Autocast) -> None:
         self.denoiser = denoiser
-        self.autocast = Autocast(device)
+        self.autocast = autocast
         self.calls = 0
         self.memory_format = memory_format(denoiser)
 
@@ -57,16 +56,15 @@ class ImageDenoiser:
 
     @contextmanager
     def solving(self) -> Iterator[None]:
-        """Compute the weights once for a solve without gradients; forget what autocast has cast."""
-        with folded():
-            yield
+        """Forget what autocast has cast once a solve without gradients is over."""
+        yield
         if self.autocast.enabled:
             torch.clear_autocast_cache()
 
     @contextmanager
     def linearizing(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Give the denoiser as it is evaluated for a graph that many products go through."""
-        with folded(), eager(), Rematerialized():
+        with eager(), Rematerialized():
             yield self
 
     def transposed(self, product: Callable[[Tensor], Tensor]) -> Transposed:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
-from .freeze import _legacy_spectral_norms, folded, frozen
+from .freeze import frozen
 
 # A constant that exceeds 1 by less than this is taken for 1.
 SLACK = 1e-3
@@ -158,9 +158,8 @@ def estimate_lipschitz(
         raise ValueError(
             f"{name}: iterations must be at least 1 and tolerance at least 0, got {iterations} and {tolerance}"
         )
-    module = denoiser if isinstance(denoiser, nn.Module) else nn.Identity()
-    with frozen(module), folded():
-        return estimate_from(Jacobian(denoiser, images), iterations, tolerance, generator)
+    with frozen(denoiser) as same:
+        return estimate_from(Jacobian(same, images), iterations, tolerance, generator)
 
 
 def estimate_from(
@@ -250,8 +249,8 @@ def bound_lipschitz(module: nn.Module) -> float:
         >>> bound_lipschitz(torch.nn.Sequential(torch.nn.Identity(), torch.nn.LeakyReLU(0.1)))
         1.0
     """
-    with torch.no_grad(), frozen(module):
-        return _bound(module, "")
+    with torch.no_grad(), frozen(module) as same:
+        return _bound(same, "")
 
 
 def _bound(module: nn.Module, path: str) -> float:
@@ -346,8 +345,6 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _conv(module: nn.Conv2d | nn.ConvTranspose2d) -> float:
-    for hook in _legacy_spectral_norms(module):
-        module.weight = hook.compute_weight(module, do_power_iteration=False)
     if module.padding_mode != "zeros" and not (module.padding_mode == "circular" and module.stride == (1, 1)):
         raise _UnknownError(
             f"no bound is known for padding mode {module.padding_mode!r} and stride {module.stride}"

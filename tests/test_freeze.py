@@ -1,0 +1,364 @@
+"""`frozen`: one map for each solve, whatever happens to the module meanwhile."""
+
+import copy
+import functools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from oder_fast.denoisers import DnCNN, frozen
+from oder_fast.deqred import DEQRED
+from oder_fast.fixed_point import Implicit, JacobianFree, Nesterov, Unrolled
+from oder_fast.operators import ParallelBeamCT
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.(spectral|weight)_norm` is deprecated:FutureWarning"),
+]
+
+SMALL = (4, 8)
+DIFFERENTIATIONS = [Implicit(), JacobianFree(), Unrolled()]
+
+
+class Changing(nn.Module):
+    """Every layer whose map depends on the training flag or changes with each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.new = parametrizations.spectral_norm(nn.Conv2d(1, 4, 3, padding=1))
+        self.batch = nn.BatchNorm2d(4)
+        self.instance = nn.InstanceNorm2d(4, track_running_stats=True)
+        self.drop = nn.Dropout2d(0.5)
+        self.alpha = nn.AlphaDropout(0.5)
+        self.noisy = nn.RReLU()
+        self.legacy = nn.utils.spectral_norm(nn.Conv2d(4, 2, 3, padding=1))
+
+    def forward(self, x):
+        x = self.instance(self.batch(self.new(x)))
+        return self.legacy(self.noisy(self.alpha(self.drop(x))))
+
+
+class Noisy(nn.Module):
+    """Dropout and a spectral norm, which a subclass calls in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = parametrizations.spectral_norm(nn.Conv2d(1, 1, 3, padding=1))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.conv(x))
+
+
+@pytest.fixture
+def changing():
+    torch.manual_seed(0)
+    return Changing()
+
+
+@pytest.fixture
+def noisy():
+    torch.manual_seed(0)
+    return Noisy()
+
+
+@pytest.fixture
+def image():
+    return torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def flags(module):
+    return [m.training for m in module.modules()]
+
+
+def model_of(denoiser, **options):
+    settings = {"tau": 5.0, "solver": Nesterov(300, 1e-4), "on_failure": "ignore", **options}
+    return DEQRED(ParallelBeamCT(16, 12), denoiser, **settings)
+
+
+def data():
+    return ParallelBeamCT(16, 12)(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def gradients(model, y):
+    model.zero_grad()
+    model(y).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+# ------------------------------------------------------------------ one map
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_gives_one_map_and_leaves_the_network_as_it_was(changing, image, training):
+    changing(image)
+    changing.train(training)
+    before = flags(changing)
+    with frozen(changing) as fixed:
+        state = copy.deepcopy(changing.state_dict())
+        assert torch.equal(fixed(image), fixed(image))
+        assert flags(changing) == before
+    assert all(torch.equal(state[key], value) for key, value in changing.state_dict().items())
+    torch.testing.assert_close(fixed(image), changing.eval()(image))
+
+
+def test_only_what_changes_is_switched_off(changing):
+    changing.add_module("plain", nn.Conv2d(1, 1, 1))
+    with frozen(changing) as fixed:
+        assert fixed.training
+        assert fixed.plain.training
+        assert not any(m.training for m in (fixed.batch, fixed.drop, fixed.alpha, fixed.noisy, fixed.legacy))
+
+
+@pytest.mark.parametrize("name", ["new", "legacy"])
+def test_a_spectral_norm_takes_the_power_iteration_of_one_forward_pass(changing, name):
+    twin = copy.deepcopy(changing)
+    layer = getattr(changing, name)
+    getattr(twin, name)(torch.zeros(1, layer.in_channels, 3, 3))
+    start = copy.deepcopy(layer.state_dict())
+    with frozen(changing) as fixed, frozen(fixed) as again:
+        assert torch.equal(again.new.weight, fixed.new.weight)
+    vectors = [key for key in start if key.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    for key in vectors:
+        assert not torch.equal(layer.state_dict()[key], start[key])
+        torch.testing.assert_close(layer.state_dict()[key], getattr(twin, name).state_dict()[key])
+
+
+def test_a_network_that_cannot_change_is_given_itself():
+    denoiser = DnCNN(depth=3, width=4)
+    with frozen(denoiser) as fixed:
+        assert fixed is denoiser
+
+
+def pruned(conv):
+    prune.l1_unstructured(conv, "weight", amount=0.5)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        parametrizations.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        pruned,
+        lambda conv: parametrizations.spectral_norm(parametrizations.weight_norm(conv)),
+    ],
+)
+def test_a_computed_weight_is_computed_once_with_its_graph(computed, image):
+    torch.manual_seed(0)
+    layer = computed(nn.Conv2d(1, 2, 3)).eval()
+    expected = layer(image)
+    wanted = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    with frozen(layer) as fixed:
+        with torch.no_grad():
+            assert torch.equal(fixed(image), expected)
+        weight = fixed.weight
+        output = fixed(image)
+        assert fixed.weight is weight
+    gradient = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(gradient, wanted)
+
+
+# ------------------------------------------------------------------ what else a module may do
+
+
+def test_hooks_and_weights_shared_between_layers_stay(image):
+    class Tied(Noisy):
+        def __init__(self):
+            super().__init__()
+            self.twin = self.conv
+            self.other = nn.Conv2d(1, 1, 3, padding=1)
+            self.other.bias = self.conv.bias
+
+        def forward(self, x):
+            return super().forward(self.other(self.twin(x)))
+
+    tied, seen = Tied(), []
+    with frozen(tied) as fixed:
+        assert fixed.twin is fixed.conv
+        assert fixed.other.weight is tied.other.weight
+        assert fixed.other.bias is fixed.conv.bias
+        handle = tied.conv.register_forward_hook(lambda *_: seen.append(1))
+        fixed(image)
+        assert len(seen) == 2
+        handle.remove()
+        fixed(image)
+        assert len(seen) == 2
+
+
+class InList(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.conv, {"last": (self.drop,)}]
+
+    def forward(self, x):
+        return self.layers[1]["last"][0](self.layers[0](x))
+
+
+class ByMethod(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.call = functools.partial(self.denoise, scale=2)
+
+    def denoise(self, x, scale):
+        return self.drop(self.conv(x)) * scale
+
+    def forward(self, x):
+        return self.call(x)
+
+
+class ByClosure(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.call = lambda x, drop=self.drop: drop(self.conv(x))
+
+    def forward(self, x):
+        return self.call(x)
+
+
+class ByParent(Noisy):
+    """The child calls its parent's layers; a weak reference keeps it out of the parent's own tree."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Identity()
+        self.child.parent = weakref.ref(self)
+        self.child.also = [self]
+
+    def forward(self, x):
+        assert self.child.also == [self]
+        return self.child.parent().drop(self.conv(x))
+
+
+class ByHook(Noisy):
+    """The hook stores what the forward pass reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop.register_forward_hook(self.store)
+        self.conv.register_forward_pre_hook(lambda module, args: setattr(self, "input", args[0]))
+
+    def store(self, module, args, output):
+        self.features = output
+
+    def forward(self, x):
+        super().forward(x)
+        return self.features + self.input
+
+
+@pytest.mark.parametrize("kind", [InList, ByMethod, ByClosure, ByParent, ByHook])
+def test_layers_are_frozen_however_they_are_reached(kind, image):
+    torch.manual_seed(0)
+    denoiser = kind()
+    with frozen(denoiser) as fixed:
+        first = fixed(image)
+        with torch.no_grad():
+            denoiser.conv.bias += 1
+        torch.testing.assert_close(fixed(image), denoiser.eval()(image))
+        assert not torch.equal(first, fixed(image))
+
+
+class Pipeline:
+    """Not a module, but holds one."""
+
+    def __init__(self, network):
+        self.network = network
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.network(x)
+
+    def denoise(self, x):
+        return self(x)
+
+
+def closure(network):
+    return lambda x: network(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        closure,
+        Pipeline,
+        lambda network: Pipeline(network).denoise,
+        lambda network: network.forward,
+        lambda network: functools.partial(network),
+    ],
+)
+def test_callables_that_hold_a_module_are_frozen(wrap, noisy, image):
+    denoiser = wrap(noisy)
+    with frozen(denoiser) as fixed:
+        assert torch.equal(fixed(image), fixed(image))
+        output = fixed(image)
+    torch.testing.assert_close(output, noisy.eval()(image))
+    if isinstance(denoiser, Pipeline):
+        assert denoiser.calls == 3
+
+
+def test_attributes_that_modules_set_arrive_in_the_denoiser(image):
+    class Stateful(Noisy):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if not hasattr(self, "layers"):
+                self.layers = list(self.children())
+                self.scale = nn.Conv2d(1, 1, 1)
+                self.offset = None
+            elif hasattr(self, "offset"):
+                del self.offset
+            return self.scale(self.layers[1](self.layers[0](x)))
+
+    stateful = Stateful()
+    stateful.offset = 1
+    with frozen(stateful) as fixed:
+        fixed(image)
+        fixed(image)
+    assert stateful.calls == 2
+    assert not hasattr(stateful, "offset")
+    # No copy outlives its solve in the denoiser.
+    assert stateful.layers == [stateful.conv, stateful.drop]
+    assert stateful.scale is fixed.scale
+
+
+def test_attributes_arrive_after_an_error_too(noisy, image):
+    def fail():
+        with frozen(noisy) as fixed:
+            fixed.seen = True
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert noisy.seen
+
+
+def test_a_copy_of_a_denoiser_that_changes_later_does_not(noisy, image):
+    with frozen(noisy.eval()) as fixed:
+        noisy.train()
+        assert torch.equal(fixed(image), fixed(image))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_scripted_layers_stay_themselves(noisy, image):
+    scripted = torch.jit.script(nn.Conv2d(1, 1, 3, padding=1))
+    with frozen(nn.Sequential(noisy, scripted)) as fixed:
+        assert fixed[1] is scripted
+        assert fixed(image).shape == image.shape
+
+
+# ------------------------------------------------------------------ solves beside each other
+
+
+def weights_updated(model):
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.01
