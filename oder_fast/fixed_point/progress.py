@@ -25,6 +25,7 @@ class Progress:
     Attributes:
         accuracy: The last relative residual of each image, ``(B,)``; 1 of those that are done; None at the start.
         residual: The least relative residual of each image.
+        change: The squared norm of that residual.
         value: The image that it belongs to.
         n_done: How many images have converged or diverged.
     """
@@ -34,7 +35,7 @@ class Progress:
         self.tolerance, self.gain = tolerance, gain
         unknown = torch.full((self.batch,), torch.inf, dtype=torch.float64, device=start.device)
         self.accuracy: Tensor | None = None
-        self.residual, self.distance = unknown, unknown
+        self.residual, self.distance, self.change = unknown, unknown, unknown
         self.value = start
         self.converged = self.diverged = torch.zeros_like(unknown, dtype=torch.bool)
         self.iterations = torch.zeros_like(unknown, dtype=torch.int64)
@@ -67,6 +68,7 @@ class Progress:
         elif bool(better.any()):
             self.value = torch.where(per_image(better, step.image), step.image, self.value)
         self.residual = torch.where(better, residual, self.residual)
+        self.change = torch.where(better, change, self.change)
         self.distance = torch.where(better, distance, self.distance)
         self.iterations = torch.where(live, iteration, self.iterations)
         self._rows.append((iteration, torch.where(live, residual, torch.nan)))

@@ -298,11 +298,11 @@ class Nesterov(Solver[NesterovState]):
             state.point, progress.accuracy, state.previous, momentum, blocks, state.anchor
         )
         point, image, plain = step.extrapolated, step.image, state.plain
-        change, norm, uphill = step.reductions.detach().unbind(1)
+        change, _, uphill = step.reductions.detach().unbind(1)
         if self.restart:
             t = torch.where(uphill > 0, 1, t)
         if self.restart and blocks is None:
-            hurts = ~plain & ~(change <= (OVERSHOOT * progress.residual).square() * norm)
+            hurts = ~plain & ~(change <= OVERSHOOT**2 * progress.change)
             if bool(hurts.any()):
                 back = per_image(hurts, point)
                 point, image = (torch.where(back, progress.value, v) for v in (point, image))
