@@ -11,7 +11,6 @@ the data fidelity that they are made of.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ._torch import Autocast, full_precision, uncompiled
 from .denoisers import Denoiser, frozen
+from .denoisers.base import set_scalar
 from .denoisers.call import ImageDenoiser
 from .fixed_point import Anderson, Differentiation, Implicit, Nesterov, Picard, Solution, Solver
 from .fixed_point.maps import per_image
@@ -129,9 +129,10 @@ class DEQRED(nn.Module):
                 "Picard for differentiation.solver"
             )
         self.denoiser = denoiser
-        self._set_scalar("tau", tau, zero=isinstance(step, GradientStep))
-        self.step = step
-        self._set_scalar("step_size", step.step_size if isinstance(step, GradientStep) else None, zero=False)
+        set_scalar(self, "tau", tau, positive=isinstance(step, ProximalStep))
+        self.step, self.step_size = step, None
+        if isinstance(step, GradientStep) and step.step_size is not None:
+            set_scalar(self, "step_size", step.step_size, positive=True)
         if normalize is None:
             normalize = isinstance(denoiser, Denoiser) and not denoiser.scale_free
         self.solver = solver
@@ -140,14 +141,6 @@ class DEQRED(nn.Module):
         self.normalize = normalize
         self.generator = generator
         self.on_failure: Policy = on_failure
-
-    def _set_scalar(self, name: str, value: float | Tensor | None, *, zero: bool) -> None:
-        if value is not None:
-            value = _check_scalar(name, value, zero=zero)
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value)
-        else:
-            setattr(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -164,7 +157,7 @@ class DEQRED(nn.Module):
     def extra_repr(self) -> str:
         """Tell the settings."""
         return (
-            f"tau={_number(self.tau):.4g}, step={self.step}, nonnegative={self.nonnegative}, "
+            f"tau={float(self.tau):.4g}, step={self.step}, nonnegative={self.nonnegative}, "
             f"normalize={self.normalize},\nsolver={self.solver},\ndifferentiation={self.differentiation}"
         )
 
@@ -251,7 +244,7 @@ class DEQRED(nn.Module):
             common = (fidelity, denoise, weight, None, self.nonnegative, None, self.generator)
             red_map: REDMap
             if isinstance(self.step, ProximalStep):
-                red_map = ProximalMap(*common)
+                red_map = ProximalMap(*common, size)
             else:
                 step_size = self._step_size(operator, norm).to(y.device)
                 red_map = GradientMap(*common, step_size, size, self.step.variance_reduction)
@@ -400,27 +393,6 @@ def oder(
         generator=generator,
         on_failure="ignore",
     )
-
-
-def _check_scalar(name: str, value: float | Tensor, *, zero: bool) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(
-                f"DEQRED: {name} must be a float or a 0-d floating-point tensor, got {value.dtype} "
-                f"of shape {tuple(value.shape)}"
-            )
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"DEQRED: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    number = _number(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(
-            f"DEQRED: {name} must be finite and {'at least' if zero else 'above'} 0, got {number}"
-        )
-    return value
-
-
-def _number(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def _tensor(value: float | Tensor, device: torch.device | None = None) -> Tensor:

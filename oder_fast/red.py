@@ -18,6 +18,8 @@ from .operators import LeastSquares
 
 # Share of the outer residual that the inner solve is more accurate by, and the residual that counts at the start.
 INNER, FIRST = 0.1, 0.1
+# Times that the minibatches of an inner solve go through the measurements.
+EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,17 @@ class REDMap(FixedPointMap):
 
 @dataclass
 class ProximalMap(REDMap):
-    r"""The map of `ProximalStep`."""
+    r"""The map of `ProximalStep`.
+
+    Attributes:
+        minibatch_size: Blocks of a minibatch of the inner solve; None for all.
+    """
+
+    minibatch_size: int | None = None
+
+    @property
+    def _minibatch_size(self) -> int | None:
+        return self.minibatch_size
 
     def step(
         self,
@@ -203,6 +215,8 @@ class ProximalMap(REDMap):
         return self.finish(image, point, previous, momentum)
 
     def _solve(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
+        if self.minibatch_size is not None:
+            return self._solve_by_minibatches(rhs, weight, start)
         if not torch.is_grad_enabled():
             if self.nonnegative:
                 return self.fidelity.solve_nonnegative(rhs, weight, start, tolerance)
@@ -211,6 +225,26 @@ class ProximalMap(REDMap):
             rhs, weight, start, tolerance, self.fidelity, self.nonnegative, self.free
         )
         return image
+
+    def _solve_by_minibatches(self, rhs: Tensor, weight: Tensor, start: Tensor) -> Tensor:
+        r"""Take gradient steps on the inner problem, each with a minibatch `B`, anchored at the outer iterate.
+
+        .. math:: u \leftarrow u - \gamma \Bigl( \nabla(\tilde x) + \frac{n}{|B|} A_B^H A_B (u - \tilde x)
+            + w (u - \tilde x) \Bigr)
+
+        At the fixed point the gradient at the anchor is 0 and no step moves: it is that of the exact inner solve.
+        """
+        assert self.minibatch_size is not None
+        operator = self.fidelity.operator
+        there = self._masked(self.fidelity.normal(start) + weight * start - rhs)
+        length = 1 / (operator.minibatch_norm_squared(self.minibatch_size) + weight)
+        moved = torch.zeros_like(start)
+        for _ in range(EPOCHS * -(-operator.n_blocks // self.minibatch_size)):
+            curvature = self._masked(self.fidelity.normal(moved, self.draw()) + weight * moved)
+            moved = moved - length * (there + curvature)
+            if self.nonnegative:
+                moved = (start + moved).clamp(min=0) - start
+        return start + moved
 
     def jacobian_free(self, gradient: Tensor) -> Tensor:
         """Solve once, as accurately as a gradient needs it."""

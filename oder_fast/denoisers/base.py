@@ -80,8 +80,8 @@ def check_image(name: str, image: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"{name}: image must have shape (B, {wanted}, H, W), got {tuple(image.shape)}")
 
 
-def set_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
-    """Give a module a nonnegative setting: a float, a 0-d tensor (a buffer) or a parameter.
+def set_scalar(module: nn.Module, name: str, value: float | Tensor, *, positive: bool = False) -> None:
+    """Give a module a setting of at least 0, or above 0: a float, a 0-d tensor (a buffer) or a parameter.
 
     Raises:
         TypeError: For anything else.
@@ -97,8 +97,8 @@ def set_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
     number = float(value.detach()) if isinstance(value, Tensor) else float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{owner}: {name} must be finite and at least 0, got {number}")
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{owner}: {name} must be finite and {'above' if positive else 'at least'} 0, got {number}")
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)
     else:
