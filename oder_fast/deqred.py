@@ -130,9 +130,11 @@ class DEQRED(nn.Module):
             )
         self.denoiser = denoiser
         set_scalar(self, "tau", tau, positive=isinstance(step, ProximalStep))
-        self.step, self.step_size = step, None
+        self.step = step
         if isinstance(step, GradientStep) and step.step_size is not None:
             set_scalar(self, "step_size", step.step_size, positive=True)
+        else:
+            self.step_size = None
         if normalize is None:
             normalize = isinstance(denoiser, Denoiser) and not denoiser.scale_free
         self.solver = solver
@@ -157,7 +159,7 @@ class DEQRED(nn.Module):
     def extra_repr(self) -> str:
         """Tell the settings."""
         return (
-            f"tau={float(self.tau):.4g}, step={self.step}, nonnegative={self.nonnegative}, "
+            f"tau={float(_tensor(self.tau).detach()):.4g}, step={self.step}, nonnegative={self.nonnegative}, "
             f"normalize={self.normalize},\nsolver={self.solver},\ndifferentiation={self.differentiation}"
         )
 
