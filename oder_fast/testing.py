@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._torch import fft
 from .operators import DiffractionTomography
 from .reference import diffraction
 
@@ -400,7 +401,7 @@ def _diffraction_gradient_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (intensities, *scan, optics), _ = _diffraction_adjoint_inputs(shape, dtype, device, generator)
-    spectra = torch.fft.rfft2(intensities, norm="ortho") if intensities.numel() else _half(intensities, dtype)
+    spectra = fft(torch.fft.rfftn, intensities) if intensities.numel() else _half(intensities, dtype)
     n = shape["lights"]
     blocks = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
     return (_draw(shape["image"], dtype, device, generator), spectra, *scan, blocks, optics), {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._torch import fft
 from . import _blocks
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
@@ -276,8 +277,8 @@ class ParallelBeamCT(nn.Module):
             if not torch.compiler.is_compiling():
                 self._filters[key] = response
         length = 2 * (response.shape[-1] - 1)
-        filtered = torch.fft.irfft(torch.fft.rfft(y.to(response.dtype), length) * response, length)
-        filtered = filtered[..., : self.n_bins].to(y.dtype).contiguous()
+        spectrum = fft(torch.fft.rfftn, y.to(response.dtype), (-1,), (length,)) * response
+        filtered = fft(torch.fft.irfftn, spectrum, (-1,), (length,))[..., : self.n_bins].to(y.dtype)
         return ops.radon_backproject(filtered, self.angles, self.image_shape, **self._geometry)
 
 
@@ -331,7 +332,7 @@ def _ramp_response(n_bins: int, window: str) -> Tensor:
     distance = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64)
     kernel = torch.where(distance % 2 == 0, 0.0, -1 / (math.pi * distance) ** 2)
     kernel[0] = 0.25
-    response: Tensor = torch.fft.rfft(kernel).real
+    response = fft(torch.fft.rfftn, kernel, (-1,), norm="backward").real
     frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     if window == "shepp-logan":
         response *= torch.sinc(frequency)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._torch import fft
 from . import _blocks
 
 # Relative tolerance of radii and distances, for what was computed in floating point.
@@ -257,8 +258,7 @@ class DiffractionTomography(nn.Module):
             ValueError: For a shape that does not fit, or data that are NaN or infinite.
         """
         self._check_data(y)
-        spectra: Tensor = torch.fft.rfft2(y, norm="ortho")
-        return spectra
+        return fft(torch.fft.rfftn, y)
 
     def prepare_full_batch(self, y: Tensor) -> Tensor:
         """Bring data into the form for solves that take all illuminations in each step.
@@ -272,8 +272,7 @@ class DiffractionTomography(nn.Module):
         if not self.gram:
             return self.prepare(y)
         self._check_data(y)
-        spectrum: Tensor = torch.fft.fft2(self.adjoint(y), norm="ortho")
-        return spectrum
+        return fft(torch.fft.fftn, self.adjoint(y))
 
     def _check_data(self, y: Tensor) -> None:
         self._check("intensities", y, self.data_shape, is_complex=False)
@@ -470,7 +469,7 @@ class DiffractionTomography(nn.Module):
         """
         self._check_data(y)
         weight = _positive("weight", weight)
-        right = torch.fft.fft2(self.adjoint(y), norm="ortho")
+        right = fft(torch.fft.fftn, self.adjoint(y))
         n, height, width = self.image_shape
         half = (width + 1) // 2
         rows, columns = (self._traces()[:, :half] > 0).nonzero().unbind(1)
@@ -493,8 +492,7 @@ class DiffractionTomography(nn.Module):
             here, there = solved.permute(2, 1, 0).split(n, 1)
             solution = solution.index_put(_at(solution, mirror_i, mirror_j), there.conj())
             solution = solution.index_put(_at(solution, i, j), here)
-        image: Tensor = torch.fft.ifft2(solution, norm="ortho")
-        return image
+        return fft(torch.fft.ifftn, solution)
 
     def refractive_index(self, contrast: Tensor) -> Tensor:
         r"""Return the complex refractive index :math:`n = \sqrt{n_0^2 + x}` of permittivity contrasts."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, faces
 from . import red_update as red
@@ -79,9 +80,7 @@ def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
             "diffraction_transform", image, backend, _pairs(image), _pairs(spectrum), *_planes(image, support)
         )
         return spectrum
-    # Equal bits for any strides.
-    transformed: Tensor = torch.fft.fft2(image.contiguous(), norm="ortho")
-    return transformed
+    return fft(torch.fft.fftn, image)
 
 
 def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
@@ -90,8 +89,7 @@ def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
         pairs = _pairs(spectrum)
         _launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
         return spectrum
-    inverse: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
-    return inverse
+    return fft(torch.fft.ifftn, spectrum)
 
 
 def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
@@ -153,8 +151,7 @@ def _forward_impl(
         _pairs(half),
         *scan,
     )
-    intensities: Tensor = torch.fft.irfft2(half, image.shape[2:], norm="ortho")
-    return intensities
+    return fft(torch.fft.irfftn, half, size=image.shape[2:])
 
 
 def _forward_fake(image: Tensor, transfer: Tensor, *_: Any) -> Tensor:
@@ -188,7 +185,7 @@ def _adjoint_impl(
     spectrum = _adjoint_fake(intensities, transfer, depths)
     if spectrum.numel() == 0:
         return spectrum
-    half = torch.fft.rfft2(intensities.contiguous(), norm="ortho")
+    half = fft(torch.fft.rfftn, intensities)
     scan = _scan(spectrum, transfer, depths, support, None, optics)
     _launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
     return _inverse(spectrum, support, backend)
@@ -264,7 +261,7 @@ def _gradient_vjp(
         used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
     intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
     # Half a spectrum stands for a whole one: its inner columns count twice.
-    projected = torch.fft.rfft2(intensities, norm="ortho") * -(len(transfer) / used[0].shape[0])
+    projected = fft(torch.fft.rfftn, intensities) * -(len(transfer) / used[0].shape[0])
     projected = projected * _weights(grad.shape[-1], projected)
     if blocks is not None:
         empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
@@ -328,7 +325,7 @@ def _gram_vjp(
     grad: Tensor, auto: Tensor, pairs: Tensor, with_data: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, backend)
-    return normal, -torch.fft.fft2(grad, norm="ortho") if with_data else None
+    return normal, -fft(torch.fft.fftn, grad) if with_data else None
 
 
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
