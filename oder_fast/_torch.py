@@ -34,11 +34,11 @@ def fft(
     size: Sequence[int] | None = None,
     norm: str = "ortho",
 ) -> Tensor:
-    """Apply one of `torch.fft`'s transforms over several axes, and no other way of calling them is safe.
+    """Apply one of `torch.fft`'s transforms, over contiguous memory with the axes at the end.
 
-    With MKL on some processors they write past their buffers where one of the axes left out lies innermost in memory:
-    in a transposed tensor, in what einsum returns, in a contiguous one transformed over its first axes. So the axes are
-    moved to the end and the tensor made contiguous, derivatives like values.
+    With MKL on some processors a transform over several axes writes past its buffers where an axis left out lies
+    innermost in memory: in what einsum returns, in a contiguous tensor transformed over its first axes. Derivatives
+    are transforms too, so the gradients that come back are made contiguous as well.
 
     Args:
         transform: `torch.fft.fftn`, `ifftn`, `rfftn` or `irfftn`.

@@ -68,8 +68,8 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def _pairs(value: Tensor | None) -> Tensor | None:
-    """Return a complex tensor as contiguous pairs of reals."""
-    return None if value is None else torch.view_as_real(value.resolve_conj().contiguous())
+    """Return a complex tensor as pairs of reals."""
+    return None if value is None else torch.view_as_real(value)
 
 
 def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
@@ -97,7 +97,7 @@ def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
     batch, slices, height, width = like.shape
     if support is None:
         return None, 0, batch * slices, height, width
-    return support.contiguous(), support.shape[0], batch * slices, height, width
+    return support, support.shape[0], batch * slices, height, width
 
 
 def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Tensor:
@@ -120,11 +120,11 @@ def _scan(
     """Return the arguments that describe a scan, the same for every compiled kernel."""
     stored = transfer.is_complex()
     return [
-        _pairs(transfer) if stored else transfer.contiguous(),
+        _pairs(transfer) if stored else transfer,
         stored,
-        depths.contiguous(),
-        support.contiguous(),
-        None if blocks is None else blocks.contiguous(),
+        depths,
+        support,
+        blocks,
         transfer.shape[0] if blocks is None else blocks.shape[0],
         *optics,
         image.shape[0],
@@ -367,11 +367,11 @@ def _red_step(
         backend,
         _pairs(spectrum),
         _pairs(image),
-        *red.contiguous(denoised),
+        *red.reals(denoised),
         *red.scalars(step_size, tau),
-        *red.contiguous(previous),
+        *red.reals(previous),
         *red.scalars(momentum),
-        *red.contiguous(updated, None if previous is None else extrapolated),
+        *red.reals(updated, None if previous is None else extrapolated),
         reductions,
         image.shape[0],
         *_planes(image, support),
