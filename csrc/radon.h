@@ -38,9 +38,10 @@ ODER_HD RadonDirection radon_direction(const RadonScan& scan, int used) {
 }
 
 // Where the rays of a view cross the lines they march over: ray e crosses line m at pixel
-// e * sigma + m * slope + start. Rays are counted so that sigma > 0: ray e is bin n_bins - 1 - e where flip.
+// (e - middle) * sigma + m * slope + centre; counted from the middle, rays far apart lose no digits near the image.
+// Rays are counted so that sigma > 0: ray e is bin n_bins - 1 - e where flip.
 struct RadonRays {
-  double sigma, slope, start;
+  double sigma, slope, centre, middle;
   bool flip;
 };
 
@@ -50,11 +51,14 @@ ODER_HD RadonRays radon_rays(const RadonScan& scan, const RadonDirection& r) {
   RadonRays rays;
   rays.sigma = r.step * scan.bin_spacing;
   rays.slope = r.rows ? r.s / r.c : r.c / r.s;
-  rays.start = (length - 1) / 2 - (lines - 1) / 2 * rays.slope + scan.bin_offset * per_bin -
-               (scan.n_bins - 1) / 2.0 * rays.sigma;
+  rays.centre = (length - 1) / 2 - (lines - 1) / 2 * rays.slope + scan.bin_offset * per_bin;
+  rays.middle = (scan.n_bins - 1) / 2.0;
   rays.flip = per_bin < 0;
   return rays;
 }
+
+// A bin or pixel number, or one past the last, of a coordinate that may lie far outside or be no number.
+ODER_HD int clamp_to(double a, int high) { return a > 0 ? (a < high ? static_cast<int>(a) : high) : 0; }
 
 // The bin coordinate of pixel (i, j): corner + i * per_row + j * per_column.
 struct RadonBins {

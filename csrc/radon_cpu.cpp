@@ -8,7 +8,8 @@
 // Shared memory   none shared; a thread keeps a zero-bordered tile of 16 steps (forward) or two sums of a tile
 //                 (adjoint), and all threads the minibatch's rows, padded with zeros as far as pixels can look.
 // Accumulation    float32 or float64, views in one fixed order per pixel, steps in order per bin: equal bits for any
-//                 number of threads. Positions in fixed point with 40 fraction bits, of which lanes keep 23.
+//                 number of threads. Positions in fixed point with 40 fraction bits, of which lanes keep 23; in float64
+//                 where bins are too fine or too coarse for that.
 // Preconditions   contiguous; image and sinogram of one dtype (checked by the caller). View indices are checked.
 #include <omp.h>
 
@@ -80,8 +81,9 @@ struct View {
   bool reversed;   // bins in reverse order
   int64_t source;  // row of the sinogram
   int64_t slot;    // place among the used views
-  double origin, inv, slope;
-  double weight;  // length of a step
+  double inv, slope, centre, middle;  // of radon_rays; sigma is inv
+  double origin;                      // position of bin 0 on step 0
+  double weight;                      // length of a step
   int64_t f_origin, f_inv, f_slope;
   Walk forward;
   // Back-projection: bin position = b_origin + u * b_inv + r * b_slope for pixel u of step r; a bin at distance t
@@ -95,14 +97,18 @@ struct View {
 struct Plan {
   std::vector<View> views;  // those by rows first
   int64_t n_by_rows = 0;
+  bool matched = true;              // weights of the projection; else linear interpolation along the detector
   int64_t pad_low = 0, stride = 0;  // of the padded rows, in elements
 };
 
 // Positions beyond this are far outside any image or detector: such views take the generic loop.
 constexpr double kFar = 1e6;
+// Beyond this many pixels from bin to bin, 23 bits of a bin no longer make a weight of float's precision.
+constexpr double kCoarse = 8;
 
 Plan make_plan(const RadonGeometry& g, bool matched) {
   Plan plan;
+  plan.matched = matched;
   const double spacing = g.bin_spacing / g.pixel_size, offset = g.bin_offset / g.pixel_size;
   const RadonScan scan{g.angles,
                        g.views,
@@ -123,9 +129,11 @@ Plan make_plan(const RadonGeometry& g, bool matched) {
     const RadonRays rays = radon_rays(scan, direction);
     v.by_rows = direction.rows;
     v.reversed = rays.flip;
-    v.origin = rays.start;
     v.inv = rays.sigma;
     v.slope = rays.slope;
+    v.centre = rays.centre;
+    v.middle = rays.middle;
+    v.origin = rays.centre - rays.middle * rays.sigma;
     v.weight = matched ? g.pixel_size * direction.step : 1.0;
     v.hat = matched ? v.inv : 1.0;
     v.b_inv = 1 / v.inv;
@@ -144,7 +152,9 @@ Plan make_plan(const RadonGeometry& g, bool matched) {
       v.f_slope = fixed(v.slope);
       v.bf_slope = fixed(v.b_slope);
       v.forward.plan(v.inv, 2);
-      if (2 * v.hat >= 1) v.back.plan(v.b_inv, v.taps);
+      // Where no pixel sees the detector, rows need no zeros as far as the image.
+      const bool seen = b1 > -3 && b0 < g.n_bins + 2;
+      if (seen && v.hat >= 0.5 && v.hat <= kCoarse) v.back.plan(v.b_inv, v.taps);
       if (v.back.fits) {
         low = std::min(low, b0);
         high = std::max(high, b1 - (g.n_bins - 1));
@@ -197,11 +207,10 @@ void load_tile(const T* image, const RadonGeometry& g, bool by_rows, int64_t r0,
 // Bins whose rays meet positions (u0 - 1, u0 + n_u) of steps r0 .. r0 + n - 1: first and one past the last.
 void bins_of_tile(const View& v, int64_t n_bins, int64_t r0, int64_t n, int64_t u0, int64_t n_u, int64_t* from,
                   int64_t* to) {
-  const double a = v.origin + r0 * v.slope, b = v.origin + (r0 + n - 1) * v.slope;
-  const double lo = (u0 - 1 - std::max(a, b)) / v.inv, hi = (u0 + n_u - std::min(a, b)) / v.inv;
-  *from = lo >= n_bins ? n_bins : std::max<int64_t>(0, static_cast<int64_t>(std::floor(lo)));
-  *to = hi < 0 ? 0 : hi >= n_bins ? n_bins : static_cast<int64_t>(std::ceil(hi)) + 1;
-  *to = std::min(*to, n_bins);
+  const double a = v.centre + r0 * v.slope, b = v.centre + (r0 + n - 1) * v.slope;
+  const double lo = v.middle + (u0 - 1 - std::max(a, b)) / v.inv, hi = v.middle + (u0 + n_u - std::min(a, b)) / v.inv;
+  *from = clamp_to(std::floor(lo), static_cast<int>(n_bins));
+  *to = hi < 0 ? 0 : clamp_to(std::ceil(hi) + 1, static_cast<int>(n_bins));
 }
 
 // Add one tile to the rows of M images. Tiles of images are tile_size apart, rows row_size.
@@ -248,22 +257,27 @@ void project_fast(const View& v, const float* tile, int64_t stride, int64_t tile
   }
 }
 
-// The same for any spacing and precision, one image.
+// Call f(k, i, w) for each ray k of step r that crosses it among pixels i = -1 .. n_u - 1 from u0 on: pixel i counts
+// 1 - w and the next one w. For any spacing and precision.
+template <class T, class F>
+void for_each_crossing(const View& v, int64_t n_bins, int64_t r, int64_t u0, int64_t n_u, F f) {
+  int64_t from, to;
+  bins_of_tile(v, n_bins, r, 1, u0, n_u, &from, &to);
+  const double centre = v.centre + r * v.slope - u0;
+  for (int64_t k = from; k < to; ++k) {
+    const double u = (k - v.middle) * v.inv + centre, floor = std::floor(u);
+    if (floor >= -1 && floor < n_u) f(k, static_cast<int>(floor), static_cast<T>(u - floor));
+  }
+}
+
+// Add one tile to the row of one image, for any spacing and precision.
 template <class T>
 void project_generic(const View& v, const T* tile, int64_t stride, int64_t r0, int n_steps, int64_t u0, int64_t n_u,
                      int64_t n_bins, T* row) {
   for (int r = 0; r < n_steps; ++r) {
-    int64_t from, to;
-    bins_of_tile(v, n_bins, r0 + r, 1, u0, n_u, &from, &to);
     const T* line = tile + r * stride + kBorderLow;
-    const double origin = v.origin + (r0 + r) * v.slope - u0;
-    for (int64_t k = from; k < to; ++k) {
-      const double u = origin + k * v.inv, floor = std::floor(u);
-      const int64_t i = static_cast<int64_t>(floor);
-      if (i < -1 || i >= n_u) continue;
-      const T f = static_cast<T>(u - floor);
-      row[k] += (1 - f) * line[i] + f * line[i + 1];
-    }
+    for_each_crossing<T>(v, n_bins, r0 + r, u0, n_u,
+                         [&](int64_t k, int i, T w) { row[k] += (1 - w) * line[i] + w * line[i + 1]; });
   }
 }
 
@@ -343,17 +357,28 @@ inline void gather_fast(const View* views, const int64_t* origins, int64_t n0, i
     for (int m = 0; m < M; ++m) store(sums + ((r + j) * M + m) * kLanes, sum[j][m]);
 }
 
+// Add a row to one step of a tile: the transpose of project_generic. sums: [block of lanes][stride].
 template <class T>
-void gather_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_u, const T* row, T* sums, int stride) {
-  const double reach = 1 / v.hat;
+void scatter_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_u, const T* row, T* sums, int stride) {
+  T line[kTile + 2] = {};
+  for_each_crossing<T>(v, n_bins, r, u0, n_u, [&](int64_t k, int i, T w) {
+    line[i + 1] += (1 - w) * row[k];
+    line[i + 2] += w * row[k];
+  });
+  for (int u = 0; u < n_u; ++u) sums[u / kLanes * stride + u % kLanes] += line[u + 1];
+}
+
+// Add a row, interpolated linearly at the pixels' centres, to one step of a tile. sums as above.
+template <class T>
+void interpolate_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_u, const T* row, T* sums,
+                         int stride) {
+  const double centre = v.centre + r * v.slope;
   for (int u = 0; u < n_u; ++u) {
-    const double p = v.b_origin + (u0 + u) * v.b_inv + r * v.b_slope;
-    if (!(p > -reach && p < n_bins - 1 + reach)) continue;
-    const int64_t from = std::max<int64_t>(0, static_cast<int64_t>(std::ceil(p - reach)));
-    const int64_t to = std::min<int64_t>(n_bins - 1, static_cast<int64_t>(std::floor(p + reach)));
-    T s = 0;
-    for (int64_t k = from; k <= to; ++k) s += static_cast<T>(1 - std::fabs(p - k) * v.hat) * row[k];
-    sums[u / kLanes * stride + u % kLanes] += s;
+    const double p = v.middle + (u0 + u - centre) / v.inv, floor = std::floor(p);
+    if (!(floor >= -1 && floor < n_bins)) continue;
+    const T* at = row + static_cast<int64_t>(floor);
+    const T w = static_cast<T>(p - floor);
+    sums[u / kLanes * stride + u % kLanes] += (1 - w) * at[0] + w * at[1];
   }
 }
 
@@ -420,8 +445,9 @@ void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T
     const auto generic = [&](const View& v) {
       for (int r = 0; r < n_steps; ++r)
         for (int m = 0; m < M; ++m)
-          gather_generic(v, g.n_bins, r0 + r, u0, n_u, rows + m * row_size + v.slot * plan.stride + plan.pad_low,
-                         side + (r * M + m) * kLanes, kBlock);
+          (plan.matched ? scatter_generic<T> : interpolate_generic<T>)(
+              v, g.n_bins, r0 + r, u0, n_u, rows + m * row_size + v.slot * plan.stride + plan.pad_low,
+              side + (r * M + m) * kLanes, kBlock);
     };
     if constexpr (std::is_same_v<T, float>) {
       constexpr int R = M == 1 ? 4 : 2;

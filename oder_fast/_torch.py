@@ -1,14 +1,15 @@
-"""What torch forces on us, a reason each."""
+"""What torch's versions force on us, one reason each."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,3 +59,47 @@ class Autocast:
             return nullcontext()
         # A weight cast and kept without a graph would lose the gradient of an evaluation that wants one.
         return torch.autocast(self.device_type, self.dtype, cache_enabled=not torch.is_grad_enabled())
+
+
+class _Contiguous(torch.autograd.Function):
+    """Make a tensor contiguous, and each derivative that comes back through here too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Contiguous.apply(grad)  # type: ignore[no-untyped-call]
+
+
+def fft(
+    transform: Callable[..., Tensor],
+    value: Tensor,
+    axes: tuple[int, ...] = (-2, -1),
+    size: Sequence[int] | None = None,
+    norm: str = "ortho",
+) -> Tensor:
+    """Apply one of `torch.fft`'s transforms, over contiguous memory with the axes at the end.
+
+    With MKL on some processors a transform over several axes writes past its buffers where an axis left out lies
+    innermost in memory: in what einsum returns, in a contiguous tensor transformed over its first axes. Derivatives
+    are transforms too, so the gradients that come back are made contiguous as well.
+
+    Args:
+        transform: `torch.fft.fftn`, `ifftn`, `rfftn` or `irfftn`.
+        value: The tensor.
+        axes: To transform over, counted from the end.
+        size: Of the axes to transform over, as the functions of `torch.fft` take it.
+        norm: As there.
+    """
+    last = tuple(range(-len(axes), 0))
+    moved = _Contiguous.apply(value.movedim(axes, last))  # type: ignore[no-untyped-call]
+    result: Tensor = _Contiguous.apply(transform(moved, size, last, norm))  # type: ignore[no-untyped-call]
+    return result.movedim(last, axes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._torch import fft
 from .operators import DiffractionTomography
 from .reference import diffraction
 
@@ -73,6 +74,45 @@ class OpCase:
         """The operator as users call it."""
         function: Callable[..., Any] = getattr(ops, self.name)
         return function
+
+
+def _spread(value: Tensor) -> Tensor:
+    wide = value.repeat_interleave(2, -1)
+    # Between the values what would be seen: NaN, an index out of range, the opposite.
+    if value.dtype in (torch.int32, torch.int64, torch.bool):
+        wide[..., 1::2] = ~value if value.dtype == torch.bool else 10**9
+    else:
+        wide[..., 1::2] = torch.nan
+    return wide[..., ::2]
+
+
+def _offset(value: Tensor) -> Tensor:
+    memory = value.new_zeros(value.numel() + 1)
+    memory[1:] = value.flatten()
+    return memory[1:].reshape(value.shape)
+
+
+# Tensors that torch shows otherwise than they lie in memory, by name: from a tensor to such a view, its equal where not
+# noted; None where there is none.
+VIEWS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "spread": lambda v: _spread(v) if v.ndim else None,
+    "transposed": lambda v: v.mT.contiguous().mT if v.ndim > 1 else None,
+    "expanded (other values)": lambda v: v[..., :1].expand_as(v) if v.ndim else None,
+    "offset": _offset,
+    "conjugated": lambda v: v.conj().resolve_conj().conj() if v.is_complex() else None,
+    "negated": lambda v: torch._neg_view(-v) if v.is_floating_point() or v.is_complex() else None,
+    "imaginary part": lambda v: (
+        torch.complex(torch.zeros_like(v), -v).conj().imag
+        if v.dtype in (torch.float32, torch.float64)
+        else None
+    ),
+}
+
+
+def viewed(view: Callable[[Tensor], Tensor | None], value: Any) -> Any:
+    """Return the view of a tensor where there is one; other arguments and tensors as they are."""
+    result = view(value) if isinstance(value, Tensor) else None
+    return value if result is None else result
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -400,7 +440,7 @@ def _diffraction_gradient_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (intensities, *scan, optics), _ = _diffraction_adjoint_inputs(shape, dtype, device, generator)
-    spectra = torch.fft.rfft2(intensities, norm="ortho") if intensities.numel() else _half(intensities, dtype)
+    spectra = fft(torch.fft.rfftn, intensities) if intensities.numel() else _half(intensities, dtype)
     n = shape["lights"]
     blocks = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
     return (_draw(shape["image"], dtype, device, generator), spectra, *scan, blocks, optics), {}
@@ -526,7 +566,7 @@ CASES = (
     OpCase(
         "red_update",
         _red_inputs,
-        tuple({"image": s} for s in ((1, 1), (3, 5, 7), (2, 1, 33, 65), (1, 127, 129), (4, 4096))),
+        tuple({"image": s} for s in ((1, 1), (3, 5, 7), (2, 1, 33, 65), (1, 127, 129), (4, 4096), (3,))),
         (0, 1, 2, 3, 4),
         complex=True,
     ),

@@ -37,7 +37,7 @@ radon, red_update = load("test_radon"), load("test_red_update")
 # What every face must pass, here for the CUDA kernels on the host.
 test_cuda_gradients = operators.test_gradients_equal_those_of_the_reference
 test_cuda_adjoint = operators.test_adjoint_is_the_exact_transpose
-test_cuda_strides = operators.test_any_strides_are_taken
+test_cuda_strides = operators.test_any_view_of_memory_is_taken
 test_cuda_empty_batch = operators.test_empty_batch_gives_an_empty_result
 test_cuda_dense_matrix = radon.test_equals_a_dense_matrix
 test_cuda_ellipses = radon.test_ellipses_have_their_analytic_radon_transform

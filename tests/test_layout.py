@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "oder_fast"
 
-# Which layers a layer may import; each may import its own modules.
+# Which layers a layer may import; each may import its own modules, and `_torch`.
 MAY_IMPORT = {
+    "_torch": set(),
     "reference": set(),
     "kernels": set(),
     "ops": {"reference", "kernels"},
@@ -71,7 +72,16 @@ def test_imports_point_down_only(path):
         return
     # Names that oder_fast/__init__.py exports (version, build_info) belong to no layer.
     known = {name for name in imported_layers(path) if name in MAY_IMPORT}
-    assert known <= MAY_IMPORT[layer] | {layer}
+    assert known <= MAY_IMPORT[layer] | {layer, "_torch"}
+
+
+def test_transforms_are_called_in_the_one_safe_way():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [
+            ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+        ]
+        direct = [c for c in calls if re.fullmatch(r"torch\.fft\.\w*fft[2n]?", c)]
+        assert not direct, f"{path}: oder_fast._torch.fft calls {direct}"
 
 
 def tracked() -> list[str]:

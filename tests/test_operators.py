@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oder_fast.testing import CASES, TOLERANCE, dot_test, relative_error
+from oder_fast.testing import CASES, TOLERANCE, VIEWS, dot_test, relative_error, viewed
 
 ALL = [
     pytest.param(case, shape, id=f"{case.name}-{k}")
@@ -84,32 +84,39 @@ def test_adjoint_is_the_exact_transpose(case, shape, face, generator):
         assert error < TOLERANCE[dtype], dtype
 
 
+def plain(value):
+    """A copy in memory of its own, in order."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
 @pytest.mark.parametrize(("case", "shape"), FIRST)
-def test_any_strides_are_taken(case, shape, face, generator):
+def test_any_view_of_memory_is_taken(case, shape, face, generator):
+    made, others = case.make_inputs(shape, case.dtype, face.device, generator)
+    for name, view in VIEWS.items():
+        args = [viewed(view, a) for a in made]
+        options = {k: viewed(view, v) for k, v in others.items()}
+        dense = [plain(a) for a in args], {k: plain(v) for k, v in options.items()}
+        for backend, tolerance in ((face.backend, 0), ("reference", TOLERANCE[case.dtype])):
+            got = results(case.function(*args, **options, backend=backend))
+            expected = results(case.function(*dense[0], **dense[1], backend=backend))
+            for one, other in zip(got, expected, strict=True):
+                assert relative_error(one, other) <= tolerance, (name, backend)
+
+
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_gradients_may_arrive_as_any_view_of_memory(case, shape, face, generator):
     args, options = case.make_inputs(shape, case.dtype, face.device, generator)
-    expected = results(case.function(*args, **options, backend=face.backend))
-
-    def spread(value):
-        if not isinstance(value, Tensor) or value.ndim < 2:
-            return value
-        wide = value.repeat_interleave(2, -1)
-        # Between the values what would be seen: NaN, an index out of range, the opposite.
-        if value.dtype in (torch.int32, torch.int64, torch.bool):
-            wide[..., 1::2] = ~value if value.dtype == torch.bool else 10**9
-        else:
-            wide[..., 1::2] = torch.nan
-        return wide[..., ::2]
-
-    def turn(value):
-        if not isinstance(value, Tensor) or value.ndim < 2:
-            return value
-        return value.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-    for change in (spread, turn):
-        moved = {k: change(v) for k, v in options.items()}
-        got = results(case.function(*map(change, args), **moved, backend=face.backend))
+    inputs = [args[k].requires_grad_() for k in case.differentiable if args[k].ndim]
+    out = results(case.function(*args, **options, backend=face.backend))[:2]
+    grads = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in out]
+    for name, view in VIEWS.items():
+        arriving = [viewed(view, g) for g in grads]
+        got = torch.autograd.grad(out, inputs, arriving, retain_graph=True)
+        expected = torch.autograd.grad(out, inputs, list(map(plain, arriving)), retain_graph=True)
         for one, other in zip(got, expected, strict=True):
-            assert torch.equal(one, other)
+            assert relative_error(one, other) <= TOLERANCE[case.dtype], name
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)

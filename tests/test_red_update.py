@@ -67,6 +67,7 @@ def test_nonnegative_gradient_is_zero_where_projected():
 
 
 X = torch.zeros(2, 4)
+MEMORY = torch.zeros(9)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,10 @@ X = torch.zeros(2, 4)
         (lambda: oder_fast.red_update(X, X, X, 0.1, 1.0, previous=X, momentum=torch.ones(3)), ValueError, r"momentum must have shape \(2,\)"),
         (lambda: oder_fast.red_update(X, X, X, 0.1, 1.0, out=oder_fast.RedUpdate(X, X, X)), ValueError, r"out.reductions must have shape \(2, 3\)"),
         (lambda: oder_fast.red_update(X, X + 1, X + 2, 0.1, 1.0, out=oder_fast.RedUpdate(X, X, torch.zeros(2, 3).double())), ValueError, "share memory"),
+        (lambda: oder_fast.red_update(MEMORY[1:].view(2, 4), X, X, 0.1, 1.0, out=oder_fast.RedUpdate(MEMORY[:8].view(2, 4), X + 1, torch.zeros(2, 3).double())), ValueError, "share memory"),
+        (lambda: oder_fast.red_update(X, X, X, 0.1, 1.0, previous=X, momentum=0.5, out=oder_fast.RedUpdate(MEMORY[1:].view(2, 4), MEMORY[:8].view(2, 4), torch.zeros(2, 3).double())), ValueError, "share memory"),
+        (lambda: oder_fast.red_update(X + 0j, X + 0j, X + 0j, 0.1, 1.0, out=oder_fast.RedUpdate((X + 1j).conj(), X + 1j, torch.zeros(2, 3).double())), ValueError, "without conjugation"),
+        (lambda: oder_fast.red_update(X.to_sparse(), X, X, 0.1, 1.0), TypeError, "image must be a dense tensor, got torch.sparse_coo"),
         (lambda: oder_fast.red_update(X.clone().requires_grad_(), X, X, 0.1, 1.0, out=oder_fast.red_update(X, X, X, 0.1, 1.0)), ValueError, "where a gradient is asked for"),
         (lambda: oder_fast.red_update(X + 0j, X + 0j, X + 0j, 0.1, 1.0, nonnegative=True), ValueError, "nonnegative needs a real image"),
     ],

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .._torch import fft
+
 LEAST_SHIFTS = 5
 """Positions of the ESPIRiT kernel along each axis without which the maps of smooth coils come out wrong."""
 
 
 def centered_fft(values: Tensor, dim: int, *, inverse: bool) -> Tensor:
     """Transform along an axis, orthonormally, with the zero frequency and the origin at index ``n // 2``."""
-    transform = torch.fft.ifft if inverse else torch.fft.fft
-    shifted: Tensor = torch.fft.fftshift(
-        transform(torch.fft.ifftshift(values, dim), dim=dim, norm="ortho"), dim
-    )
+    transform = torch.fft.ifftn if inverse else torch.fft.fftn
+    shifted: Tensor = torch.fft.fftshift(fft(transform, torch.fft.ifftshift(values, dim), (dim,)), dim)
     return shifted
 
 

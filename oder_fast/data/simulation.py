@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._torch import fft
+
 STEEPEST = 0.2
 """Least cosine of a wave's angle to the axis that obliquity counts; steeper waves scatter as this one."""
 
@@ -123,7 +125,7 @@ def _through_slice(wave: Tensor, phase: Tensor, obliquity: Tensor) -> Tensor:
         tolerance = 1e-10 * torch.linalg.vector_norm(wave)
         while order < 4 or torch.linalg.vector_norm(term) > tolerance:
             order += 1
-            scattered = torch.fft.ifft2(obliquity * torch.fft.fft2(phase * term))
+            scattered = fft(torch.fft.ifftn, obliquity * fft(torch.fft.fftn, phase * term))
             term = scattered * (1j / (steps * order))
             wave = wave + term
     return wave
@@ -237,9 +239,9 @@ def beam_propagation(
         wave = torch.ones(len(contrast), height, width, dtype=torch.complex128, device=device)
         for z, delay in enumerate(phase.unbind(1)):
             if z:
-                wave = torch.fft.ifft2(torch.exp(advance * gaps[z - 1]) * torch.fft.fft2(wave))
+                wave = fft(torch.fft.ifftn, torch.exp(advance * gaps[z - 1]) * fft(torch.fft.fftn, wave))
             wave = _through_slice(wave, delay, obliquity)
         focus = torch.where(passes, torch.exp(-advance * depths[-1].item()), 0)
-        wave = torch.fft.ifft2(focus * torch.fft.fft2(wave))
+        wave = fft(torch.fft.ifftn, focus * fft(torch.fft.fftn, wave))
         intensities[:, number] = wave.real**2 + wave.imag**2 - 1
     return intensities

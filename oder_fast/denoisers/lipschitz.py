@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import fft
 from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
 from .freeze import frozen
@@ -327,7 +328,7 @@ def conv_norm(
     bound = _matrix_norm(kernel.flatten(2)) * math.sqrt(patches)
     if patches > 1 and min(kernel.shape[1:3]) <= SYMBOL_CHANNELS:
         grid = [max(FREQUENCIES, 8 * k) for k in sides]
-        symbol = torch.fft.rfft2(kernel, grid).permute(0, 3, 4, 1, 2)
+        symbol = fft(torch.fft.rfftn, kernel, size=grid, norm="backward").permute(0, 3, 4, 1, 2)
         between = math.prod(math.cos((k - 1) * math.pi / n) for k, n in zip(sides, grid, strict=True))
         bound = min(bound, _matrix_norm(symbol) / math.sqrt(between))
     return bound * ROUNDING

@@ -12,6 +12,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .. import ops
+from .._torch import fft
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator, power_iteration
 
@@ -200,7 +201,7 @@ class ParallelBeamCT(MeasurementOperator):
                 response = torch.zeros(grid, dtype=dtype, device=point.device)
                 response[:height, :width] = self._normal(point)[0]
                 response = response.roll((-(height // 2), -(width // 2)), (0, 1))
-                self._response = torch.fft.rfft2(response).real.clamp(min=0)
+                self._response = fft(torch.fft.rfftn, response, norm="backward").real.clamp(min=0)
                 self._grid = grid
         return self._response, self._grid
 
@@ -244,8 +245,8 @@ class ParallelBeamCT(MeasurementOperator):
             if not torch.compiler.is_compiling():
                 self._filters[key] = response
         length = 2 * (response.shape[-1] - 1)
-        filtered = torch.fft.irfft(torch.fft.rfft(y.to(response.dtype), length) * response, length)
-        filtered = filtered[..., : self.n_bins].to(y.dtype).contiguous()
+        spectrum = fft(torch.fft.rfftn, y.to(response.dtype), (-1,), (length,)) * response
+        filtered = fft(torch.fft.irfftn, spectrum, (-1,), (length,))[..., : self.n_bins].to(y.dtype)
         return ops.radon_backproject(filtered, self.angles, self.image_shape, **self._geometry)
 
 
@@ -272,8 +273,7 @@ class CTLeastSquares(LeastSquares):
         height, width = self.operator.image_shape
 
         def apply(v: Tensor) -> Tensor:
-            spectrum = torch.fft.rfft2(v, s=grid).mul_(inverse)
-            image: Tensor = torch.fft.irfft2(spectrum, s=grid)
+            image = fft(torch.fft.irfftn, fft(torch.fft.rfftn, v, size=grid) * inverse, size=grid)
             return image[..., :height, :width]
 
         return apply
@@ -329,7 +329,7 @@ def _ramp_response(n_bins: int, window: str) -> Tensor:
     distance = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64)
     kernel = torch.where(distance % 2 == 0, 0.0, -1 / (math.pi * distance) ** 2)
     kernel[0] = 0.25
-    response: Tensor = torch.fft.rfft(kernel).real
+    response = fft(torch.fft.rfftn, kernel, (-1,), norm="backward").real
     frequency = torch.fft.rfftfreq(length, dtype=torch.float64)
     if window == "shepp-logan":
         response *= torch.sinc(frequency)

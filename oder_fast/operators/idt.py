@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._torch import fft
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
 
@@ -359,7 +360,7 @@ class DiffractionTomography(MeasurementOperator):
         """
         self._check_data(y)
         weight = _positive("weight", weight)
-        right = torch.fft.fft2(self.adjoint(y), norm="ortho")
+        right = fft(torch.fft.fftn, self.adjoint(y))
         n, height, width = self.image_shape
         half = (width + 1) // 2
         rows, columns = (self._traces()[:, :half] > 0).nonzero().unbind(1)
@@ -382,8 +383,7 @@ class DiffractionTomography(MeasurementOperator):
             here, there = solved.permute(2, 1, 0).split(n, 1)
             solution = solution.index_put(_at(solution, mirror_i, mirror_j), there.conj())
             solution = solution.index_put(_at(solution, i, j), here)
-        image: Tensor = torch.fft.ifft2(solution, norm="ortho")
-        return image
+        return fft(torch.fft.ifftn, solution)
 
     def refractive_index(self, contrast: Tensor) -> Tensor:
         r"""Return the complex refractive index :math:`n = \sqrt{n_0^2 + x}` of permittivity contrasts."""
@@ -407,10 +407,10 @@ class IDTLeastSquares(LeastSquares):
     def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
         if self.operator.gram and blocks is None:
             if self._spectrum is None or (self.y.requires_grad and torch.is_grad_enabled()):
-                self._spectrum = torch.fft.fft2(self.adjoint_data(), norm="ortho")
+                self._spectrum = fft(torch.fft.fftn, self.adjoint_data())
             return self._take(x, self._spectrum, blocks)
         if self._spectra is None or (self.y.requires_grad and torch.is_grad_enabled()):
-            self._spectra = torch.fft.rfft2(self.y, norm="ortho")
+            self._spectra = fft(torch.fft.rfftn, self.y)
         return self._take(x, self._spectra, blocks)
 
     def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._torch import fft
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
 
@@ -405,8 +406,7 @@ def _transform(values: Tensor, axis: int, centered: bool, inverse: bool) -> Tens
         return values
     if centered:
         values = torch.fft.ifftshift(values, dim=axis)
-    fft = torch.fft.ifft if inverse else torch.fft.fft
-    result: Tensor = fft(values, dim=axis, norm="ortho")
+    result = fft(torch.fft.ifftn if inverse else torch.fft.fftn, values, (axis,))
     return torch.fft.fftshift(result, dim=axis) if centered else result
 
 

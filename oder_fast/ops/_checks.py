@@ -10,9 +10,11 @@ from torch.autograd import forward_ad
 
 
 def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> None:
-    """Check that `value` is a tensor, of `ndim` dimensions where given."""
+    """Check that `value` is a dense tensor, of `ndim` dimensions where given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
     # torch would take an operator without a forward-mode formula for a constant, and its tangent for zero.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, faces
 from . import red_update as red
@@ -67,8 +68,8 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def _pairs(value: Tensor | None) -> Tensor | None:
-    """Return a complex tensor as contiguous pairs of reals."""
-    return None if value is None else torch.view_as_real(value.resolve_conj().contiguous())
+    """Return a complex tensor as pairs of reals."""
+    return None if value is None else torch.view_as_real(value)
 
 
 def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
@@ -79,9 +80,7 @@ def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
             "diffraction_transform", image, backend, _pairs(image), _pairs(spectrum), *_planes(image, support)
         )
         return spectrum
-    # Equal bits for any strides.
-    transformed: Tensor = torch.fft.fft2(image.contiguous(), norm="ortho")
-    return transformed
+    return fft(torch.fft.fftn, image)
 
 
 def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
@@ -90,8 +89,7 @@ def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
         pairs = _pairs(spectrum)
         _launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
         return spectrum
-    inverse: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
-    return inverse
+    return fft(torch.fft.ifftn, spectrum)
 
 
 def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
@@ -99,7 +97,7 @@ def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
     batch, slices, height, width = like.shape
     if support is None:
         return None, 0, batch * slices, height, width
-    return support.contiguous(), support.shape[0], batch * slices, height, width
+    return support, support.shape[0], batch * slices, height, width
 
 
 def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Tensor:
@@ -122,11 +120,11 @@ def _scan(
     """Return the arguments that describe a scan, the same for every compiled kernel."""
     stored = transfer.is_complex()
     return [
-        _pairs(transfer) if stored else transfer.contiguous(),
+        _pairs(transfer) if stored else transfer,
         stored,
-        depths.contiguous(),
-        support.contiguous(),
-        None if blocks is None else blocks.contiguous(),
+        depths,
+        support,
+        blocks,
         transfer.shape[0] if blocks is None else blocks.shape[0],
         *optics,
         image.shape[0],
@@ -153,8 +151,7 @@ def _forward_impl(
         _pairs(half),
         *scan,
     )
-    intensities: Tensor = torch.fft.irfft2(half, image.shape[2:], norm="ortho")
-    return intensities
+    return fft(torch.fft.irfftn, half, size=image.shape[2:])
 
 
 def _forward_fake(image: Tensor, transfer: Tensor, *_: Any) -> Tensor:
@@ -188,7 +185,7 @@ def _adjoint_impl(
     spectrum = _adjoint_fake(intensities, transfer, depths)
     if spectrum.numel() == 0:
         return spectrum
-    half = torch.fft.rfft2(intensities.contiguous(), norm="ortho")
+    half = fft(torch.fft.rfftn, intensities)
     scan = _scan(spectrum, transfer, depths, support, None, optics)
     _launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
     return _inverse(spectrum, support, backend)
@@ -264,7 +261,7 @@ def _gradient_vjp(
         used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
     intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
     # Half a spectrum stands for a whole one: its inner columns count twice.
-    projected = torch.fft.rfft2(intensities, norm="ortho") * -(len(transfer) / used[0].shape[0])
+    projected = fft(torch.fft.rfftn, intensities) * -(len(transfer) / used[0].shape[0])
     projected = projected * _weights(grad.shape[-1], projected)
     if blocks is not None:
         empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
@@ -328,7 +325,7 @@ def _gram_vjp(
     grad: Tensor, auto: Tensor, pairs: Tensor, with_data: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, backend)
-    return normal, -torch.fft.fft2(grad, norm="ortho") if with_data else None
+    return normal, -fft(torch.fft.fftn, grad) if with_data else None
 
 
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -370,11 +367,11 @@ def _red_step(
         backend,
         _pairs(spectrum),
         _pairs(image),
-        *red.contiguous(denoised),
+        *red.reals(denoised),
         *red.scalars(step_size, tau),
-        *red.contiguous(previous),
+        *red.reals(previous),
         *red.scalars(momentum),
-        *red.contiguous(updated, None if previous is None else extrapolated),
+        *red.reals(updated, None if previous is None else extrapolated),
         reductions,
         image.shape[0],
         *_planes(image, support),

@@ -34,9 +34,7 @@ HALF = torch.complex32
 
 def _pairs(value: Tensor) -> Tensor:
     """Return a complex tensor as contiguous pairs of reals."""
-    if value.dtype == HALF:  # torch warns of every new tensor of this dtype
-        return torch.view_as_real(value.resolve_conj()).contiguous()
-    return torch.view_as_real(value.resolve_conj().contiguous())
+    return torch.view_as_real(value).contiguous()
 
 
 def _sizes(coil_maps: Tensor, sampling: Tensor, axis: int) -> tuple[int, int]:
@@ -92,7 +90,7 @@ def _scan(
         (sampling if sampling.ndim == 2 else sampling.transpose(-1, -2)).contiguous(),
         sampling.shape[1] if sampling.ndim == 2 else 0,
         sampling.shape[0] == 1,
-        None if coils is None else coils.contiguous(),
+        coils,
         n_used,
         transposed,
         *scratch,
@@ -215,7 +213,7 @@ def _fidelity_vjp(
         return normal, None
     maps = coil_maps
     if coils is not None:
-        maps = torch.view_as_complex(_pairs(coil_maps).index_select(1, coils))
+        maps = torch.view_as_complex(torch.view_as_real(coil_maps.resolve_conj()).index_select(1, coils))
     scale = -coil_maps.shape[1] / maps.shape[1]
     projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, axis, backend) * scale
     if coils is not None:
@@ -261,11 +259,11 @@ def _red_impl(
         backend,
         _pairs(image),
         _in_order(samples, sampling),
-        *red.contiguous(denoised),
+        *red.reals(denoised),
         *red.scalars(step_size, tau),
-        *red.contiguous(previous),
+        *red.reals(previous),
         *red.scalars(momentum),
-        *red.contiguous(updated, None if previous is None else extrapolated),
+        *red.reals(updated, None if previous is None else extrapolated),
         reductions,
         *red.partial_sums(image.shape[0], parts, reductions, backend),
         *_scan(image.shape[0], coil_maps, sampling, coils, axis, backend),

@@ -113,7 +113,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
 
 
-register("group_norm_prelu", _impl, _fake, _backward, _setup)
+register("group_norm_prelu", _impl, _fake, _backward, _setup, any_strides=True)
 
 
 # ------------------------------------------------------------------ the backward pass
@@ -171,9 +171,7 @@ def _impl_backward(
         image,
         grad.contiguous(memory_format=memory_format),
         image,
-        *(v.contiguous() for v in (weight, bias, slope)),
-        mean,
-        rstd,
+        *(v.contiguous() for v in (weight, bias, slope, mean, rstd)),
         results[0] if in_image else None,
         image.new_empty(batch, parts, 3, channels, dtype=torch.float32),
         sums,
@@ -217,7 +215,14 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return *second, *[None] * 7
 
 
-register("group_norm_prelu_backward", _impl_backward, _fake_backward, _double_backward, _setup_backward)
+register(
+    "group_norm_prelu_backward",
+    _impl_backward,
+    _fake_backward,
+    _double_backward,
+    _setup_backward,
+    any_strides=True,
+)
 
 
 # ------------------------------------------------------------------ what users call

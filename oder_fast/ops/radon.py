@@ -78,7 +78,7 @@ def _forward_impl(
         "radon_forward",
         image,
         faces.DTYPE_CODES[image.dtype],
-        image.contiguous(),
+        image,
         sinogram,
         *(_sums(image, angles, None, n_bins, backend) if backend == "cuda" else (None, 0)),
         batch,
@@ -135,7 +135,7 @@ def _gather(
         name,
         sinogram,
         faces.DTYPE_CODES[sinogram.dtype],
-        sinogram.contiguous(),
+        sinogram,
         image,
         batch,
         height,
@@ -236,8 +236,8 @@ def _gradient_impl(
         "radon_gradient",
         image,
         faces.DTYPE_CODES[image.dtype],
-        image.contiguous(),
-        None if sinogram is None else sinogram.contiguous(),
+        image,
+        sinogram,
         *_sums(image, angles, views, n_bins, backend),
         gradient,
         batch,
@@ -317,12 +317,12 @@ def _red_impl(
         "radon_red_update",
         image,
         faces.DTYPE_CODES[image.dtype],
-        image.contiguous(),
-        None if sinogram is None else sinogram.contiguous(),
+        image,
+        sinogram,
         *_sums(image, angles, views, n_bins, backend),
-        *red.contiguous(denoised),
+        *red.reals(denoised),
         *red.scalars(step_size, tau),
-        *red.contiguous(previous),
+        *red.reals(previous),
         *red.scalars(momentum),
         nonnegative,
         updated,
@@ -412,7 +412,7 @@ def _check_geometry(
     _checks.positive(op, "pixel_size", pixel_size)
     if not math.isfinite(offset):
         raise ValueError(f"{op}: bin_offset must be finite, got {offset}")
-    return angles.detach().to(torch.float64).contiguous()
+    return angles.detach().to(torch.float64)
 
 
 def _check_fidelity(

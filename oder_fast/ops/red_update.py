@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import red_update as reference
 from . import _checks, faces
-from ._library import LIBRARY, register
+from ._library import LIBRARY, contiguous, register
 
 SCALAR = (int, float)
 # Numbers that a GPU block updates at least, before one image is split over more blocks.
@@ -39,10 +39,6 @@ LIBRARY.define(
 )
 
 
-def _real(value: Tensor | None) -> Tensor | None:
-    return torch.view_as_real(value) if value is not None and value.is_complex() else value
-
-
 def outputs(image: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate (updated, extrapolated or empty, reductions)."""
     updated = torch.empty_like(image, memory_format=torch.contiguous_format)
@@ -55,14 +51,14 @@ def partial_sums(batch: int, parts: int, like: Tensor, backend: str) -> tuple[Te
     return (None, 0) if backend == "cpu" else (like.new_empty(batch, parts, 3), parts)
 
 
-def contiguous(*values: Tensor | None) -> list[Tensor | None]:
-    """Make each tensor contiguous, complex ones as pairs of reals."""
-    return [None if v is None else _real(v.contiguous().resolve_conj()) for v in values]
+def reals(*values: Tensor | None) -> list[Tensor | None]:
+    """Return complex tensors as pairs of reals, the others as they are."""
+    return [torch.view_as_real(v) if v is not None and v.is_complex() else v for v in values]
 
 
 def scalars(*values: Tensor | None) -> list[Tensor | None]:
-    """Make each parameter a contiguous float64 tensor, as the compiled faces read it."""
-    return [None if v is None else v.detach().to(torch.float64).contiguous() for v in values]
+    """Make each parameter a float64 tensor, as the compiled faces read it."""
+    return [None if v is None else v.detach().to(torch.float64) for v in values]
 
 
 def write(
@@ -79,24 +75,21 @@ def write(
     extrapolated: Tensor | None,
     reductions: Tensor,
 ) -> None:
-    """Write the results into the memory given."""
+    """Write the results into the memory given; all tensors are contiguous."""
     if image.numel() == 0:
         reductions.zero_()
         return
-    result = _real(updated)
-    assert result is not None
-    batch, length = image.shape[0], result.numel() // image.shape[0]
+    batch, length = image.shape[0], image.numel() // image.shape[0] * (2 if image.is_complex() else 1)
     faces.face(backend).launch(
         "red_update",
         image,
-        faces.DTYPE_CODES[result.dtype],
-        *contiguous(image, fidelity_grad, denoised),
+        faces.DTYPE_CODES[image.real.dtype],
+        *reals(image, fidelity_grad, denoised),
         *scalars(step_size, tau),
-        *contiguous(previous),
+        *reals(previous),
         *scalars(momentum),
         nonnegative,
-        result,
-        None if previous is None else _real(extrapolated),
+        *reals(updated, None if previous is None else extrapolated),
         reductions,
         *partial_sums(batch, min(-(-length // PART), 1024), reductions, backend),
         batch,
@@ -217,7 +210,7 @@ LIBRARY.define(
     "Tensor(b!)? extrapolated, Tensor(c!) reductions) -> ()"
 )
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("red_update_out", write, _key)
+    LIBRARY.impl("red_update_out", lambda *args: write(*contiguous(args[:9]), *args[9:]), _key)
 torch.library.register_fake("oder_fast::red_update_out", lambda *_: None, lib=LIBRARY)
 
 
@@ -274,11 +267,28 @@ def _check_out(op: str, out: RedUpdate, image: Tensor, args: tuple[Any, ...]) ->
     _checks.shape(op, "out.reductions", out.reductions, (image.shape[0], 3), "three for each image")
     if out.reductions.dtype != torch.float64 or out.reductions.device != image.device:
         raise ValueError(f"{op}: out.reductions must be float64 on {image.device}")
-    if not all(value.is_contiguous() for value in out):
-        raise ValueError(f"{op}: out must be contiguous")
-    given = {a.data_ptr() for a in args if isinstance(a, Tensor)}
-    if any(value.data_ptr() in given for value in out):
-        raise ValueError(f"{op}: out must not share memory with the other arguments")
+    if not all(value.is_contiguous() and not value.is_conj() and not value.is_neg() for value in out):
+        raise ValueError(f"{op}: out must be contiguous, without conjugation or negation pending")
+    written = [out.image, out.reductions] if args[5] is None else list(out)
+    others = [a for a in args if isinstance(a, Tensor)]
+    for k, value in enumerate(written):
+        if any(_overlap(value, other) for other in (*others, *written[:k])):
+            raise ValueError(
+                f"{op}: out must not share memory with the other arguments, nor its parts with each other"
+            )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Tell whether the memory from the first to the last number of two tensors meets."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = (_ends(v) for v in (a, b))
+    return a_begin < b_end and b_begin < a_end
+
+
+def _ends(value: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
 
 
 def red_update(

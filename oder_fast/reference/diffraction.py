@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch import fft
 from .red_update import red_update
 
 
@@ -90,17 +91,16 @@ def transfer_functions(
 def _scattered(image: Tensor, functions: Tensor) -> Tensor:
     if image.numel() == 0:  # which MKL refuses
         return image.new_zeros(image.shape[0], len(functions), *image.shape[2:]).real
-    spectrum = torch.fft.fft2(image, norm="ortho")
-    field: Tensor = torch.fft.ifft2(torch.einsum("lzhw,bzhw->blhw", functions, spectrum), norm="ortho")
+    spectrum = fft(torch.fft.fftn, image)
+    field = fft(torch.fft.ifftn, torch.einsum("lzhw,bzhw->blhw", functions, spectrum))
     return 2 * field.real
 
 
 def _back(intensities: Tensor, functions: Tensor) -> Tensor:
     if intensities.numel() == 0:
         return functions.new_zeros(intensities.shape[0], *functions.shape[1:])
-    spectrum = torch.fft.fft2(intensities.to(functions.dtype), norm="ortho")
-    image: Tensor = torch.fft.ifft2(torch.einsum("lzhw,blhw->bzhw", functions.conj(), spectrum), norm="ortho")
-    return 2 * image
+    spectrum = fft(torch.fft.fftn, intensities.to(functions.dtype))
+    return 2 * fft(torch.fft.ifftn, torch.einsum("lzhw,blhw->bzhw", functions.conj(), spectrum))
 
 
 def diffraction_forward(
@@ -134,7 +134,7 @@ def diffraction_gradient(
     residual = _scattered(image, used)
     if spectra is not None and spectra.numel() > 0:
         data = spectra if blocks is None else spectra[:, blocks]
-        residual = residual - torch.fft.irfft2(data, image.shape[-2:], norm="ortho")
+        residual = residual - fft(torch.fft.irfftn, data, size=image.shape[-2:])
     return _back(residual, used) * (functions.shape[0] / used.shape[0])
 
 
@@ -146,7 +146,7 @@ def diffraction_gram(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tenso
     """
     if image.numel() == 0:
         return torch.zeros_like(image)
-    x = torch.fft.fft2(image, norm="ortho")
+    x = fft(torch.fft.fftn, image)
     n = image.shape[1]
     distance = torch.arange(n, device=image.device)[:, None] - torch.arange(n, device=image.device)
     auto = auto.to(image.dtype)[distance.abs()]
@@ -161,8 +161,7 @@ def diffraction_gram(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tenso
     result[:, :, i, j] = result[:, :, i, j] + torch.einsum("yzkm,bzkm->bykm", pairs, mirrored)
     if spectrum is not None:
         result = result - spectrum
-    gradient: Tensor = torch.fft.ifft2(result, norm="ortho")
-    return gradient
+    return fft(torch.fft.ifftn, result)
 
 
 def diffraction_red_update(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import fft
 from .red_update import red_update
 
 
@@ -13,9 +14,7 @@ def _transform(image: Tensor, sampling: Tensor, axis: int, inverse: bool = False
     if image.numel() == 0:  # which MKL refuses
         return image
     axes = (axis,) if sampling.ndim == 2 else (-2, -1)
-    fft = torch.fft.ifftn if inverse else torch.fft.fftn
-    result: Tensor = fft(image, dim=axes, norm="ortho")
-    return result
+    return fft(torch.fft.ifftn if inverse else torch.fft.fftn, image, axes)
 
 
 def _lines(sampling: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def red_update(
     def inner(a: Tensor, b: Tensor) -> Tensor:
         if a.is_complex():
             a, b = torch.view_as_real(a), torch.view_as_real(b)
-        return (a.detach().double() * b.detach().double()).flatten(1).sum(1)
+        return (a.detach().double() * b.detach().double())[..., None].flatten(1).sum(1)
 
     change = updated - image
     if previous is None or momentum is None:
