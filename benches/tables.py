@@ -1,4 +1,5 @@
-"""Turn the JSON of `pytest --benchmark --benchmark-json RAW` into a record to commit, and all records into the README.
+"""Turn the JSON of `pytest --benchmark --benchmark-json RAW` into a record to commit, and all records into
+docs/performance.md.
 
 Usage: python benches/tables.py RAW benches/results/NAME.json
 """
@@ -51,10 +52,11 @@ def main() -> None:
     target.write_text(json.dumps(data, indent=1) + "\n")
     root = Path(__file__).resolve().parents[1]
     results = [json.loads(path.read_text()) for path in sorted((root / "benches" / "results").glob("*.json"))]
-    before, rest = (root / "README.md").read_text().split(START)
+    page = root / "docs" / "performance.md"
+    before, rest = page.read_text().split(START)
     after = rest.split(END)[1]
     tables = "\n\n".join(map(table, results))
-    (root / "README.md").write_text(f"{before}{START}\n{tables}\n{END}{after}")
+    page.write_text(f"{before}{START}\n{tables}\n{END}{after}")
 
 
 if __name__ == "__main__":
