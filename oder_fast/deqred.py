@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import Autocast, full_precision, uncompiled
-from .denoisers import Denoiser, frozen
+from .denoisers import frozen
 from .denoisers.base import set_scalar
 from .denoisers.call import ImageDenoiser
 from .fixed_point import Anderson, Differentiation, Implicit, Nesterov, Picard, Solution, Solver
@@ -136,7 +136,7 @@ class DEQRED(nn.Module):
         else:
             self.step_size = None
         if normalize is None:
-            normalize = isinstance(denoiser, Denoiser) and not denoiser.scale_free
+            normalize = not getattr(denoiser, "scale_free", True)
         self.solver = solver
         self.differentiation = differentiation
         self.nonnegative = nonnegative

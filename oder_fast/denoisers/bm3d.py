@@ -42,6 +42,8 @@ class BM3D(nn.Module):
 
     sigma: float
 
+    scale_free = False
+
     def __init__(self, sigma: float) -> None:
         super().__init__()
         if not isinstance(sigma, (float, int)):

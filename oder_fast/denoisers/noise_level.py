@@ -37,6 +37,7 @@ class AtNoiseLevel(nn.Module):
     """
 
     sigma: float | Tensor
+    scale_free = False
 
     def __init__(self, denoiser: Callable[[Tensor, float | Tensor], Tensor], sigma: float | Tensor) -> None:
         super().__init__()

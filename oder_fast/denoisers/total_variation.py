@@ -67,6 +67,7 @@ class TotalVariation(nn.Module):
     """
 
     weight: float | Tensor
+    scale_free = False
 
     def __init__(
         self,
