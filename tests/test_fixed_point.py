@@ -260,34 +260,33 @@ class Contractions(FixedPointMap):
         return self.rho * torch.einsum("bij,bj->bi", self.second, hidden) + self.c
 
 
-def test_the_defaults_converge_on_200_maps_that_contract_and_tell_how_near_they_are():
-    maps = Contractions(200, 32)
-    start = torch.zeros(200, 32, dtype=torch.float64)
+def test_200_maps_that_contract_converge_and_the_distance_told_bounds_the_true_one():
+    # The defaults, but for the number of iterations: rotations by 0.99 take a few hundred.
+    maps, adjoint = Contractions(200, 24), Anderson(1000, 1e-2, memory=8)
+    start = torch.zeros(200, 24, dtype=torch.float64)
     with torch.no_grad():
-        exact = Anderson(1000, 1e-11).solve(maps, start).value
+        exact = Anderson(2000, 1e-10).solve(maps, start).value
         bound = (maps(exact) - exact).norm(dim=1, keepdim=True) / (1 - maps.rho)
         assert (bound < 1e-7 * exact.norm(dim=1, keepdim=True)).all()
-    solution = Implicit().solve(maps, start, Anderson())
+    solution = Implicit(adjoint).solve(maps, start, Anderson(1000))
     assert solution.converged.all()
     assert (solution.distance <= Anderson().tolerance).all()
-    true = (solution.value - exact).norm(dim=1) / exact.norm(dim=1)
-    assert (true <= 2 * Anderson().tolerance).all()
-    assert float((true <= solution.distance).double().mean()) > 0.95
+    true = ((solution.value - exact).norm(dim=1) / exact.norm(dim=1)).detach()
+    assert (true <= Anderson().tolerance).all()
+    # An estimate: of two symmetric maps, nearly done, it is up to 1.5 times too small.
+    assert (true <= 1.6 * solution.distance).all()
+    assert float((true <= solution.distance).double().mean()) >= 0.98
 
     probe = torch.randn(start.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(solution.value, maps.c, probe)
-    point = exact.clone().requires_grad_()
+    point = solution.value.detach().requires_grad_()
     image = maps(point)
-    rows = [torch.autograd.grad(image[:, i].sum(), point, retain_graph=True)[0] for i in range(32)]
-    jacobian = torch.stack(rows, 1)
-    expected = torch.linalg.solve(torch.eye(32, dtype=torch.float64) - jacobian.mT, probe)
-    (adjoint,) = solution.adjoint
-    assert adjoint.converged.all()
-    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
-    # The networks are linearized where the forward solve ended.
-    linear = ~maps.network[:, 0]
-    assert (error[linear] <= 2e-2).all()
-    assert float(error.median()) < 1e-2
+    rows = [torch.autograd.grad(image[:, i].sum(), point, retain_graph=True)[0] for i in range(24)]
+    matrix = torch.eye(24, dtype=torch.float64) - torch.stack(rows, 1)
+    expected = torch.linalg.solve(matrix.mT, probe)
+    (backward,) = solution.adjoint
+    assert backward.converged.all()
+    assert ((found - expected).norm(dim=1) <= 1.6 * backward.distance * expected.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -35,6 +35,11 @@ def ratio(a: Tensor, b: Tensor, going: Tensor) -> Tensor:
     return torch.where(good, a / torch.where(good, b, 1), 0)
 
 
+def _lost(x: Tensor, r: Tensor) -> Tensor:
+    """Return x, NaN where the residual is no number: no step would be taken, and x would look solved."""
+    return x + 0 * norm(r)
+
+
 def conjugate_gradients(
     apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply, free: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +56,7 @@ def conjugate_gradients(
     rest = (lambda v: v) if free is None else (lambda v: v * free)
     x = rest(start)
     r = rest(rhs - apply(x))
+    x = _lost(x, r)
     p, rz = torch.zeros_like(r), torch.ones_like(target)
     for step in range(MAX_STEPS + 1):
         going = norm(r) > target
@@ -75,6 +81,7 @@ def nonnegative(
     """
     x = start.clamp(min=0)
     r = rhs - apply(x)
+    x = _lost(x, r)
     for round_ in range(MAX_ROUNDS):
         free = ((x > 0) | (r > 0)).to(x.dtype)
         initial = norm(r * free)
@@ -114,6 +121,7 @@ def minimal_residuals(
     rest = (lambda v: v) if free is None else (lambda v: v * free)
     x = rest(start)
     r = rest(rhs - apply(x))
+    x = _lost(x, r)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(MAX_STEPS):
         going = norm(r) > target
