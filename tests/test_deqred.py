@@ -123,7 +123,7 @@ def scan(kind: str):
 
 @pytest.mark.parametrize("kind", ["ct", "ct, x >= 0", "mri", "idt"])
 def test_both_forms_have_the_fixed_point_of_the_equation(kind):
-    operator, y = scan(kind[:3])
+    operator, y = scan(kind.split(",")[0])
     nonnegative = ">=" in kind
 
     def denoiser(x: Tensor) -> Tensor:
@@ -529,7 +529,7 @@ def test_a_parametrized_weight_is_computed_once_per_solve_and_keeps_its_gradient
     model = DEQRED(denoiser, tau=TAU, solver=Picard(500, 1e-3), differentiation=differentiation)
     solution = model(y, ct, return_solution=True)
     solution.value.sum().backward()
-    assert int(solution.iterations.max()) > 5
+    assert int(solution.iterations.max()) > 3
     assert counts == [True]
     assert denoiser.parametrizations.weight.original.grad.abs().max() > 0
 
@@ -538,7 +538,7 @@ def test_a_parametrized_weight_is_computed_once_per_solve_and_keeps_its_gradient
 
 
 def expanding(x: Tensor) -> Tensor:
-    return 50 * x * x.abs()
+    return 1e3 * x * x.abs()
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -623,7 +623,7 @@ def test_arguments_that_do_not_fit_are_refused(ct, y):
         model(y, y)
     few = DEQRED(Blur(), tau=TAU, step=GradientStep(None, 13))
     with pytest.raises(
-        ValueError, match="step.minibatch_size must be at most 12, the blocks of ParallelBeamCT, got 13"
+        ValueError, match=r"step\.minibatch_size must be at most 12, the blocks of ParallelBeamCT, got 13"
     ):
         few(y, ct)
 
@@ -734,7 +734,7 @@ def test_a_tensor_that_is_no_parameter_is_kept_too(ct, y):
 def test_another_precision(ct, y):
     model = model_of(tau=nn.Parameter(torch.tensor(TAU)), solver=Anderson(200, 1e-4))
     single = model(y, ct)
-    double = model.to(torch.float64)(y.double())
+    double = model.to(torch.float64)(y.double(), ct)
     assert double.dtype == torch.float64
     assert model.tau.dtype == torch.float64
     torch.testing.assert_close(single.double(), double, rtol=1e-2, atol=1e-3)
@@ -743,7 +743,6 @@ def test_another_precision(ct, y):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_go_on_with_the_same_minibatches(ct, y, how):
     model = model_of(
-        ct,
         step=GradientStep(None, 4, variance_reduction=False),
         solver=Picard(50),
         generator=torch.Generator().manual_seed(5),
