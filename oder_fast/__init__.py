@@ -17,6 +17,7 @@ from .denoisers import (
     estimate_lipschitz,
 )
 from .deqred import DEQRED, oder
+from .diagnosis import Diagnosis, diagnose
 from .fixed_point import (
     Anderson,
     Average,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
-from oder_fast.denoisers import DnCNN, UNet
-from oder_fast.deqred import DEQRED, Fidelity, as_channels, from_channels
+from oder_fast.data import birdcage_maps, led_ring
+from oder_fast.denoisers import DnCNN, TotalVariation, UNet
+from oder_fast.denoisers.call import as_channels, from_channels
+from oder_fast.deqred import DEQRED, oder
 from oder_fast.fixed_point import (
     Anderson,
     Average,
-    Decay,
     DivergenceError,
     Implicit,
     JacobianFree,
@@ -28,7 +29,9 @@ from oder_fast.fixed_point import (
     Picard,
     Unrolled,
 )
-from oder_fast.operators import ParallelBeamCT
+from oder_fast.operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
+from oder_fast.operators.ct import CTLeastSquares
+from oder_fast.red import GradientStep, ProximalStep
 
 SIZE, VIEWS = 16, 12
 
@@ -49,31 +52,28 @@ class Blur(nn.Module):
 
 
 class CountingCT(ParallelBeamCT):
-    """A scan that records the number of blocks of each call, "full" for all."""
+    """A scan that records the number of blocks of each call of the normal operator, "full" for all."""
 
     def __init__(self, **options) -> None:
         super().__init__(SIZE, VIEWS, **options)
         self.log: list[object] = []
 
-    def gradient(self, x, y, blocks=None):
-        self.log.append("full" if blocks is None else len(blocks))
-        return super().gradient(x, y, blocks)
-
-    def red_update(self, x, y, blocks, *args, **options):
-        self.log.append("full" if blocks is None else len(blocks))
-        return super().red_update(x, y, blocks, *args, **options)
-
-    def forward(self, x):
-        self.log.append("forward")
-        return super().forward(x)
-
-    def adjoint(self, y):
-        self.log.append("adjoint")
-        return super().adjoint(y)
+    def least_squares(self, y):
+        return CountingLeastSquares(self, y)
 
     def initial(self, y):
         self.log.append("initial")
         return super().initial(y)
+
+
+class CountingLeastSquares(CTLeastSquares):
+    def _gradient(self, x, blocks):
+        self.operator.log.append("full" if blocks is None else len(blocks))
+        return super()._gradient(x, blocks)
+
+    def _normal(self, v, blocks):
+        self.operator.log.append("full" if blocks is None else len(blocks))
+        return super()._normal(v, blocks)
 
 
 class CountingBlur(Blur):
@@ -99,42 +99,85 @@ def y(ct) -> Tensor:
     return ct(images())
 
 
-TAU = 30.0
+TAU = 0.05
+STEPS = [ProximalStep(), GradientStep()]
 
 
 # ------------------------------------------------------------------ the map
 
 
-@pytest.mark.parametrize("nonnegative", [False, True])
-def test_the_fixed_point_is_one_of_the_map_as_written(ct, y, nonnegative):
-    ct, y, denoiser = ct.double(), y.double() - 5, Blur().double()
-    step_size = 1 / (ct.norm_squared() + 2 * TAU)
-    model = DEQRED(ct, denoiser, tau=TAU, nonnegative=nonnegative, solver=Nesterov(2000, 1e-12))
-    x = model(y).detach()
-    image = x - step_size * (ct.adjoint(ct(x) - y) + TAU * (x - denoiser(x[:, None])[:, 0]))
-    if nonnegative:
-        image = image.clamp(min=0)
-        assert 0 < float((x == 0).double().mean()) < 1
-    assert model.current_step_size() == pytest.approx(step_size)
-    torch.testing.assert_close(image, x, rtol=1e-9, atol=1e-9)
+def scan(kind: str):
+    """A scan of any kind in float64: the operator, and its data."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "ct":
+        ct = ParallelBeamCT(SIZE, VIEWS)
+        return ct, ct(images(dtype=torch.float64)) - 5
+    if kind == "mri":
+        maps = birdcage_maps(3, (SIZE, SIZE)).to(torch.complex128)
+        mri = CartesianMRI(maps, torch.arange(SIZE) % 3 != 1)
+        return mri, mri(torch.randn(2, SIZE, SIZE, dtype=torch.complex128, generator=generator))
+    optics = {"pixel_size": 0.4, "wavelength": 0.6, "numerical_aperture": 0.35, "medium_index": 1.33}
+    idt = DiffractionTomography((SIZE, SIZE), (-3.0, 3.0), led_ring(6, 0.3), **optics)
+    return idt, idt(torch.randn(2, 2, SIZE, SIZE, dtype=torch.complex128, generator=generator))
 
 
-def test_the_start_is_the_operators_or_the_users(ct, y):
-    model = DEQRED(ct, Blur(), tau=TAU, solver=Picard(1), on_failure="ignore")
-    step = DEQRED(ct, Blur(), tau=TAU, solver=Picard(2), on_failure="ignore")
-    assert torch.equal(model(y, model(y)), step(y))
-    assert torch.equal(model(y), model(y, ct.initial(y)))
+@pytest.mark.parametrize("kind", ["ct", "ct, x >= 0", "mri", "idt"])
+def test_both_forms_have_the_fixed_point_of_the_equation(kind):
+    operator, y = scan(kind.split(",")[0])
+    nonnegative = ">=" in kind
+
+    def denoiser(x: Tensor) -> Tensor:
+        return 0.9 * torch.tanh(x + x.roll(1, -1)) / 2
+
+    found = []
+    for step in STEPS:
+        solver = Anderson(3000, 1e-7)
+        model = DEQRED(denoiser, tau=TAU, step=step, nonnegative=nonnegative, solver=solver)
+        found.append(model(y, operator))
+        x, weight = found[-1], TAU * operator.norm_squared()
+        denoised = from_channels(denoiser(as_channels(x)), x)
+        image = x - (operator.adjoint(operator(x) - y) + weight * (x - denoised)) / weight
+        if nonnegative:
+            image = image.clamp(min=0)
+            assert 0.05 < float((x == 0).double().mean()) < 0.95
+        assert (image - x).norm() < 1e-4 * x.norm()
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
 
 
-class Gradient(nn.Module):
-    """An operator of somebody else: nothing but a gradient."""
+def test_converged_means_near(ct):
+    x = torch.zeros(1, SIZE, SIZE)
+    x[:, 3:12, 5:10] = 1
+    y = ct(x)
+    y = y + 0.02 * y.max() * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    denoiser = TotalVariation(0.1)
+    exact = DEQRED(denoiser, tau=0.02, solver=Anderson(1000, 1e-5))(y, ct)
+    for step in STEPS:
+        model = DEQRED(denoiser, tau=0.02, step=step, solver=Anderson(2000))
+        solution = model(y, ct, return_solution=True)
+        assert solution.converged.all()
+        assert (solution.value - exact).norm() < 1.5 * model.solver.tolerance * exact.norm()
+        assert (solution.value - x).norm() < 0.6 * (ct.fbp(y) - x).norm()
 
-    def __init__(self, ct: ParallelBeamCT) -> None:
-        super().__init__()
-        self.ct = ct
 
-    def gradient(self, x, y):
-        return self.ct.adjoint(self.ct(x) - y)
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("solver", [Anderson(1000), Nesterov(1000), Picard(1000)])
+def test_a_denoiser_that_contracts_and_is_not_symmetric(ct, y, tau, step, solver):
+    model = DEQRED(lambda x: 0.6 * x + 0.3 * x.roll((1, 2), (2, 3)), tau=tau, step=step, solver=solver)
+    solution = model(y, ct, return_solution=True)
+    exact = DEQRED(model.denoiser, tau=tau, solver=Anderson(500, 1e-5))(y, ct)
+    assert solution.converged.all()
+    assert ((solution.value - exact).norm(dim=(1, 2)) < 3.5e-3 * exact.norm(dim=(1, 2))).all()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_start_is_the_operators_or_the_users(ct, y, step):
+    def model(iterations: int) -> DEQRED:
+        return DEQRED(Blur(), tau=TAU, step=step, solver=Picard(iterations, 1e-9), on_failure="ignore")
+
+    assert torch.equal(model(1)(y, ct), model(1)(y, ct, ct.initial(y)))
+    # The inner solve stops by what the outer iteration has reached.
+    torch.testing.assert_close(model(1)(y, ct, model(1)(y, ct)), model(2)(y, ct), rtol=1e-2, atol=1e-2)
 
 
 class Physics(nn.Module):
@@ -151,26 +194,17 @@ class Physics(nn.Module):
         return self.ct.adjoint(y[:, 0])[:, None]
 
 
-@pytest.mark.parametrize("make", [Gradient, Physics])
-def test_other_operators_give_the_same_images_and_gradients(ct, y, make):
-    ct, y = ct.double(), y.double()
-    results = []
-    for operator in (ct, make(ct)):
-        torch.manual_seed(0)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_foreign_physics_gives_the_same_images_and_gradients(ct, y, step):
+    y, physics, results = y.double(), Physics(ct), []
+    for operator, data in ((ct, y), (physics, y[:, None])):
         denoiser = Blur(0.9).double()
-        model = DEQRED(
-            operator, denoiser, tau=TAU, step_size=1 / 400, solver=Nesterov(3000, 1e-11), nonnegative=True
-        )
-        channel = isinstance(operator, Physics)
-        x = model(y[:, None] if channel else y, ct.initial(y)[:, None] if channel else ct.initial(y))
+        model = DEQRED(denoiser, tau=TAU, step=step, solver=Anderson(1000, 1e-7), nonnegative=True)
+        model.differentiation = Implicit(Anderson(1000, 1e-7))
+        x = model(data, operator)
         x.square().sum().backward()
-        results.append((x[:, 0] if channel else x, denoiser.gain.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-9)
-
-
-def test_a_physics_starts_from_its_adjoint(ct, y):
-    model = DEQRED(Physics(ct), Blur(), tau=TAU, step_size=1 / 400, solver=Picard(1), on_failure="ignore")
-    assert torch.equal(model(y[:, None]), model(y[:, None], ct.adjoint(y)[:, None]))
+        results.append((x.reshape(2, SIZE, SIZE), denoiser.gain.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 1, 5, 6), (2, 3, 5, 6)])
@@ -198,79 +232,129 @@ def test_real_images_are_not_copied():
 # ------------------------------------------------------------------ nothing twice
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("solver", [Picard(500), Nesterov(500), Anderson(500)])
-def test_each_iteration_calls_the_operator_and_the_denoiser_once(solver):
-    ct, denoiser = CountingCT(), CountingBlur()
+def test_the_calls_counted_are_those_made(solver, step):
+    ct, denoiser = CountingCT(), CountingBlur(0.9)
     y = ct(images())
-    model = DEQRED(ct, denoiser, tau=TAU, solver=solver, on_failure="ignore")
+    model = DEQRED(denoiser, tau=TAU, step=step, solver=solver)
+    ct.norm_squared()
+    ct._circulant(torch.float32)
     ct.log.clear()
-    with torch.no_grad():
-        solution = model(y, return_solution=True)
+    solution = model(y, ct, return_solution=True)
     count = int(solution.iterations.max())
-    assert ct.log == ["initial"] + ["full"] * count
-    assert denoiser.calls == count
-
-    ct.log.clear()
-    denoiser.calls = 0
-    solution = model(y, return_solution=True)
-    assert ct.log == ["initial"] + ["full"] * count
+    assert ct.log == ["initial"] + ["full"] * int(solution.operator_calls)
+    assert solution.denoiser_calls == count
     assert denoiser.calls == count + 1  # the one with a graph
+    if isinstance(step, GradientStep):
+        assert solution.operator_calls == count
     ct.log.clear()
     solution.value.sum().backward()
+    (adjoint,) = solution.adjoint
     assert denoiser.calls == count + 1  # linearized once, for the whole adjoint solve
-    assert ct.log == ["full"] * int(solution.adjoint[0].iterations.max())
+    assert adjoint.denoiser_calls == int(adjoint.iterations.max())
+    # The Jacobian-free guess of the proximal form is a solve before the first iteration.
+    assert ct.log == ["full"] * int(adjoint.operator_calls)
 
 
 def test_without_anything_to_train_there_is_no_graph(ct, y):
     denoiser = CountingBlur().requires_grad_(False)
-    solution = DEQRED(ct, denoiser, tau=TAU, on_failure="ignore")(y, return_solution=True)
+    solution = DEQRED(denoiser, tau=TAU, on_failure="ignore")(y, ct, return_solution=True)
     assert not solution.value.requires_grad
     assert denoiser.calls == int(solution.iterations.max())
 
 
-def test_the_step_size_is_computed_once(y, monkeypatch):
+def test_the_norm_is_computed_once(y, monkeypatch):
     calls = []
-    monkeypatch.setattr(ParallelBeamCT, "norm_squared", lambda self: calls.append(1) or 500.0)
-    model = DEQRED(ParallelBeamCT(SIZE, VIEWS), Blur(), tau=TAU, on_failure="ignore")
-    model(y)
-    model(y)
-    assert len(calls) == 1
-    assert model.current_step_size() == 1 / (500 + 2 * TAU)
+    normal = ParallelBeamCT._normal
+    monkeypatch.setattr(ParallelBeamCT, "_normal", lambda self, *a: calls.append(1) or normal(self, *a))
+    ct = ParallelBeamCT(SIZE, VIEWS)
+    ct.norm_squared()
+    before = len(calls)
+    ct.norm_squared()
+    assert 1 < before == len(calls)
 
 
-def test_the_step_size_follows_tau_through_a_checkpoint(ct, y):
-    saved = DEQRED(ct, Blur(), tau=nn.Parameter(torch.tensor(5000.0, dtype=torch.float64)))
-    loaded = DEQRED(ct, Blur(), tau=nn.Parameter(torch.tensor(1.0, dtype=torch.float64)))
-    loaded.load_state_dict(saved.state_dict())
-    assert float(loaded.current_step_size()) == float(saved.current_step_size())
-    assert torch.equal(loaded(y), saved(y))
+def test_tau_is_in_units_of_the_norm(y):
+    # The same rays in another unit of length: data and operator scale, and the image does not.
+    small = ParallelBeamCT(SIZE, VIEWS, pixel_size=0.1)
+    large = ParallelBeamCT(SIZE, VIEWS)
+    found = [DEQRED(Blur(), tau=TAU)(ct(images()), ct) for ct in (small, large)]
+    torch.testing.assert_close(*found, rtol=0, atol=2e-2)
+
+
+# ------------------------------------------------------------------ data in any unit
+
+
+@pytest.mark.parametrize("make", [lambda: UNet(channels=(4, 8)), lambda: DnCNN(depth=3, width=8, bias=True)])
+def test_data_in_any_unit_are_denoised_alike(ct, y, make):
+    torch.manual_seed(0)
+    denoiser = make()
+    model = DEQRED(denoiser, tau=TAU, solver=Anderson(10, 1e-3), on_failure="ignore")
+    assert model.normalize
+    with torch.no_grad():
+        expected = model(y, ct)
+        for unit in (1e-5, 1e5):
+            torch.testing.assert_close(model(y * unit, ct) / unit, expected, rtol=1e-3, atol=1e-3)
+        model.normalize = False
+        assert (model(y * 1e-5, ct) / 1e-5 - expected).norm() > 0.02 * expected.norm()
+    assert not DEQRED(DnCNN(depth=3, width=8, bias=False), tau=TAU).normalize
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_gradient_in_the_data_goes_through_the_normalization(ct, y, step):
+    y = y.double().requires_grad_()
+    exact = Anderson(2000, 1e-9)
+    model = DEQRED(
+        lambda x: 0.8 * torch.tanh(x),
+        tau=TAU,
+        step=step,
+        normalize=True,
+        solver=exact,
+        differentiation=Implicit(exact),
+    )
+    weights = torch.linspace(0.5, 1.5, SIZE, dtype=torch.float64)
+
+    def loss(data: Tensor) -> Tensor:
+        return (model(data, ct) * weights).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(y), y)
+    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    h = 1e-4
+    with torch.no_grad():
+        difference = (loss(y + h * direction) - loss(y - h * direction)) / (2 * h)
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------ minibatches
 
 
-def solve_by_minibatches(**options) -> tuple[Tensor, CountingCT]:
+def solve_by_minibatches(
+    *, minibatch_size: int | None = 4, variance_reduction: bool = True, seed: int = 0, **options
+) -> tuple[Tensor, CountingCT]:
     ct = CountingCT()
     y = ct(images())
-    options = {"solver": Nesterov(200, 1e-5), "minibatch_size": 4, **options}
-    seed = options.pop("seed", 0)
-    model = DEQRED(ct, Blur(), tau=TAU, generator=torch.Generator().manual_seed(seed), **options)
+    options = {"solver": Nesterov(200, 1e-3), "differentiation": Implicit(Picard(200, 1e-2)), **options}
+    step = GradientStep(None, minibatch_size, variance_reduction)
+    model = DEQRED(Blur(), tau=TAU, step=step, generator=torch.Generator().manual_seed(seed), **options)
     ct.log.clear()
     with torch.no_grad():
-        return model(y, return_solution=True), ct
+        return model(y, ct, return_solution=True), ct
 
 
 def test_minibatches_find_the_fixed_point_of_all_blocks():
-    exact = solve_by_minibatches(minibatch_size=None, solver=Nesterov(500, 1e-6))[0].value
+    exact = solve_by_minibatches(minibatch_size=None, solver=Anderson(500, 1e-5))[0].value
     solution, ct = solve_by_minibatches()
     assert solution.converged.all()
-    assert (solution.value - exact).norm() < 2e-3 * exact.norm()
+    assert (solution.value - exact).norm() < 5e-3 * exact.norm()
     count = int(solution.iterations.max())
     assert ct.log == ["initial"] + [4 if k % 10 else "full" for k in range(count)]
+    full = ct.log.count("full")
+    assert solution.operator_calls == pytest.approx(full + (count - full) * 4 / VIEWS)
 
 
 def test_variance_reduction_and_tails_lower_the_floor_that_momentum_raises():
-    exact = solve_by_minibatches(minibatch_size=None, solver=Nesterov(500, 1e-6))[0].value
+    exact = solve_by_minibatches(minibatch_size=None, solver=Anderson(500, 1e-5))[0].value
 
     def error(solver, variance_reduction: bool = False) -> float:
         squares = []
@@ -285,34 +369,29 @@ def test_variance_reduction_and_tails_lower_the_floor_that_momentum_raises():
     official = error(Nesterov(**settings, restart=False, tail=None, check_every=None))
     plain = error(Picard(**settings, tail=None, check_every=None))
     assert official > 2 * plain
-    for tail in (Average(), Decay()):
-        assert error(Nesterov(**settings, tail=tail)) < 0.5 * official
-    assert error(Nesterov(**settings), variance_reduction=True) < 0.01 * plain
+    assert error(Nesterov(**settings, tail=Average())) < 0.5 * official
+    assert error(Nesterov(**settings), variance_reduction=True) < 0.1 * plain
 
 
-def test_the_official_iteration_bit_for_bit(ct, y):
-    model = DEQRED(
-        ct,
-        Blur(),
-        tau=TAU,
-        step_size=1e-3,
-        minibatch_size=4,
-        variance_reduction=False,
-        nonnegative=True,
-        solver=Nesterov(20, restart=False, tail=None, check_every=None),
-        generator=torch.Generator().manual_seed(7),
-        on_failure="ignore",
-    )
-    generator, denoiser, t = torch.Generator().manual_seed(7), Blur(), 1.0
-    x = s = ct.initial(y).clamp(min=0)
-    for _ in range(20):
-        blocks = ct.draw_blocks(4, generator)
-        last, prior = x, s - denoiser(s[:, None])[:, 0]
-        x = (s - 1e-3 * (ct.gradient(s, y, blocks) + TAU * prior)).clamp(min=0)
-        t_next = 0.5 * (1 + math.sqrt(1 + 4 * t**2))
-        s = x + (t - 1) / t_next * (x - last)
-        t = t_next
-    torch.testing.assert_close(model(y), x, rtol=1e-5, atol=1e-6)
+def test_oder_is_the_published_iteration(y):
+    ct = ParallelBeamCT(SIZE, VIEWS, sampling="stratified")
+    norm = ct.norm_squared()
+    for chosen in (0.3, None):
+        seeds = (torch.Generator().manual_seed(7) for _ in range(2))
+        model = oder(Blur(), 0.1, 4, step_size=chosen, max_iterations=20, generator=next(seeds))
+        generator, denoiser, t = next(seeds), Blur(), 1.0
+        step, tau = (chosen or 1 / (ct.minibatch_norm_squared(4) / norm + 0.2)) / norm, 0.1 * norm
+        x = s = ct.initial(y).clamp(min=0)
+        for _ in range(20):
+            blocks = ct.draw_blocks(4, generator)
+            few = ParallelBeamCT(SIZE, ct.angles[blocks])
+            last, prior = x, s - denoiser(s[:, None])[:, 0]
+            gradient = VIEWS / 4 * few.adjoint(few(s) - y[:, blocks])
+            x = (s - step * (gradient + tau * prior)).clamp(min=0)
+            t_next = 0.5 * (1 + math.sqrt(1 + 4 * t**2))
+            s = x + (t - 1) / t_next * (x - last)
+            t = t_next
+        torch.testing.assert_close(model(y, ct), x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variance_reduction", [True, False])
@@ -324,80 +403,55 @@ def test_the_same_seed_gives_the_same_bits(variance_reduction):
 
 
 def test_corrected_minibatch_gradients_are_unbiased_and_exact_at_the_anchor(ct, y):
-    ct, y = ct.double(), y.double()
-    generator = torch.Generator().manual_seed(0)
-    x, elsewhere = images(dtype=torch.float64), images(dtype=torch.float64).flip(0)
-    one, zero = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    x, there = images(dtype=torch.float64), images(dtype=torch.float64).flip(0)
+    model = DEQRED(Blur().double(), tau=1e-9, step=GradientStep(1.0, 4))
+    with torch.no_grad(), model._problem(y.double(), ct, None) as (red, _, _):
 
-    def gradient(fidelity: Fidelity, at: Tensor) -> Tensor:
-        return at - fidelity.red_update(at, at, one, zero).image
+        def gradient(at: Tensor, blocks: Tensor | None, anchor=()) -> Tensor:
+            step = red.step(at, blocks=blocks, anchor=anchor)
+            return (at - step.image) / red.step_size
 
-    fidelity = Fidelity(ct, y, 4, True, generator)
-    torch.testing.assert_close(gradient(fidelity, elsewhere), ct.gradient(elsewhere, y))
-    torch.testing.assert_close(gradient(fidelity.draw(), elsewhere), ct.gradient(elsewhere, y))
-    draws = torch.stack([gradient(fidelity.draw(), x) for _ in range(400)])
-    exact = ct.gradient(x, y)
+        anchor = red.step(there).anchor
+        exact = gradient(x, None)
+        torch.testing.assert_close(gradient(there, red.draw(), anchor), gradient(there, None))
+        draws = torch.stack([gradient(x, red.draw(), anchor) for _ in range(400)])
     assert (draws.mean(0) - exact).norm() < 0.1 * (draws[0] - exact).norm()
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [("same", {"full", 4}), (7, {"full", 7}), (None, {"full"}), (1, {"full", 1})]
-)
-def test_the_adjoint_has_its_own_minibatches(size, expected):
-    ct = CountingCT()
-    y = ct(images())
-    differentiation = Implicit(Picard(25, 1e-9), minibatch_size=size)
-    model = DEQRED(
-        ct, Blur(), tau=TAU, minibatch_size=4, solver=Nesterov(200), differentiation=differentiation
-    )
-    x = model(y)
-    ct.log.clear()
-    with pytest.warns(NotConvergedWarning, match="Implicit, adjoint solve"):
-        x.sum().backward()
-    assert set(ct.log) == expected
-    assert len(ct.log) == 25
-
-
-@pytest.mark.parametrize("forward_size", [None, 4])
-def test_gradients_by_minibatches_are_those_of_all_blocks(ct, y, forward_size):
+def test_gradients_by_minibatches_are_those_of_all_blocks(ct, y):
     gradients = []
-    for size, adjoint_size in ((None, None), (forward_size, 4)):
-        denoiser = Blur()
-        adjoint = Implicit(Nesterov(300, 1e-5), minibatch_size=adjoint_size)
-        model = DEQRED(
-            ct, denoiser, tau=TAU, minibatch_size=size, solver=Nesterov(300, 1e-5), differentiation=adjoint
-        )
-        (model(y) - images()).square().sum().backward()
-        gradients.append(float(denoiser.gain.grad))
-    assert gradients[1] == pytest.approx(gradients[0], rel=1e-2)
+    for size, solver in ((None, Anderson(500, 1e-4)), (4, Nesterov(500, 1e-3))):
+        model = DEQRED(Blur(), tau=TAU, step=GradientStep(None, size), solver=solver)
+        model.differentiation = Implicit(solver)
+        (model(y, ct) - images()).square().sum().backward()
+        gradients.append(float(model.denoiser.gain.grad))
+    assert gradients[1] == pytest.approx(gradients[0], rel=3e-2)
 
 
-@pytest.mark.parametrize("minibatch_size", [None, 4])
-def test_an_image_does_not_depend_on_its_batch(ct, minibatch_size):
-    ct = ct.double()
+@pytest.mark.parametrize("step", [*STEPS, GradientStep(None, 4)])
+def test_an_image_does_not_depend_on_its_batch(ct, step):
     truth = torch.stack([torch.zeros(SIZE, SIZE), *images(), 100 * images(1)[0]]).double()
     y, start = ct(truth), torch.zeros(4, SIZE, SIZE, dtype=torch.float64)
+    stochastic = getattr(step, "minibatch_size", None) is not None
 
     def solve(chosen: slice):
-        generator = torch.Generator().manual_seed(0)
         model = DEQRED(
-            ct,
             Blur().double(),
             tau=TAU,
-            minibatch_size=minibatch_size,
-            solver=Nesterov(500, 1e-9),
-            generator=generator,
+            step=step,
+            solver=Nesterov(1000, 1e-5) if stochastic else Anderson(1000, 1e-5),
+            generator=torch.Generator().manual_seed(0),
             nonnegative=True,
         )
-        return model(y[chosen], start[chosen], return_solution=True)
+        with torch.no_grad():
+            return model(y[chosen], ct, start[chosen], return_solution=True)
 
     together = solve(slice(None))
     assert together.converged.all()
     assert together.iterations[0] == 1
     for i in range(4):
         alone = solve(slice(i, i + 1))
-        assert alone.iterations[0] == together.iterations[i]
-        torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------ the denoiser stays the same map
@@ -428,13 +482,13 @@ class Changing(nn.Module):
 @pytest.mark.parametrize("differentiation", [Implicit(), JacobianFree(), Unrolled()])
 def test_training_mode_does_not_change_the_map_while_it_is_solved(ct, y, differentiation, legacy):
     denoiser = Changing(legacy)
-    model = DEQRED(ct, denoiser, tau=TAU, solver=Nesterov(200, 1e-5), differentiation=differentiation)
-    model(y)  # each call in training mode takes one step of the power iteration
+    model = DEQRED(denoiser, tau=TAU, solver=Picard(500, 1e-4), differentiation=differentiation)
+    model(y, ct)  # each call in training mode takes one step of the power iteration
     results = []
     for training in (True, False):
         model.train(training)
         denoiser.zero_grad()
-        x = model(y)
+        x = model(y, ct)
         assert denoiser.drop.training == training
         running = denoiser.norm.running_mean.clone()
         x.square().sum().backward()
@@ -449,14 +503,14 @@ def test_training_mode_does_not_change_the_map_while_it_is_solved(ct, y, differe
 def test_evaluation_mode_has_gradients(ct, y, differentiation):
     denoiser = UNet(channels=(4, 8)).eval()
     model = DEQRED(
-        ct, denoiser, tau=TAU, solver=Picard(5), differentiation=differentiation, on_failure="ignore"
+        denoiser, tau=TAU, solver=Picard(5), differentiation=differentiation, on_failure="ignore"
     ).eval()
     if isinstance(differentiation, Implicit):
         model.differentiation = Implicit(Picard(2), on_failure="jacobian_free")
         with pytest.warns(NotConvergedWarning):
-            model(y).square().sum().backward()
+            model(y, ct).square().sum().backward()
     else:
-        model(y).square().sum().backward()
+        model(y, ct).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in denoiser.parameters())
 
 
@@ -472,10 +526,10 @@ def test_a_parametrized_weight_is_computed_once_per_solve_and_keeps_its_gradient
     denoiser = nn.Conv2d(1, 1, 3, padding=1)
     nn.utils.parametrize.register_parametrization(denoiser, "weight", Counted())
     counts.clear()
-    model = DEQRED(ct, denoiser, tau=TAU, solver=Nesterov(300, 1e-5), differentiation=differentiation)
-    solution = model(y, return_solution=True)
+    model = DEQRED(denoiser, tau=TAU, solver=Picard(500, 1e-3), differentiation=differentiation)
+    solution = model(y, ct, return_solution=True)
     solution.value.sum().backward()
-    assert int(solution.iterations.max()) > 5
+    assert int(solution.iterations.max()) > 3
     assert counts == [True]
     assert denoiser.parametrizations.weight.original.grad.abs().max() > 0
 
@@ -484,45 +538,56 @@ def test_a_parametrized_weight_is_computed_once_per_solve_and_keeps_its_gradient
 
 
 def expanding(x: Tensor) -> Tensor:
-    return 50 * x
+    return 1e3 * x * x.abs()
 
 
-def test_divergence_names_the_step_size(ct, y):
-    with pytest.raises(DivergenceError, match="lower step_size or tau, try Anderson") as caught:
-        DEQRED(ct, expanding, tau=TAU)(y)
-    assert caught.value.solution.value.shape == (2, SIZE, SIZE)
+@pytest.mark.parametrize("step", STEPS)
+def test_divergence_says_what_to_change(ct, y, step):
+    with pytest.raises(
+        DivergenceError, match=r"lower (step_size or )?tau, or take a denoiser that"
+    ) as caught:
+        DEQRED(expanding, tau=TAU, step=step, on_failure="ignore")(y, ct)
+    assert caught.value.solution.diverged.all()
     with pytest.raises(DivergenceError, match="lower step_size"):
-        DEQRED(ct, Blur(), tau=TAU, step_size=1.0)(y)
+        DEQRED(Blur(), tau=TAU, step=GradientStep(30.0), solver=Picard(500))(y, ct)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_a_denoiser_that_returns_nan_is_no_result(ct, y, step, nonnegative):
+    model = DEQRED(lambda x: x * math.nan, tau=TAU, step=step, nonnegative=nonnegative)
+    with pytest.raises(DivergenceError, match="became NaN or infinite"):
+        model(y, ct)
 
 
 def test_what_does_not_converge_is_reported(ct, y):
     short = {"tau": TAU, "solver": Picard(3, 1e-6)}
     with pytest.warns(
-        NotConvergedWarning, match="2 of 2 images did not reach the relative residual 1e-06"
+        NotConvergedWarning, match="2 of 2 images are not within the relative distance 1e-06"
     ) as warned:
-        DEQRED(ct, Blur(), **short)(y)
+        DEQRED(Blur(), **short)(y, ct)
     assert warned[0].filename == __file__
     with pytest.raises(NotConvergedError, match="raise max_iterations"):
-        DEQRED(ct, Blur(), **short, on_failure="raise")(y)
-    solution = DEQRED(ct, Blur(), **short, on_failure="ignore")(y, return_solution=True)
+        DEQRED(Blur(), **short, on_failure="raise")(y, ct)
+    solution = DEQRED(Blur(), **short, on_failure="ignore")(y, ct, return_solution=True)
     assert not solution.converged.any()
     assert solution.iterations.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_data_that_is_not_finite_is_refused_with_its_index(ct, y, bad):
-    model = DEQRED(ct, Blur(), tau=TAU)
+    model = DEQRED(Blur(), tau=TAU)
     y[1, 2, 3] = bad
     with pytest.raises(ValueError, match=rf"DEQRED: y must be finite, got {bad} at index \(1, 2, 3\)"):
-        model(y)
+        model(y, ct)
     x0 = images()
     x0[0, 4, 5] = bad
     with pytest.raises(ValueError, match=r"DEQRED: x0 must be finite, got .* at index \(0, 4, 5\)"):
-        model(y.nan_to_num(0, 0), x0)
+        model(y.nan_to_num(0, 0), ct, x0)
 
 
 def test_arguments_that_do_not_fit_are_refused(ct, y):
-    model = DEQRED(ct, Blur(), tau=TAU)
+    model = DEQRED(Blur(), tau=TAU)
     n_bins = ct.n_bins
     for bad, error, message in [
         (y[0], ValueError, rf"DEQRED: y must have shape \(B, 12, {n_bins}\), got \(12, {n_bins}\)"),
@@ -536,131 +601,140 @@ def test_arguments_that_do_not_fit_are_refused(ct, y):
         ),
         (y.to("meta"), ValueError, r"DEQRED: y must be on the denoiser's device \(cpu\), got meta"),
         (y.numpy(), TypeError, "DEQRED: y must be a torch.Tensor, got ndarray"),
+        (ct, TypeError, "DEQRED: y must be a torch.Tensor, got ParallelBeamCT"),
     ]:
         with pytest.raises(error, match=message):
-            model(bad)
+            model(bad, ct)
     for bad, message in [
         (images()[:, 1:], r"DEQRED: x0 must have shape \(B, 16, 16\), got \(2, 15, 16\)"),
         (images(3), r"DEQRED: x0 must hold as many images as y \(2\), got 3"),
     ]:
         with pytest.raises(ValueError, match=message):
-            model(y, bad)
+            model(y, ct, bad)
     with pytest.raises(
         ValueError, match=r"DEQRED: denoiser must return the shape it got, \(2, 1, 16, 16\), got"
     ):
-        DEQRED(ct, nn.Conv2d(1, 1, 3), tau=TAU)(y)
-    with pytest.raises(ValueError, match=r"DEQRED: Gradient has no initial\(y\): give x0"):
-        DEQRED(Gradient(ct), Blur(), tau=TAU, step_size=1e-3)(y)
+        DEQRED(nn.Conv2d(1, 1, 3), tau=TAU)(y, ct)
+    with pytest.raises(TypeError, match="operator"):
+        model(y)
+    with pytest.raises(
+        TypeError, match=r"operator must be a MeasurementOperator, or have A\(x\) .* got Tensor"
+    ):
+        model(y, y)
+    few = DEQRED(Blur(), tau=TAU, step=GradientStep(None, 13))
+    with pytest.raises(
+        ValueError, match=r"step\.minibatch_size must be at most 12, the blocks of ParallelBeamCT, got 13"
+    ):
+        few(y, ct)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tau": -1.0}, ValueError, "DEQRED: tau must be finite and at least 0, got -1.0"),
+        ({"tau": -1.0}, ValueError, "DEQRED: tau must be finite and above 0, got -1.0"),
+        ({"tau": 0.0}, ValueError, "DEQRED: tau must be finite and above 0, got 0.0"),
+        (
+            {"tau": -1.0, "step": GradientStep()},
+            ValueError,
+            "DEQRED: tau must be finite and at least 0, got -1.0",
+        ),
         ({"tau": math.nan}, ValueError, "DEQRED: tau must be finite"),
         ({"tau": "1"}, TypeError, "DEQRED: tau must be a float or a 0-d tensor, got str"),
         ({"tau": torch.ones(2)}, ValueError, "DEQRED: tau must be a float or a 0-d floating-point tensor"),
-        ({"step_size": 0.0}, ValueError, "DEQRED: step_size must be finite and above 0, got 0.0"),
+        ({"step": GradientStep(0.0)}, ValueError, "DEQRED: step_size must be finite and above 0, got 0.0"),
         (
-            {"minibatch_size": 13},
-            ValueError,
-            "DEQRED: minibatch_size must be a number from 1 to 12 blocks, got 13",
+            {"step": "proximal"},
+            TypeError,
+            "DEQRED: step must be ProximalStep or GradientStep, got 'proximal'",
         ),
-        (
-            {"minibatch_size": 0},
-            ValueError,
-            "DEQRED: minibatch_size must be a number from 1 to 12 blocks, got 0",
-        ),
-        ({"minibatch_size": 2.0}, ValueError, "DEQRED: minibatch_size must be a number from 1 to 12"),
-        (
-            {"differentiation": Implicit(minibatch_size=13)},
-            ValueError,
-            "DEQRED: differentiation.minibatch_size must be a number from 1 to 12 blocks, got 13",
-        ),
-        ({"solver": "nesterov"}, TypeError, "DEQRED: solver must be a Solver, got 'nesterov'"),
-        ({"differentiation": Implicit}, TypeError, "DEQRED: differentiation must be a Differentiation"),
-        ({"generator": 0}, TypeError, "DEQRED: generator must be a torch.Generator, got int"),
+        ({"solver": "nesterov"}, TypeError, "DEQRED: solver must be Solver, got 'nesterov'"),
+        ({"differentiation": Implicit}, TypeError, "DEQRED: differentiation must be Differentiation"),
+        ({"normalize": 1}, TypeError, "DEQRED: normalize must be bool or None, got 1"),
+        ({"nonnegative": None}, TypeError, "DEQRED: nonnegative must be bool, got None"),
+        ({"generator": 0}, TypeError, "DEQRED: generator must be Generator or None, got 0"),
         ({"on_failure": "pass"}, ValueError, "DEQRED: on_failure must be one of"),
-        ({"denoiser": None}, TypeError, "DEQRED: denoiser must be callable, got NoneType"),
-        ({"operator": object()}, TypeError, r"DEQRED: operator must have gradient\(x, y, blocks\)"),
         (
-            {"operator": "gradient only"},
-            ValueError,
-            r"DEQRED: Gradient has no norm_squared\(\): give step_size",
+            {"denoiser": None},
+            TypeError,
+            "DEQRED: denoiser must be a module or function of images, got NoneType",
         ),
         (
-            {"operator": "gradient only", "step_size": 1.0, "minibatch_size": 2},
-            ValueError,
-            "DEQRED: minibatch_size needs an operator with n_blocks and draw_blocks",
+            {"denoiser": ParallelBeamCT(SIZE, VIEWS)},
+            TypeError,
+            r"got ParallelBeamCT; the operator is given with the data, model\(y, operator\)",
         ),
         (
-            {"minibatch_size": 2, "solver": Anderson()},
+            {"step": GradientStep(None, 2), "solver": Anderson()},
             ValueError,
             "DEQRED: Anderson takes no minibatches",
         ),
         (
-            {"differentiation": Implicit(Anderson(), minibatch_size=3)},
+            {"step": GradientStep(None, 2), "differentiation": Implicit(Anderson())},
             ValueError,
-            "DEQRED: Anderson takes no minibatches",
+            "DEQRED: Anderson takes no minibatches, and the adjoint solve would",
         ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(ct, options, error, message):
-    if options.get("operator") == "gradient only":
-        options = {**options, "operator": Gradient(ct)}
-    options = {"operator": ct, "denoiser": Blur(), "tau": TAU, **options}
+def test_settings_that_make_no_sense_are_refused(options, error, message):
+    options = {"denoiser": Blur(), "tau": TAU, **options}
     with pytest.raises(error, match=message):
-        DEQRED(options.pop("operator"), options.pop("denoiser"), **options)
+        DEQRED(options.pop("denoiser"), **options)
+
+
+@pytest.mark.parametrize("step", [ProximalStep, lambda size: GradientStep(None, size)])
+@pytest.mark.parametrize("size", [0, 2.0, True])
+def test_minibatches_of_no_blocks_are_refused(step, size):
+    with pytest.raises(ValueError, match="Step: minibatch_size must be a whole number above 0 or None, got"):
+        step(size)
 
 
 def test_complex_images_cannot_be_projected():
     class Identity(nn.Module):
-        def gradient(self, x, y):
-            return x - y
+        def A(self, x):
+            return x
 
-    y = torch.ones(1, 4, 4, dtype=torch.complex64)
-    model = DEQRED(Identity(), Blur(channels=2), tau=0.1, step_size=0.5, nonnegative=True)
+        A_adjoint = A
+
+    operator, y = Identity(), torch.ones(1, 4, 4, dtype=torch.complex64)
+    model = DEQRED(Blur(channels=2), tau=0.1, nonnegative=True)
     with pytest.raises(ValueError, match=r"DEQRED: nonnegative needs real images, got torch\.complex64"):
-        model(y, torch.zeros_like(y))
+        model(y, operator)
     model.nonnegative = False
-    assert model(y, torch.zeros_like(y)).dtype == torch.complex64
+    assert model(y, operator).dtype == torch.complex64
 
 
 # ------------------------------------------------------------------ life in torch
 
 
-def model_of(ct, **options) -> DEQRED:
-    options = {"tau": TAU, "solver": Nesterov(100, 1e-4), **options}
-    return DEQRED(ct, Blur(0.9), **options)
-
-
-def test_in_a_sequence_of_modules(ct, y):
-    model = nn.Sequential(nn.Identity(), model_of(ct), nn.Flatten())
-    model(y).square().sum().backward()
-    assert model[1].denoiser.gain.grad.abs() > 0
+def model_of(**options) -> DEQRED:
+    options = {"tau": TAU, "solver": Anderson(100, 1e-4), **options}
+    return DEQRED(Blur(0.9), **options)
 
 
 def test_a_state_dict_goes_round(ct, y):
-    parameters = {"tau": nn.Parameter(torch.tensor(20.0)), "step_size": nn.Parameter(torch.tensor(2e-3))}
-    model = model_of(ct, **parameters)
+    def build(tau: float, step_size: float) -> DEQRED:
+        tau, step_size = (nn.Parameter(torch.tensor(v)) for v in (tau, step_size))
+        return model_of(tau=tau, step=GradientStep(step_size), solver=Anderson(500))
+
+    model = build(0.04, 0.9)
     assert {"tau", "step_size", "denoiser.gain"} <= set(model.state_dict())
     assert {name for name, _ in model.named_parameters()} == {"tau", "step_size", "denoiser.gain"}
-    other = model_of(ct, tau=nn.Parameter(torch.tensor(1.0)), step_size=nn.Parameter(torch.tensor(1.0)))
+    other = build(1.0, 1.0)
     other.denoiser.gain.data.fill_(0.1)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other(y), model(y))
+    assert torch.equal(other(y, ct), model(y, ct))
 
 
 def test_a_tensor_that_is_no_parameter_is_kept_too(ct, y):
-    model = model_of(ct, tau=torch.tensor(TAU))
+    model = model_of(tau=torch.tensor(TAU))
     assert "tau" in model.state_dict()
-    torch.testing.assert_close(model(y), model_of(ct)(y))
+    torch.testing.assert_close(model(y, ct), model_of()(y, ct))
 
 
 def test_another_precision(ct, y):
-    model = model_of(ct, tau=nn.Parameter(torch.tensor(TAU)), solver=Nesterov(200, 1e-5))
-    single = model(y)
-    double = model.to(torch.float64)(y.double())
+    model = model_of(tau=nn.Parameter(torch.tensor(TAU)), solver=Anderson(200, 1e-4))
+    single = model(y, ct)
+    double = model.to(torch.float64)(y.double(), ct)
     assert double.dtype == torch.float64
     assert model.tau.dtype == torch.float64
     torch.testing.assert_close(single.double(), double, rtol=1e-2, atol=1e-3)
@@ -669,15 +743,13 @@ def test_another_precision(ct, y):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_go_on_with_the_same_minibatches(ct, y, how):
     model = model_of(
-        ct,
-        minibatch_size=4,
+        step=GradientStep(None, 4, variance_reduction=False),
+        solver=Picard(50),
         generator=torch.Generator().manual_seed(5),
-        differentiation=Implicit(warm_start=True),
-        variance_reduction=False,
         on_failure="ignore",
     )
     with torch.no_grad():
-        model(y)
+        model(y, ct)
     if how == "deepcopy":
         other = copy.deepcopy(model)
     elif how == "pickle":
@@ -688,15 +760,15 @@ def test_copies_go_on_with_the_same_minibatches(ct, y, how):
         file.seek(0)
         other = torch.load(file, weights_only=False)
     with torch.no_grad():
-        first = model(y)
-        assert torch.equal(other(y), first)
-        assert not torch.equal(model(y), first)
+        first = model(y, ct)
+        assert torch.equal(other(y, ct), first)
+        assert not torch.equal(model(y, ct), first)
 
 
 def test_solutions_and_errors_can_be_pickled(ct, y):
-    solution = model_of(ct)(y, return_solution=True)
+    solution = model_of()(y, ct, return_solution=True)
     with torch.no_grad():
-        solution = model_of(ct)(y, return_solution=True)
+        solution = model_of()(y, ct, return_solution=True)
     copied = pickle.loads(pickle.dumps(solution))
     assert torch.equal(copied.value, solution.value)
     error = pickle.loads(pickle.dumps(NotConvergedError("message", solution)))
@@ -715,12 +787,12 @@ def test_autocast_lowers_the_denoiser_alone(ct, y):
 
     torch.manual_seed(0)
     denoiser = Watched(1, 1, 3, padding=1)
-    model = DEQRED(ct, denoiser, tau=TAU, solver=Nesterov(200, 1e-3))
+    model = DEQRED(denoiser, tau=TAU, solver=Anderson(200, 1e-3))
     results = []
     for enabled in (False, True):
         denoiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            x = model(y)
+            x = model(y, ct)
             loss = (x - images()).square().sum()
         assert x.dtype == torch.float32
         loss.backward()
@@ -738,7 +810,7 @@ def test_autocast_keeps_the_gradient_of_weights_used_again(ct, y):
     denoiser = nn.Conv2d(1, 1, 3, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            DEQRED(ct, denoiser, tau=TAU, solver=Nesterov(200, 1e-3))(y)
+            DEQRED(denoiser, tau=TAU, solver=Nesterov(200, 1e-3))(y, ct)
         denoiser(images()[:, None]).sum().backward()
     assert denoiser.weight.grad.abs().max() > 0
 
@@ -753,7 +825,9 @@ def test_compiled_models_give_the_same_images_and_gradients(ct, y, how):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     for compiled in (False, True):
-        model = model_of(ct, minibatch_size=4, generator=torch.Generator().manual_seed(0))
+        model = model_of(
+            step=GradientStep(None, 4), solver=Nesterov(300, 1e-3), generator=torch.Generator().manual_seed(0)
+        )
         denoiser, run = model.denoiser, model
         if compiled and how == "torch.compile(model)":
             run = torch.compile(model, backend=backend)
@@ -762,8 +836,8 @@ def test_compiled_models_give_the_same_images_and_gradients(ct, y, how):
         elif compiled:
             model.denoiser = torch.compile(denoiser, backend=backend)
         with torch.no_grad():
-            inferred = run(y)
-        x = run(y)
+            inferred = run(y, ct)
+        x = run(y, ct)
         x.square().sum().backward()
         results.append((inferred, x.detach(), denoiser.gain.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
@@ -783,32 +857,22 @@ def test_the_linearization_of_a_compiled_denoiser_is_not_compiled(ct, y):
 
         return run
 
-    model = model_of(ct)
+    model = model_of()
     model.compile(backend=backend)
-    solution = model(y, return_solution=True)
+    solution = model(y, ct, return_solution=True)
     assert solution.value.requires_grad
     assert len(with_graph) == int(solution.iterations.max())
     assert not any(with_graph)
 
 
-def test_torch_export_traces_all_iterations(ct, y):
-    model = model_of(ct, solver=Nesterov(20, 1e-12), on_failure="ignore").eval()
-    with torch.no_grad():
-        expected = model(y)
-    batch = torch.export.Dim("batch", min=1, max=8)
-    exported = torch.export.export(model, (y,), dynamic_shapes=({0: batch},), strict=False)
-    torch.testing.assert_close(exported.module()(y), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(exported.module()(y[:1]), expected[:1], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_distributed_data_parallel(ct, y, tmp_path):
-    expected = model_of(ct)
-    expected(y).square().sum().backward()
+    expected = model_of()
+    expected(y, ct).square().sum().backward()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(model_of(ct))
-        model(y).square().sum().backward()
+        model = DistributedDataParallel(model_of())
+        model(y, ct).square().sum().backward()
         torch.testing.assert_close(model.module.denoiser.gain.grad, expected.denoiser.gain.grad)
     finally:
         torch.distributed.destroy_process_group()
@@ -816,7 +880,7 @@ def test_distributed_data_parallel(ct, y, tmp_path):
 
 def test_networks_of_this_package(ct, y):
     for denoiser in (DnCNN(depth=3, width=8), UNet(channels=(4, 8))):
-        model = DEQRED(ct, denoiser, tau=1.0, solver=Nesterov(5), on_failure="ignore")
+        model = DEQRED(denoiser, tau=0.1, solver=Anderson(5), on_failure="ignore")
         model.differentiation = JacobianFree()
-        model(y).square().sum().backward()
+        model(y, ct).square().sum().backward()
         assert all(p.grad is not None for p in denoiser.parameters())

@@ -176,7 +176,7 @@ def estimate_from(
 
     def solve(apply: Callable[[Tensor], Tensor], spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         start = random_like(jacobian.output, generator)
-        return arnoldi(apply, start, spectrum, iterations, tolerance)
+        return arnoldi(apply, start, spectrum, iterations, tolerance)[:2]
 
     of_denoiser, denoiser_error = solve(lambda v: jacobian.vjp(jacobian.jvp(v)), largest)
     of_residual, residual_error = solve(lambda v: residual_transposed(residual(v)), largest)

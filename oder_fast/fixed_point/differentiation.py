@@ -86,6 +86,8 @@ class Implicit(Differentiation):
 
         def adjoint(gradient: Tensor) -> Tensor:
             first = linearization.jacobian_free(gradient) if adjoint_start is None else adjoint_start
+            # What diverged has no gradient; nothing else is a fixed point there.
+            first = torch.where(per_image(solution.diverged.to(first.device), first), 0, first)
             return self._adjoint(linearization.adjoint(gradient), first, chosen, solution.adjoint)
 
         return _attach(solution, linearization, start, adjoint)
@@ -96,7 +98,8 @@ class Implicit(Differentiation):
         solution = solver.solve(adjoint_map, first)
         record.append(solution)
         try:
-            solution.require("ignore" if self.on_failure == "warn" else "raise")
+            lost = bool(solution.diverged.any())
+            solution.require("raise" if lost or self.on_failure != "warn" else "ignore")
         except FixedPointError as error:
             if self.on_failure != "jacobian_free":
                 raise type(error)(f"Implicit, adjoint solve: {error}", error.solution) from None

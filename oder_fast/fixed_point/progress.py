@@ -59,7 +59,7 @@ class Progress:
             self._limit = DIVERGENCE**2 * torch.maximum(change, norm)
         residual = torch.where(change == 0, change, (change / norm).sqrt())
         live = ~(self.converged | self.diverged)
-        wrong = live & ~(change <= self._limit) | ~norm.isfinite()
+        wrong = live & ~((change <= self._limit) & norm.isfinite())
         distance = residual * self._amplification(point.detach(), step.image.detach())
         right = live & ~wrong & (distance <= self.tolerance)
         better = live & ~wrong & ((residual <= self.residual) | right | only)

@@ -159,8 +159,9 @@ class Solver(ABC, Generic[StateT]):
         name, n = type(self).__name__, len(solution.converged)
         if bool(solution.diverged.any()):
             images = solution.diverged.nonzero().flatten().tolist()
-            finite = solution.residuals[:, images].nan_to_num(0).isfinite().all()
-            how = "grew far beyond its start" if finite else "became NaN or infinite"
+            last = (solution.residual_iterations[:, None] == solution.iterations) & solution.diverged
+            grew = bool(last.any()) and bool(solution.residuals[last].isfinite().all())
+            how = "grew far beyond its start" if grew else "became NaN or infinite"
             at = int(solution.iterations[images].max())
             return (
                 f"{name}: the residual {how} by iteration {at} (images {images} of {n}); {fixed_point_map.advice}"

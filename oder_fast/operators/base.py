@@ -223,6 +223,12 @@ class ForeignOperator(MeasurementOperator):
             self._exact = self._test_adjoint(like, y)
         return LeastSquares(self, y) if self._exact else InexactLeastSquares(self, y)
 
+    def initial(self, y: Tensor) -> Tensor:
+        """Reconstruct a start for iterations: the adjoint over the norm squared."""
+        image = self.adjoint(y)
+        self._probe = image[:1].detach()
+        return image / self.norm_squared()
+
     @property
     def _name(self) -> str:
         return type(self.physics).__name__

@@ -11,6 +11,8 @@ Apply = Callable[[Tensor], Tensor]
 
 # Of one inner solve, at most: what is left then is left to the outer iteration.
 MAX_STEPS = 60
+# Of its residual at the start, at least.
+REDUCTION = 0.1
 # Of fixing pixels at 0 and freeing them.
 MAX_ROUNDS = 12
 # Directions that `minimal_residuals` keeps orthogonal.
@@ -35,6 +37,17 @@ def ratio(a: Tensor, b: Tensor, going: Tensor) -> Tensor:
     return torch.where(good, a / torch.where(good, b, 1), 0)
 
 
+def begin(x: Tensor, r: Tensor, target: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a solve starts, and its target.
+
+    The first residual is brought down to a tenth at least: a start within the target would come back as it is, and who
+    asks how far the solution is from it would be told 0. Where the residual is no number the start is none either.
+    """
+    size = norm(r)
+    least = 4 * torch.finfo(r.dtype).eps * norm(rhs)
+    return x + 0 * size, torch.minimum(target, REDUCTION * size).maximum(torch.minimum(least, target))
+
+
 def conjugate_gradients(
     apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply, free: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +64,7 @@ def conjugate_gradients(
     rest = (lambda v: v) if free is None else (lambda v: v * free)
     x = rest(start)
     r = rest(rhs - apply(x))
+    x, target = begin(x, r, target, rhs)
     p, rz = torch.zeros_like(r), torch.ones_like(target)
     for step in range(MAX_STEPS + 1):
         going = norm(r) > target
@@ -75,6 +89,7 @@ def nonnegative(
     """
     x = start.clamp(min=0)
     r = rhs - apply(x)
+    x, target = begin(x, r, target, rhs)
     for round_ in range(MAX_ROUNDS):
         free = ((x > 0) | (r > 0)).to(x.dtype)
         initial = norm(r * free)
@@ -114,6 +129,7 @@ def minimal_residuals(
     rest = (lambda v: v) if free is None else (lambda v: v * free)
     x = rest(start)
     r = rest(rhs - apply(x))
+    x, target = begin(x, r, target, rhs)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(MAX_STEPS):
         going = norm(r) > target
