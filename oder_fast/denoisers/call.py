@@ -31,6 +31,7 @@ class ImageDenoiser:
         self.autocast = autocast
         self.calls = 0
         self.memory_format = memory_format(denoiser)
+        self.rounding = float(torch.finfo(autocast.dtype).eps) if autocast.enabled else 0.0
 
     @property
     def requires_grad(self) -> bool:
@@ -69,14 +70,14 @@ class ImageDenoiser:
 
     def transposed(self, product: Callable[[Tensor], Tensor]) -> Transposed:
         """Return a transposed derivative, given as a product, in this one's place."""
-        return Transposed(product)
+        return Transposed(product, self.rounding)
 
 
 class Transposed(ImageDenoiser):
     """The transposed derivative of a denoiser at an image."""
 
-    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
-        self.product = product
+    def __init__(self, product: Callable[[Tensor], Tensor], rounding: float) -> None:
+        self.product, self.rounding = product, rounding
         self.calls = 0
 
     @property

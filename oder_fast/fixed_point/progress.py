@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .maps import Calls, Step, per_image
+from .maps import Calls, FixedPointMap, Step, per_image
 from .solution import Solution, fit_contraction
 
 # No transient makes a step this many times longer than the first one and than the image.
@@ -30,9 +30,10 @@ class Progress:
         n_done: How many images have converged or diverged.
     """
 
-    def __init__(self, start: Tensor, tolerance: float, gain: float) -> None:
+    def __init__(self, start: Tensor, tolerance: float, fixed_point_map: FixedPointMap) -> None:
         self.batch = start.shape[0]
-        self.tolerance, self.gain = tolerance, gain
+        self.tolerance, self.gain, self.agree = tolerance, fixed_point_map.gain, fixed_point_map.agree
+        self.smallest = ROUNDING * max(torch.finfo(start.dtype).eps, fixed_point_map.rounding)
         unknown = torch.full((self.batch,), torch.inf, dtype=torch.float64, device=start.device)
         self.accuracy: Tensor | None = None
         self.residual, self.distance, self.change = unknown, unknown, unknown
@@ -97,8 +98,8 @@ class Progress:
         if self._last is not None:
             moved, led = (_norm(new - old) for new, old in zip((point, image), self._last, strict=True))
             # Moves within rounding tell nothing.
-            told = moved > ROUNDING * torch.finfo(image.dtype).eps * _norm(image)
-            rate = torch.where(told, led / torch.where(told, moved, 1), 0)
+            told = moved > self.smallest * _norm(image)
+            rate = self.agree(torch.where(told, led / torch.where(told, moved, 1), 0))
             self._rates = [*self._rates[1 - WINDOW :], rate]
             worst = torch.stack(self._rates).amax(0)
             amplification = torch.where(worst < 1, 1 / (1 - worst), torch.inf).clamp(min=self.gain)

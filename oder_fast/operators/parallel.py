@@ -391,6 +391,18 @@ class ParallelLeastSquares(LeastSquares):
         super().__init__(operator, y)
         self.local = operator.local_operator.least_squares(y)
 
+    def solve(
+        self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor, free: Tensor | None = None
+    ) -> Tensor:
+        """Solve, from what the first rank starts with: all ranks then take the same number of steps."""
+        agree = self.operator.agree
+        return super().solve(agree(rhs), weight, agree(start), agree(tolerance), free)
+
+    def solve_nonnegative(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
+        """Solve with x >= 0, from what the first rank starts with."""
+        agree = self.operator.agree
+        return super().solve_nonnegative(agree(rhs), weight, agree(start), agree(tolerance))
+
     def _adjoint(self) -> Tensor:
         return self.operator._sum(self.local.adjoint_data())
 
