@@ -83,15 +83,19 @@ ODER_DEVICE ProjectRays rays_of_tile(const RadonScan& scan, const ProjectView& v
   const double low = first < last ? first : last, high = first < last ? last : first;
   const double middle = radon_middle(scan);
   const int n_bins = scan.n_bins;
+  // The first ray at or after a pixel, counted from a position of the middle ray. Steps may be too long for a quotient
+  // to tell it from the ray before.
+  const auto first_ray = [&](double pixel, double position) {
+    const int e = clamp_to(ceil(middle + (pixel - position) / sigma), n_bins);
+    return e < n_bins && (e - middle) * sigma + position < pixel ? e + 1 : e;
+  };
   // Neighbouring tiles compute their common border alike.
   const auto border = [&](int at) {
-    const double edge = static_cast<double>(at) * tiling.length - low;
-    return at == 0 ? 0 : at == tiling.tiles ? n_bins : clamp_to(ceil(middle + edge / sigma), n_bins);
+    return at == 0 ? 0 : at == tiling.tiles ? n_bins : first_ray(static_cast<double>(at) * tiling.length, low);
   };
   ProjectRays r{0, border(tile), border(tile + 1), 0, 0};
   if (!view.valid || lines < 1) return r;
-  const int touch = clamp_to(floor(middle + (-1 - high) / sigma) + 1, n_bins);
-  const int touch_end = clamp_to(ceil(middle + (length - low) / sigma), n_bins);
+  const int touch = first_ray(-1, high), touch_end = first_ray(length, low);
   r.touch = touch > r.begin ? touch : r.begin;
   r.touch_end = touch_end < r.end ? touch_end : r.end;
   if (r.touch < r.touch_end)
