@@ -41,9 +41,11 @@ ODER_HD RadonDirection radon_direction(const RadonScan& scan, int used) {
 // (e - middle) * sigma + m * slope + centre; counted from the middle, rays far apart lose no digits near the image.
 // Rays are counted so that sigma > 0: ray e is bin n_bins - 1 - e where flip.
 struct RadonRays {
-  double sigma, slope, centre, middle;
+  double sigma, slope, centre;
   bool flip;
 };
+
+ODER_HD double radon_middle(const RadonScan& scan) { return (scan.n_bins - 1) / 2.0; }
 
 ODER_HD RadonRays radon_rays(const RadonScan& scan, const RadonDirection& r) {
   const double lines = r.rows ? scan.height : scan.width, length = r.rows ? scan.width : scan.height;
@@ -52,7 +54,6 @@ ODER_HD RadonRays radon_rays(const RadonScan& scan, const RadonDirection& r) {
   rays.sigma = r.step * scan.bin_spacing;
   rays.slope = r.rows ? r.s / r.c : r.c / r.s;
   rays.centre = (length - 1) / 2 - (lines - 1) / 2 * rays.slope + scan.bin_offset * per_bin;
-  rays.middle = (scan.n_bins - 1) / 2.0;
   rays.flip = per_bin < 0;
   return rays;
 }

@@ -132,8 +132,8 @@ Plan make_plan(const RadonGeometry& g, bool matched) {
     v.inv = rays.sigma;
     v.slope = rays.slope;
     v.centre = rays.centre;
-    v.middle = rays.middle;
-    v.origin = rays.centre - rays.middle * rays.sigma;
+    v.middle = radon_middle(scan);
+    v.origin = v.centre - v.middle * v.inv;
     v.weight = matched ? g.pixel_size * direction.step : 1.0;
     v.hat = matched ? v.inv : 1.0;
     v.b_inv = 1 / v.inv;
@@ -263,10 +263,11 @@ template <class T, class F>
 void for_each_crossing(const View& v, int64_t n_bins, int64_t r, int64_t u0, int64_t n_u, F f) {
   int64_t from, to;
   bins_of_tile(v, n_bins, r, 1, u0, n_u, &from, &to);
-  const double centre = v.centre + r * v.slope - u0;
-  for (int64_t k = from; k < to; ++k) {
-    const double u = (k - v.middle) * v.inv + centre, floor = std::floor(u);
-    if (floor >= -1 && floor < n_u) f(k, static_cast<int>(floor), static_cast<T>(u - floor));
+  const double centre = v.centre + r * v.slope - u0, length = static_cast<double>(n_u);
+  double from_middle = from - v.middle;
+  for (int64_t k = from; k < to; ++k, from_middle += 1) {
+    const double u = from_middle * v.inv + centre, floor = std::floor(u);
+    if (u >= -1 && u < length) f(k, static_cast<int>(floor), static_cast<T>(u - floor));
   }
 }
 
@@ -360,12 +361,11 @@ inline void gather_fast(const View* views, const int64_t* origins, int64_t n0, i
 // Add a row to one step of a tile: the transpose of project_generic. sums: [block of lanes][stride].
 template <class T>
 void scatter_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, int n_u, const T* row, T* sums, int stride) {
-  T line[kTile + 2] = {};
+  const auto at = [&](unsigned u) -> T& { return sums[u / kLanes * stride + u % kLanes]; };
   for_each_crossing<T>(v, n_bins, r, u0, n_u, [&](int64_t k, int i, T w) {
-    line[i + 1] += (1 - w) * row[k];
-    line[i + 2] += w * row[k];
+    if (i >= 0) at(i) += (1 - w) * row[k];
+    if (i + 1 < n_u) at(i + 1) += w * row[k];
   });
-  for (int u = 0; u < n_u; ++u) sums[u / kLanes * stride + u % kLanes] += line[u + 1];
 }
 
 // Add a row, interpolated linearly at the pixels' centres, to one step of a tile. sums as above.

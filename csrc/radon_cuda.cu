@@ -31,7 +31,6 @@ ODER_DEVICE int whole(int64_t a) { return static_cast<int>(a >> 32); }
 ODER_DEVICE float one_plus_fraction(int64_t a) {
   return float_of_bits(shift_right(static_cast<uint32_t>(a), 0x7fu, 9));
 }
-ODER_DEVICE int clamp_to(double a, int high) { return a > 0 ? (a < high ? static_cast<int>(a) : high) : 0; }
 
 // Where row (b, v) of a sinogram of the used views begins.
 ODER_DEVICE int64_t row_of(const RadonScan& scan, int64_t b, int v) { return (b * scan.n_used + v) * scan.n_bins; }
@@ -80,22 +79,27 @@ struct ProjectRays {
 ODER_DEVICE ProjectRays rays_of_tile(const RadonScan& scan, const ProjectView& view, int length, int line, int lines,
                                      int tile, const Tiling& tiling) {
   const double sigma = view.rays.sigma, slope = view.rays.slope;
-  const double first = view.rays.start + line * slope, last = view.rays.start + (line + lines - 1) * slope;
+  const double first = view.rays.centre + line * slope, last = view.rays.centre + (line + lines - 1) * slope;
   const double low = first < last ? first : last, high = first < last ? last : first;
+  const double middle = radon_middle(scan);
   const int n_bins = scan.n_bins;
+  // The first ray at or after a pixel, counted from a position of the middle ray. Steps may be too long for a quotient
+  // to tell it from the ray before.
+  const auto first_ray = [&](double pixel, double position) {
+    const int e = clamp_to(ceil(middle + (pixel - position) / sigma), n_bins);
+    return e < n_bins && (e - middle) * sigma + position < pixel ? e + 1 : e;
+  };
   // Neighbouring tiles compute their common border alike.
   const auto border = [&](int at) {
-    const double edge = static_cast<double>(at) * tiling.length - low;
-    return at == 0 ? 0 : at == tiling.tiles ? n_bins : clamp_to(ceil(edge / sigma), n_bins);
+    return at == 0 ? 0 : at == tiling.tiles ? n_bins : first_ray(static_cast<double>(at) * tiling.length, low);
   };
   ProjectRays r{0, border(tile), border(tile + 1), 0, 0};
   if (!view.valid || lines < 1) return r;
-  const int touch = clamp_to(floor((-1 - high) / sigma) + 1, n_bins);
-  const int touch_end = clamp_to(ceil((length - low) / sigma), n_bins);
+  const int touch = first_ray(-1, high), touch_end = first_ray(length, low);
   r.touch = touch > r.begin ? touch : r.begin;
   r.touch_end = touch_end < r.end ? touch_end : r.end;
   if (r.touch < r.touch_end)
-    r.origin = fixed(r.touch * sigma + first - static_cast<double>(tile) * tiling.length + kMargin);
+    r.origin = fixed((r.touch - middle) * sigma + first - static_cast<double>(tile) * tiling.length + kMargin);
   return r;
 }
 
@@ -339,14 +343,14 @@ GatherKind gather_kind(double bin_spacing, bool matched) {
   return matched && bin_spacing < 1 - 1e-7 ? kFourBins : kTwoBins;
 }
 
-// One view as a tile of pixels sees it. A pixel takes bin d with the weight 1 - abs(d - u) * sigma, if that is
-// positive, where u is the bin coordinate of its centre.
+// One view as a tile of pixels sees it. A pixel takes a ray with the weight 1 - distance / reach, if that is positive.
 struct GatherView {
-  RadonBins bins;  // u from the tile's first pixel
-  double sigma;
+  double sigma, slope, centre;  // of radon_rays, lines and pixels counted from the tile's first
+  double reach;                 // in pixels
   float scale;
-  int from;   // first bin of the view's window in shared memory
-  bool seen;  // touches the tile
+  int from;         // first bin of the view's window in shared memory
+  bool flip, rows;  // as in RadonRays and RadonDirection
+  bool seen;        // touches the tile
 };
 
 // What the threads read of a view with a window, in two accesses: u from the tile's first pixel, such that its high
@@ -363,23 +367,32 @@ constexpr double kStepOne = 4294967296.0 / kStepScale;
 ODER_DEVICE void prepare_gather(const RadonScan& scan, int used, int i, int j, double scale, bool matched, int window,
                                 int slot, GatherView& view, GatherSteps& steps) {
   const RadonDirection direction = radon_direction(scan, used);
-  const double sigma = matched ? direction.step * scan.bin_spacing : 1.0;
-  view.bins = radon_bins(scan, direction);
-  view.bins.corner += i * view.bins.per_row + j * view.bins.per_column;
-  view.sigma = sigma;
   view.scale = static_cast<float>(matched ? scale * direction.step : scale);
-  const double over_rows = (kTile - 1) * view.bins.per_row, over_columns = (kTile - 1) * view.bins.per_column;
-  const double low = view.bins.corner + (over_rows < 0 ? over_rows : 0) + (over_columns < 0 ? over_columns : 0);
-  const double high = view.bins.corner + (over_rows > 0 ? over_rows : 0) + (over_columns > 0 ? over_columns : 0);
+  if (window == 0) {
+    const RadonRays rays = radon_rays(scan, direction);
+    view.sigma = rays.sigma;
+    view.slope = rays.slope;
+    view.centre = rays.centre + (direction.rows ? i * rays.slope - j : j * rays.slope - i);
+    view.reach = matched ? 1.0 : rays.sigma;
+    view.flip = rays.flip;
+    view.rows = direction.rows;
+    view.seen = direction.valid;
+    return;
+  }
+  const double sigma = matched ? direction.step * scan.bin_spacing : 1.0;
+  RadonBins bins = radon_bins(scan, direction);
+  bins.corner += i * bins.per_row + j * bins.per_column;
+  const double over_rows = (kTile - 1) * bins.per_row, over_columns = (kTile - 1) * bins.per_column;
+  const double low = bins.corner + (over_rows < 0 ? over_rows : 0) + (over_columns < 0 ? over_columns : 0);
+  const double high = bins.corner + (over_rows > 0 ? over_rows : 0) + (over_columns > 0 ? over_columns : 0);
   view.seen = direction.valid && high + 1 / sigma >= 0 && low - 1 / sigma <= scan.n_bins - 1;
-  if (window == 0) return;
   // One bin for the first tap, and one since rounded steps may lead below `low`. A view beside the tile has a window of
   // zeros.
   view.from = view.seen ? static_cast<int>(floor(low)) - 2 : scan.n_bins;
   steps.corner = static_cast<int64_t>(slot * window) << 32;
-  steps.corner += view.seen ? fixed(view.bins.corner - view.from) : fixed(1);
-  steps.per_row = view.seen ? static_cast<int>(llrint(view.bins.per_row * kStepOne)) : 0;
-  steps.per_column = view.seen ? static_cast<int>(llrint(view.bins.per_column * kStepOne)) : 0;
+  steps.corner += view.seen ? fixed(bins.corner - view.from) : fixed(1);
+  steps.per_row = view.seen ? static_cast<int>(llrint(bins.per_row * kStepOne)) : 0;
+  steps.per_column = view.seen ? static_cast<int>(llrint(bins.per_column * kStepOne)) : 0;
   steps.sigma = static_cast<float>(sigma);
   steps.before = static_cast<float>(1 + sigma);
   steps.after = static_cast<float>(1 - 2 * sigma);
@@ -413,19 +426,21 @@ ODER_DEVICE void gather_windows(const Pack<float, Images>* windows, const Gather
   }
 }
 
-// The same without windows.
+// The same without windows, ray by ray.
 template <class In, int Images>
 ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bins, int n_images, const GatherView& view,
                             int row, int column, float sums[kPixels][Images]) {
 #pragma unroll
   for (int p = 0; p < kPixels; ++p) {
-    const double u = view.bins.corner + (row + p) * view.bins.per_row + column * view.bins.per_column;
-    const int begin = clamp_to(ceil(u - 1 / view.sigma), n_bins);
-    const int end = clamp_to(floor(u + 1 / view.sigma) + 1, n_bins);
+    const int line = view.rows ? row + p : column, pixel = view.rows ? column : row + p;
+    const double middle = (n_bins - 1) / 2.0, centre = view.centre + line * view.slope - pixel;
+    const int begin = clamp_to(ceil(middle - (view.reach + centre) / view.sigma), n_bins);
+    const int end = clamp_to(floor(middle + (view.reach - centre) / view.sigma) + 1, n_bins);
 #pragma unroll 1
-    for (int d = begin; d < end; ++d) {
-      const double weight = 1 - fabs(d - u) * view.sigma;
+    for (int e = begin; e < end; ++e) {
+      const double weight = 1 - fabs((e - middle) * view.sigma + centre) / view.reach;
       if (weight <= 0) continue;
+      const int d = view.flip ? n_bins - 1 - e : e;
       const float w = static_cast<float>(weight) * view.scale;
 #pragma unroll
       for (int k = 0; k < Images; ++k) {
@@ -445,7 +460,7 @@ ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bin
 //                 bin between lanes, so that their reads meet in no bank. The images share positions and weights.
 // Shared memory   the bins of 128 views that the tile can see, times the scale of the view; a table of the views.
 // Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin per
-//                 tile, in float64 for bins finer than half a pixel or coarser than 5.6.
+//                 tile, in float64 and ray by ray for bins finer than half a pixel or coarser than 5.6.
 // Preconditions   contiguous; with Update, n_partials is the number of tiles.
 template <class In, class Out, int Images, bool Update>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)

@@ -51,10 +51,11 @@ def _radon_views_kernel(
     spacing_bits: tl.int64, offset_bits: tl.int64,
     ALL: tl.constexpr, VIEWS: tl.constexpr, COLUMNS: tl.constexpr, TIE_MARGIN: tl.constexpr,
 ):  # fmt: skip
-    # Computes        table[v] = (sigma, slope, start, rows, step, corner, per_row, per_column): ray d crosses
-    #                 line m (a row, or a column where rows is 0) at pixel start + d sigma + m slope; pixel
-    #                 (i, j) has the bin coordinate corner + i per_row + j per_column; step is the length of a
-    #                 ray between lines, 0 for a view index out of range and an angle that is no number.
+    # Computes        table[v] = (sigma, slope, centre, rows, step, corner, per_row, per_column): ray d crosses
+    #                 line m (a row, or a column where rows is 0) at pixel centre + (d - middle) sigma +
+    #                 m slope, the middle being (n_bins - 1) / 2; pixel (i, j) has the bin coordinate corner +
+    #                 i per_row + j per_column; step is the length of a ray between lines, 0 for a view index
+    #                 out of range and an angle that is no number.
     # Thread mapping  grid (ceil(n_used / VIEWS)): a view each.
     # Shared memory   none.
     # Accumulation    float64.
@@ -83,12 +84,12 @@ def _radon_views_kernel(
     middle = (n_bins - 1) * half
     per_row = -s / spacing
     per_column = c / spacing
-    start = (length - 1.0) * 0.5 - (lines - 1.0) * 0.5 * slope + (offset - middle * spacing) * inverse
+    centre = (length - 1.0) * 0.5 - (lines - 1.0) * 0.5 * slope + offset * inverse
     corner = middle - offset / spacing - (height - 1) * half * per_row - (width - 1) * half * per_column
     row = table + v * COLUMNS
     tl.store(row, spacing * inverse, here)
     tl.store(row + 1, slope, here)
-    tl.store(row + 2, start, here)
+    tl.store(row + 2, centre, here)
     tl.store(row + 3, rows.to(tl.float64), here)
     tl.store(row + 4, tl.where(known, tl.abs(inverse), 0.0), here)
     tl.store(row + 5, corner, here)
@@ -118,7 +119,7 @@ def _radon_project_kernel(
     row = table + v * COLUMNS
     sigma = tl.load(row)
     slope = tl.load(row + 1)
-    start = tl.load(row + 2)
+    centre = tl.load(row + 2)
     step = tl.load(row + 4)
     size = b * height * width
     rows = tl.load(row + 3) > 0
@@ -128,10 +129,11 @@ def _radon_project_kernel(
     if rows:
         source = image + size
     # Counted from the bin that comes nearest to the image's centre, no ray that touches it is far away.
-    at_centre = (length - 1) * 0.5 - slope * ((n_lines - 1) * 0.5) - start
+    aside = (length - 1) * 0.5 - slope * ((n_lines - 1) * 0.5) - centre
     last = (n_bins - 1) * tl.full([], 1.0, tl.float64)
-    anchor = tl.minimum(tl.maximum(tl.floor(at_centre / sigma + 0.5), 0.0), last)
-    position = tl.minimum(tl.maximum(start + anchor * sigma, -536870912.0), 536870912.0)
+    middle = last * 0.5
+    anchor = tl.minimum(tl.maximum(tl.floor(middle + aside / sigma + 0.5), 0.0), last)
+    position = tl.minimum(tl.maximum(centre + (anchor - middle) * sigma, -536870912.0), 536870912.0)
     reach = tl.where(step > 0, tl.minimum((length + n_lines) / tl.abs(sigma) + 2.0, last), -1.0).to(tl.int32)
     bins = d - anchor.to(tl.int32)
     near = (d < n_bins) & (tl.abs(bins) <= reach)
@@ -162,7 +164,7 @@ def _radon_project_kernel(
 @triton.jit
 def _radon_gather_kernel(
     sinogram, table, image, denoised, step_size, tau, previous, momentum, updated, extrapolated, partials,
-    n_used, height, width, n_bins, reach, scale_bits: tl.int64,
+    n_used, height, width, n_bins, count, scale_bits: tl.int64,
     MATCHED: tl.constexpr, TAPS: tl.constexpr, UPDATE: tl.constexpr, MOMENTUM: tl.constexpr,
     NONNEGATIVE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -173,10 +175,9 @@ def _radon_gather_kernel(
     # Thread mapping  grid (tiles * batch): a program has TILE x TILE pixels of one image; no atomics.
     # Shared memory   what tl.sum needs.
     # Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64
-    #                 origin per tile; in float64 with TAPS = 0, for bins finer than half or coarser than 8
-    #                 pixels.
-    # Preconditions   contiguous; bins farther than `reach` from u do not touch; reach = TAPS / 2 but for TAPS
-    #                 = 0.
+    #                 origin per tile; in float64, by rays, with TAPS = 0, for bins finer than half or coarser
+    #                 than 5.6 pixels.
+    # Preconditions   contiguous; with TAPS = 0 no pixel takes more than `count` bins of a view.
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(width, TILE)
     tiles = across * tl.cdiv(height, TILE)
@@ -201,11 +202,20 @@ def _radon_gather_kernel(
             peak = scale * step
         source = sinogram + (b * n_used + v) * n_bins
         if TAPS == 0:
-            u = corner + i * per_row + j * per_column
-            begin = tl.minimum(tl.maximum(tl.floor(u) + 1.0 - reach, 0.0), n_bins * 1.0).to(tl.int32)
-            for k in range(0, tl.minimum(2 * reach, n_bins)):
+            # How far right of the pixel the detector's middle is, along the line that rays cross; by rays, and in
+            # pixels, no digits are lost however fine or coarse the bins.
+            per_bin = tl.load(row)
+            slope = tl.load(row + 1)
+            aside = tl.load(row + 2) + (i + i0) * slope - (j + j0)
+            if tl.load(row + 3) == 0:
+                aside = tl.load(row + 2) + (j + j0) * slope - (i + i0)
+            middle = (n_bins - 1) * tl.full([], 0.5, tl.float64)
+            near = tl.abs(per_bin) / sigma
+            begin = tl.ceil(middle - aside / per_bin - near / tl.abs(per_bin))
+            begin = tl.minimum(tl.maximum(begin, 0.0), n_bins * 1.0).to(tl.int32)
+            for k in range(0, count):
                 d = begin + k
-                weight = tl.maximum(1.0 - tl.abs(d - u) * sigma, 0.0) * peak
+                weight = tl.maximum(1.0 - tl.abs((d - middle) * per_bin + aside) / near, 0.0) * peak
                 sums += weight.to(tl.float32) * tl.load(source + d, d < n_bins, 0.0).to(tl.float32)
         else:
             # A tile beyond the limits is as far from the detector as one at them.
@@ -328,13 +338,11 @@ def _gather(
     nonnegative: bool = False,
 ) -> None:
     batch, height, width = shape
-    if not matched:
-        taps, reach = 2, 1
-    elif spacing < 0.5 or spacing > 8 / math.sqrt(2):
-        # A step between lines is at most sqrt(2) pixels long.
-        taps, reach = 0, math.ceil(1 / spacing)
+    # A step between lines is at most sqrt(2) pixels long.
+    if spacing < 0.5 or (matched and spacing > 8 / math.sqrt(2)):
+        taps, count = 0, min(n_bins, 2 * math.ceil(min(1 / spacing, n_bins)) + 1 if matched else 3)
     else:
-        taps, reach = (2, 1) if spacing >= 1 - 1e-7 else (4, 2)
+        taps, count = 4 if matched and spacing < 1 - 1e-7 else 2, 0
     image, denoised, step_size, tau, previous, momentum, extrapolated, partials = red or (None,) * 8
     tiles = triton.cdiv(height, TILE.value) * triton.cdiv(width, TILE.value)
     _radon_gather_kernel[(tiles * batch,)](
@@ -347,7 +355,7 @@ def _gather(
         height,
         width,
         n_bins,
-        reach,
+        count,
         _bits(scale),
         MATCHED=matched,
         TAPS=taps,

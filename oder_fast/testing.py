@@ -211,6 +211,8 @@ RADON_SHAPES = (
     {"image": (1, 20, 20), "angles": angles_over(6), "bins": 9, "spacing": 2.2},
     {"image": (2, 12, 15), "angles": angles_over(5), "bins": 20, "spacing": 0.5, "pixel": 0.5},
     {"image": (1, 11, 11), "angles": angles_over(3), "bins": 6, "offset": 40.0},
+    {"image": (1, 10, 12), "angles": angles_over(5, start=0.2), "bins": 8, "spacing": 30.0},
+    {"image": (2, 7, 9), "angles": angles_over(4, start=0.2), "bins": 40, "spacing": 1e-3, "offset": 0.4},
     {"image": (1, 9, 9), "angles": torch.tensor([math.pi / 4, 3 * math.pi / 4, math.pi / 2]), "bins": 13},
 )
 # What only vector and tile boundaries of the C++ face meet; too slow for interpreted kernels.

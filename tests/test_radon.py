@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,17 @@ def dense_joseph(height, width, angles, n_bins, spacing, offset):
 
 @pytest.mark.parametrize(
     ("size", "n_bins", "spacing", "offset"),
-    [((7, 9), 13, 1.0, 0.0), ((6, 5), 8, 0.6, 0.4), ((5, 8), 4, 2.3, -1.0)],
+    [
+        ((7, 9), 13, 1.0, 0.0),
+        ((6, 5), 8, 0.6, 0.4),
+        ((5, 8), 4, 2.3, -1.0),
+        # Bins much coarser and finer than pixels, beyond the range of 64-bit integers and to the end of float64's.
+        ((6, 7), 5, 40.0, 1.5),
+        ((7, 6), 5, 5000.0, -0.3),
+        ((5, 6), 3, 1e20, 0.4),
+        ((6, 5), 9, 1e-5, 0.3),
+        ((7, 4), 9, 1e-310, 0.3),
+    ],
 )
 def test_equals_a_dense_matrix(size, n_bins, spacing, offset, face, generator):
     angles = torch.tensor([0.0, 0.2, 0.9, 1.4, math.pi / 2, 2.0, 2.8, 4.0, -1.1], dtype=torch.float64)
@@ -119,6 +130,21 @@ def test_concurrent_calls_do_not_disturb_each_other(generator):
     assert not wrong
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells the size of this process on Linux")
+def test_a_detector_far_aside_takes_no_memory():
+    import resource
+
+    sinogram, angles = torch.ones(1, 100, 90), torch.linspace(0, 3, 100)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, before[1]))
+    try:
+        image = oder_fast.radon_adjoint(sinogram, angles, (64, 64), bin_offset=4e5, backend="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert not image.any()
+
+
 IMAGE, SINOGRAM, ANGLES = torch.zeros(1, 8, 8), torch.zeros(1, 3, 11), angles_over(3)
 
 
@@ -134,6 +160,9 @@ IMAGE, SINOGRAM, ANGLES = torch.zeros(1, 8, 8), torch.zeros(1, 3, 11), angles_ov
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5.0), TypeError, "n_bins must be an int, got float"),
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, bin_spacing=0.0), ValueError, "bin_spacing must be a finite number above 0"),
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, bin_offset=math.nan), ValueError, "bin_offset must be finite"),
+        (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, bin_spacing=1e300, pixel_size=1e-300), ValueError, "bin_spacing must be above 0 and below 1e300 pixels, got inf"),
+        (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, bin_spacing=1e-300, pixel_size=1e300), ValueError, "bin_spacing must be above 0 and below 1e300 pixels, got 0.0"),
+        (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, bin_offset=1e308, pixel_size=0.1), ValueError, "bin_offset must be finite and below 1e300 pixels"),
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES * math.nan, 5), ValueError, "angle"),
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES.to("meta"), 5), ValueError, "angles must be on cpu, got meta"),
         (lambda: oder_fast.radon_forward(IMAGE, ANGLES, 5, backend="gpu"), ValueError, "backend must be one of"),

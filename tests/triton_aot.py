@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 INTEGERS = dict.fromkeys(
-    ("n_views", "n_used", "height", "width", "n_bins", "reach", "n_partials", "n", "n_coils", "n_lines"),
+    ("n_views", "n_used", "height", "width", "n_bins", "count", "n_partials", "n", "n_coils", "n_lines"),
     "i32",
 )
 INTEGERS |= dict.fromkeys(("n_illuminations", "n_slices", "rows", "columns"), "i32")
@@ -39,7 +39,7 @@ NORM = dict.fromkeys(SIZES, "i32")
 NORM |= dict.fromkeys(("mean", "rstd", "means", "sums", "moments"), "*fp64") | {"eps": "fp32"}
 NORM |= dict.fromkeys(("weight", "bias", "slope", "squares", "partials"), "*fp32")
 # Launching makes sizes of one constants; they must compile too.
-ONES = {name: 1 for name in INTEGERS if name != "reach"}
+ONES = {name: 1 for name in INTEGERS if name != "count"}
 RED = {"MOMENTUM": True, "NONNEGATIVE": True}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -410,8 +409,13 @@ def _check_geometry(
         raise ValueError(f"{op}: n_bins must be at least 1, got {n_bins}")
     _checks.positive(op, "bin_spacing", spacing)
     _checks.positive(op, "pixel_size", pixel_size)
-    if not math.isfinite(offset):
-        raise ValueError(f"{op}: bin_offset must be finite, got {offset}")
+    # Beyond this the distance of rays along a line is no finite number.
+    if not 0 < spacing / pixel_size < 1e300:
+        raise ValueError(
+            f"{op}: bin_spacing must be above 0 and below 1e300 pixels, got {spacing / pixel_size}"
+        )
+    if not abs(offset / pixel_size) < 1e300:
+        raise ValueError(f"{op}: bin_offset must be finite and below 1e300 pixels, got {offset / pixel_size}")
     return angles.detach().to(torch.float64)
 
 

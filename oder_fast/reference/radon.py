@@ -36,9 +36,9 @@ def _view_samples(
 
 def _taps(positions: Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lower index into a line padded by one zero on each side, and both weights."""
-    floor = positions.floor()
-    fraction = (positions - floor).to(like.dtype)
+    floor = positions.clamp(-2, length + 1).floor()
     inside = (floor >= -1) & (floor < length)
+    fraction = torch.where(inside, positions - floor, 0).to(like.dtype)
     lower = (floor + 1).clamp(0, length).long()
     return lower, (1 - fraction) * inside, fraction * inside
 
