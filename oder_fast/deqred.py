@@ -29,6 +29,7 @@ from .fixed_point.differentiation import AdjointMemory
 from .fixed_point.graphs import EAGER, graph_execution, tell
 from .fixed_point.maps import Hidden, vjp
 from .fixed_point.solution import POLICIES, Policy
+from .kept import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,7 +184,7 @@ class DEQRED(nn.Module):
 
     def _set_scalar(self, name: str, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            self.register_buffer(name, value)
+            self.register_buffer(name, kept(value))
         else:
             setattr(self, name, value)
 
@@ -283,9 +284,10 @@ class DEQRED(nn.Module):
         with self._agreement() as same:
             self._check("y", y, getattr(self.operator, "data_shape", None))
             _check_scale(y)
+            y = kept(y)
             with _full_precision(y.device):
                 data = self._prepare(y)
-            start = None if x0 is None else self._check_start(x0, y)
+            start = None if x0 is None else kept(self._check_start(x0, y))
             same.update(self._settings(y, x0))
         autocast = _Autocast(y.device)
         with _full_precision(y.device), frozen(self.denoiser) as denoiser:

@@ -107,7 +107,7 @@ def diagnose(
     where = "at the images given"
     if x is None:
         x, where = _solution(model, y)
-    with torch.no_grad(), model._problem(y, x) as (red, point):
+    with torch.inference_mode(False), torch.no_grad(), model._problem(y, x) as (red, point):
         whole = replace(red.fidelity, minibatch_size=None, variance_reduction=False)
         derivative = _Derivative(replace(red, fidelity=whole), point.detach())
         jacobian = derivative.jacobian

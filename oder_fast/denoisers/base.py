@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kept import kept
+
 Predicts = Literal["residual", "image"]
 
 
@@ -97,7 +99,7 @@ def set_scalar(module: nn.Module, name: str, value: float | Tensor) -> None:
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{owner}: {name} must be finite and at least 0, got {number}")
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(name, value)
+        module.register_buffer(name, kept(value))
     else:
         setattr(module, name, value)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..kept import kept
 from . import _blocks
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
@@ -93,15 +94,15 @@ class ParallelBeamCT(nn.Module):
             raise ValueError(f"ParallelBeamCT: sampling must be one of {SAMPLING}, got {sampling!r}")
         self.sampling = sampling
         self.backend = backend
-        self._exact_angles = _read_angles(angles)
-        self.register_buffer("angles", self._exact_angles.clone(), persistent=False)
+        self._exact_angles = kept(_read_angles(angles))
+        self.register_buffer("angles", kept(self._exact_angles.clone()), persistent=False)
         self._norm_squared: float | None = None
         self._filters: dict[tuple[Any, ...], Tensor] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelBeamCT:
         # .half() or .to(float32) must not move the rays.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.angles = self._exact_angles.to(self.angles.device)
+        self.angles = kept(self._exact_angles.to(self.angles.device))
         self._filters = {}
         return self
 
@@ -274,7 +275,7 @@ class ParallelBeamCT(nn.Module):
             # Transforms know no half precision.
             response = response.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
             if not torch.compiler.is_compiling():
-                self._filters[key] = response
+                self._filters[key] = response = kept(response)
         length = 2 * (response.shape[-1] - 1)
         filtered = torch.fft.irfft(torch.fft.rfft(y.to(response.dtype), length) * response, length)
         filtered = filtered[..., : self.n_bins].to(y.dtype).contiguous()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..kept import kept
 from . import _blocks
 
 # Relative tolerance of radii and distances, for what was computed in floating point.
@@ -163,10 +164,10 @@ class DiffractionTomography(nn.Module):
         else:
             transfer = _read_functions(transfer_functions, (len(s), *self.image_shape))
             support = _extent(transfer)
-        self.register_buffer("illuminations", s, persistent=False)
-        self.register_buffer("depths", z, persistent=False)
-        self.register_buffer("support", support, persistent=False)
-        self.register_buffer("transfer", transfer, persistent=False)
+        self.register_buffer("illuminations", kept(s), persistent=False)
+        self.register_buffer("depths", kept(z), persistent=False)
+        self.register_buffer("support", kept(support), persistent=False)
+        self.register_buffer("transfer", kept(transfer), persistent=False)
         self.gram, self.gram_reason = _choose_gram(gram, self)
         self._matrices: tuple[Tensor, Tensor] | None = None
         self._norm_squared: float | None = None
@@ -179,7 +180,7 @@ class DiffractionTomography(nn.Module):
             dtype = (
                 like.dtype.to_complex() if value.is_complex() and like.is_floating_point() else value.dtype
             )
-            self._buffers[name] = value.to(like.device, dtype)
+            self._buffers[name] = kept(value.to(like.device, dtype))
         self._matrices = None
         return self
 
@@ -378,7 +379,7 @@ class DiffractionTomography(nn.Module):
         """Return the Gram matrices, built when they are first needed."""
         if self._matrices is None or self._matrices[0].dtype != like.dtype:
             auto, pairs = ops.gram_matrices(*self._scan, self.optics, self.image_shape[2])
-            self._matrices = auto.to(like.dtype), pairs.to(like.dtype)
+            self._matrices = kept(auto.to(like.dtype)), kept(pairs.to(like.dtype))
         return self._matrices
 
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:

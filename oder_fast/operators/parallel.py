@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
+from ..kept import kept
 from . import _blocks
 from .ct import ParallelBeamCT, _angular_weights
 from .idt import DiffractionTomography
@@ -427,7 +428,7 @@ class MeasurementParallel(nn.Module):
             here = _angular_weights(views[self.rank])
             # A view without a weight has others at its angle on both sides, and the same among all.
             ratio = among_all / torch.where(here > 0, here, 1.0)
-            self._view_scale = ratio[:, None]
+            self._view_scale = kept(ratio[:, None])
         return self._view_scale.to(y)
 
     def _regularized(self, y: Tensor) -> Tensor:
