@@ -29,7 +29,7 @@ from .fixed_point.differentiation import AdjointMemory
 from .fixed_point.graphs import EAGER, graph_execution, tell
 from .fixed_point.maps import Hidden, vjp
 from .fixed_point.solution import POLICIES, Policy
-from .kept import kept
+from .ops._kept import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kept import kept
+from ..ops._kept import kept
 
 Predicts = Literal["residual", "image"]
 

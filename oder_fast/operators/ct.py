@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..kept import kept
+from ..ops._kept import kept
 from . import _blocks
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")

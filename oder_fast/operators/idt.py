@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..kept import kept
+from ..ops._kept import kept
 from . import _blocks
 
 # Relative tolerance of radii and distances, for what was computed in floating point.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..kept import kept
+from ..ops._kept import kept
 from . import _blocks
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
-from ..kept import kept
+from ..ops._kept import kept
 from . import _blocks
 from .ct import ParallelBeamCT, _angular_weights
 from .idt import DiffractionTomography

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kept import kept
 from ..reference import fourier as reference
 from . import _checks, faces
 from . import red_update as red
+from ._kept import kept
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor coil_maps, Tensor sampling"

@@ -23,7 +23,6 @@ from ..data import (
     smooth_phase,
 )
 from ..data.samples import Batch, Sample
-from ..kept import kept
 from ..operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
 from . import configuration as settings
 
@@ -180,7 +179,7 @@ class MRIScan(Scan):
     def birdcage(self, shape: tuple[int, ...]) -> Tensor:
         """Return the maps of images without their own, ``(C, H, W)``."""
         if shape not in self._maps:
-            self._maps[shape] = kept(birdcage_maps(self.section.coils, (shape[0], shape[1])))
+            self._maps[shape] = birdcage_maps(self.section.coils, (shape[0], shape[1]))
         return self._maps[shape]
 
     def operator(self, shape: tuple[int, ...]) -> CartesianMRI:
