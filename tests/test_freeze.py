@@ -5,6 +5,7 @@ import functools
 import itertools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from oder_fast.denoisers import DnCNN, UNet, frozen
+from oder_fast.denoisers import AtNoiseLevel, DnCNN, UNet, frozen
 from oder_fast.deqred import DEQRED
 from oder_fast.fixed_point import Implicit, JacobianFree, Picard, Unrolled
 from oder_fast.operators import ParallelBeamCT
@@ -297,6 +298,7 @@ def closure(network):
         lambda network: Pipeline(network).denoise,
         lambda network: network.forward,
         lambda network: functools.partial(network),
+        lambda network: AtNoiseLevel(lambda x, sigma: network(x), 0.1),
     ],
 )
 def test_callables_that_hold_a_module_are_frozen(wrap, noisy, image):
@@ -369,16 +371,16 @@ class Interrupted(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-        self.jobs = []
+        self.other_thread = SimpleNamespace(jobs=[])
         # After the hooks that compute weights.
         layer.register_forward_pre_hook(lambda *_: self.interrupt())
 
     def interrupt(self):
-        jobs, self.jobs[:] = list(self.jobs), []
+        jobs, self.other_thread.jobs = self.other_thread.jobs, []
         with ThreadPoolExecutor(1) as thread:
             for job in jobs:
                 thread.submit(job).result()
-        self.jobs += jobs
+        self.other_thread.jobs = jobs
 
     def forward(self, x):
         return 0.5 * self.layer(x)
@@ -407,10 +409,10 @@ def test_a_solve_beside_another_keeps_its_gradients(computed, differentiation, i
     infer()
     train()
     # A whole solve in the middle of each of a training step's calls, and the other way round.
-    trained.denoiser.jobs.append(infer)
+    trained.denoiser.other_thread.jobs = [infer]
     train()
-    trained.denoiser.jobs.clear()
-    serving.denoiser.jobs.append(train)
+    trained.denoiser.other_thread.jobs = []
+    serving.denoiser.other_thread.jobs = [train]
     infer()
     assert len(images) > 5
     assert len(found) > 5
@@ -423,7 +425,7 @@ def test_a_solve_is_one_map_whatever_mode_another_thread_sets():
     y, layer = data(), nn.Dropout(0.5).eval()
     model = model_of(Interrupted(layer))
     expected = model(y)
-    model.denoiser.jobs.append(lambda: model.train(not model.training))
+    model.denoiser.other_thread.jobs = [lambda: model.train(not model.training)]
     assert torch.equal(model(y), expected)
     assert torch.equal(model(y), expected)
 

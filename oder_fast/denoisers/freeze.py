@@ -93,24 +93,26 @@ def _held(denoiser: Callable[..., Any]) -> list[Any]:
     seen: dict[int, Any] = {}
     owner = denoiser.__self__ if isinstance(denoiser, types.MethodType) else denoiser
 
-    def visit(value: Any, calls: bool) -> None:
+    def visit(value: Any) -> None:
         if type(value) in PLAIN or id(value) in seen:
             return
         seen[id(value)] = value
         if isinstance(value, nn.Module):
             # A scripted module is in C++, and holds nothing that is frozen here.
             if not isinstance(value, torch.jit.ScriptModule):
-                visit(dict(vars(value)), False)
+                # What hooks know beside the submodules is no part of the denoiser.
+                for name, attribute in dict(vars(value)).items():
+                    if not name.endswith("_hooks"):
+                        visit(attribute)
                 held.append(value)
         elif value is owner and type(value).__new__ is object.__new__ and hasattr(value, "__dict__"):
-            visit(dict(vars(value)), calls)
+            visit(dict(vars(value)))
             held.append(value)
-        # What a module's hooks and functions know beside its submodules is no part of it.
-        elif calls or isinstance(value, (dict, list, tuple, set, deque)):
+        else:
             for part in _taken_apart(value)[0]:
-                visit(part, calls)
+                visit(part)
 
-    visit(denoiser, True)
+    visit(denoiser)
     return held
 
 
