@@ -172,6 +172,18 @@ def test_a_computed_weight_is_computed_once_with_its_graph(computed, image):
     torch.testing.assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
+@pytest.mark.parametrize("computed", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_power_iteration_leaves_the_graphs_of_earlier_solves(computed, differentiation):
+    torch.manual_seed(0)
+    model, y = model_of(computed(nn.Conv2d(1, 1, 3, padding=1)), differentiation=differentiation), data()
+    first = model(y)
+    expected = torch.autograd.grad(first.square().sum(), list(model.parameters()), retain_graph=True)
+    model(y)
+    found = torch.autograd.grad(first.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
 # ------------------------------------------------------------------ what else a module may do
 
 
@@ -354,6 +366,13 @@ def test_a_copy_of_a_denoiser_that_changes_later_does_not(noisy, image):
         assert torch.equal(fixed(image), fixed(image))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers_make_themselves_in_the_first_solve(noisy):
+    model, y = model_of(nn.Sequential(nn.LazyConv2d(1, 3, padding=1), noisy)), data()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, y))
+    assert torch.equal(model.eval()(y), model(y))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_scripted_layers_stay_themselves(noisy, image):
     scripted = torch.jit.script(nn.Conv2d(1, 1, 3, padding=1))
@@ -387,7 +406,7 @@ class Interrupted(nn.Module):
 
 
 @pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
+@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()])
 @pytest.mark.parametrize(
     "computed", [parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.weight_norm, pruned]
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.prune import BasePruningMethod
@@ -65,7 +66,7 @@ def frozen(denoiser: D) -> Iterator[D]:
     """
     originals = _held(denoiser)
     modules = [module for module in originals if isinstance(module, nn.Module)]
-    if not any(_parametrized(m) or weight_hooks(m) or isinstance(m, CHANGING) for m in modules):
+    if not any(_parametrized(m) or _weight_hooks(m) or isinstance(m, CHANGING) for m in modules):
         yield denoiser
         return
     with torch.no_grad():
@@ -98,8 +99,8 @@ def _held(denoiser: Callable[..., Any]) -> list[Any]:
             return
         seen[id(value)] = value
         if isinstance(value, nn.Module):
-            # A scripted module is in C++, and holds nothing that is frozen here.
-            if not isinstance(value, torch.jit.ScriptModule):
+            # A scripted module is in C++, and holds nothing that is frozen here; a lazy one makes itself when called.
+            if not isinstance(value, (torch.jit.ScriptModule, LazyModuleMixin)):
                 # What hooks know beside the submodules is no part of the denoiser.
                 for name, attribute in dict(vars(value)).items():
                     if not name.endswith("_hooks"):
@@ -136,7 +137,7 @@ def _copied(originals: list[Any]) -> dict[int, Any]:
 
 def _settle(module: nn.Module, duplicate: Any) -> None:
     """Switch off in the copy of a module what changes the map, and compute its weights."""
-    hooks = weight_hooks(module)
+    hooks = _weight_hooks(module)
     if isinstance(module, CHANGING) or hooks:
         vars(duplicate)["training"] = False
     if names := _parametrized(module):
@@ -145,6 +146,9 @@ def _settle(module: nn.Module, duplicate: Any) -> None:
     if hooks:
         others = [(key, hook) for key, hook in duplicate._forward_pre_hooks.items() if hook not in hooks]
         vars(duplicate)["_forward_pre_hooks"] = OrderedDict(others)
+        # Later power iterations write into the vectors that the weight's graph keeps.
+        buffers = duplicate._buffers.items()
+        vars(duplicate)["_buffers"] = {name: None if b is None else b.clone() for name, b in buffers}
         for hook in hooks:
             hook(duplicate, ())
 
@@ -255,7 +259,7 @@ def _parametrized(module: nn.Module) -> list[str]:
     return [name for name in names if isinstance(getattr(type(module), name, None), property)]
 
 
-def weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, Any], None]]:
+def _weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, Any], None]]:
     """Return the hooks of a module that compute a weight before each call."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WEIGHTS)]
 
@@ -266,6 +270,6 @@ def _power_iteration(module: nn.Module) -> None:
         if any(isinstance(p, _SpectralNorm) and p.training for p in module):
             module()
     elif module.training:
-        for hook in weight_hooks(module):
+        for hook in _weight_hooks(module):
             if isinstance(hook, SpectralNorm):
                 hook.compute_weight(module, do_power_iteration=True)
