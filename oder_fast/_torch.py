@@ -103,3 +103,23 @@ def fft(
     moved = _Contiguous.apply(value.movedim(axes, last))  # type: ignore[no-untyped-call]
     result: Tensor = _Contiguous.apply(transform(moved, size, last, norm))  # type: ignore[no-untyped-call]
     return result.movedim(last, axes)
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of one made under `torch.inference_mode`.
+
+    Such a tensor can take no part in a derivative for as long as it lives: what is kept for later calls goes through
+    here.
+
+    Example:
+        >>> import torch
+        >>> with torch.inference_mode():
+        ...     ones = torch.ones(1)
+        ...     copied = kept(ones)
+        >>> ones.is_inference(), copied.is_inference()
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

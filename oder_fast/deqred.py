@@ -19,7 +19,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._torch import Autocast, full_precision, uncompiled
+from ._torch import Autocast, full_precision, kept, uncompiled
 from .denoisers import frozen
 from .denoisers.base import set_scalar
 from .denoisers.call import ImageDenoiser
@@ -228,6 +228,7 @@ class DEQRED(nn.Module):
         operator = as_operator(operator)
         with operator.agreement() as same:
             self._check("y", y, operator.data_shape)
+            y = kept(y)
             with full_precision(y.device):
                 start, scale = self._start(y, operator, x0)
                 fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
@@ -265,6 +266,7 @@ class DEQRED(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the start, checked, scaled and clipped, and the scale of each image."""
         start = x0.value.detach() if isinstance(x0, Solution) else x0
+        start = kept(start) if isinstance(start, Tensor) else start
         initial = operator.initial(y) if start is None or self.normalize else None
         start = initial if start is None else start
         self._check("x0", start, operator.image_shape)

@@ -135,7 +135,7 @@ def diagnose(
     where = "at the images given"
     if x is None:
         x, where = _solution(model, y, operator)
-    with torch.no_grad(), model._problem(y, operator, x) as (red, point, _):
+    with torch.inference_mode(False), torch.no_grad(), model._problem(y, operator, x) as (red, point, _):
         derivative = _Derivative(red, point.detach())
         jacobian = derivative.jacobian
 

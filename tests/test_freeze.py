@@ -2,21 +2,27 @@
 
 import copy
 import functools
+import itertools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from oder_fast.denoisers import DnCNN, frozen
+from oder_fast.denoisers import AtNoiseLevel, DnCNN, UNet, frozen
 from oder_fast.deqred import DEQRED
-from oder_fast.fixed_point import Implicit, JacobianFree, Nesterov, Unrolled
+from oder_fast.fixed_point import Implicit, JacobianFree, Picard, Unrolled
 from oder_fast.operators import ParallelBeamCT
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.(spectral|weight)_norm` is deprecated:FutureWarning"),
+    # Solves and adjoint solves of a few iterations are compared.
+    pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning"),
 ]
 
 SMALL = (4, 8)
@@ -75,7 +81,7 @@ def flags(module):
 
 
 def model_of(denoiser, **options):
-    settings = {"tau": 5.0, "solver": Nesterov(300, 1e-4), "on_failure": "ignore", **options}
+    settings = {"tau": 5.0, "solver": Picard(6, 1e-12), "on_failure": "ignore", **options}
     return DEQRED(ParallelBeamCT(16, 12), denoiser, **settings)
 
 
@@ -164,6 +170,18 @@ def test_a_computed_weight_is_computed_once_with_its_graph(computed, image):
         assert fixed.weight is weight
     gradient = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
     torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
+@pytest.mark.parametrize("computed", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_power_iteration_leaves_the_graphs_of_earlier_solves(computed, differentiation):
+    torch.manual_seed(0)
+    model, y = model_of(computed(nn.Conv2d(1, 1, 3, padding=1)), differentiation=differentiation), data()
+    first = model(y)
+    expected = torch.autograd.grad(first.square().sum(), list(model.parameters()), retain_graph=True)
+    model(y)
+    found = torch.autograd.grad(first.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------ what else a module may do
@@ -292,6 +310,7 @@ def closure(network):
         lambda network: Pipeline(network).denoise,
         lambda network: network.forward,
         lambda network: functools.partial(network),
+        lambda network: AtNoiseLevel(lambda x, sigma: network(x), 0.1),
     ],
 )
 def test_callables_that_hold_a_module_are_frozen(wrap, noisy, image):
@@ -347,6 +366,13 @@ def test_a_copy_of_a_denoiser_that_changes_later_does_not(noisy, image):
         assert torch.equal(fixed(image), fixed(image))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers_make_themselves_in_the_first_solve(noisy):
+    model, y = model_of(nn.Sequential(nn.LazyConv2d(1, 3, padding=1), noisy)), data()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, y))
+    assert torch.equal(model.eval()(y), model(y))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_scripted_layers_stay_themselves(noisy, image):
     scripted = torch.jit.script(nn.Conv2d(1, 1, 3, padding=1))
@@ -358,7 +384,158 @@ def test_scripted_layers_stay_themselves(noisy, image):
 # ------------------------------------------------------------------ solves beside each other
 
 
-def weights_updated(model):
+class Interrupted(nn.Module):
+    """In the middle of each call of a layer, let another thread run a job."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.other_thread = SimpleNamespace(jobs=[])
+        # After the hooks that compute weights.
+        layer.register_forward_pre_hook(lambda *_: self.interrupt())
+
+    def interrupt(self):
+        jobs, self.other_thread.jobs = self.other_thread.jobs, []
+        with ThreadPoolExecutor(1) as thread:
+            for job in jobs:
+                thread.submit(job).result()
+        self.other_thread.jobs = jobs
+
+    def forward(self, x):
+        return 0.5 * self.layer(x)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()])
+@pytest.mark.parametrize(
+    "computed", [parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.weight_norm, pruned]
+)
+def test_a_solve_beside_another_keeps_its_gradients(computed, differentiation, independent):
+    def model():
+        torch.manual_seed(0)
+        layer = computed(nn.Conv2d(1, 1, 3, padding=1)).eval()
+        return model_of(Interrupted(layer), differentiation=differentiation)
+
+    @torch.no_grad()
+    def infer():
+        images.append(serving(y))
+
+    def train():
+        found.append(gradients(trained, y))
+
+    y, trained, images, found = data(), model(), [], []
+    serving = model() if independent else trained
+    infer()
+    train()
+    # A whole solve in the middle of each of a training step's calls, and the other way round.
+    trained.denoiser.other_thread.jobs = [infer]
+    train()
+    trained.denoiser.other_thread.jobs = []
+    serving.denoiser.other_thread.jobs = [train]
+    infer()
+    assert len(images) > 5
+    assert len(found) > 5
+    for image, gradient in itertools.product(images, found):
+        torch.testing.assert_close(image, images[0], rtol=0, atol=0)
+        torch.testing.assert_close(gradient, found[0], rtol=0, atol=0)
+
+
+def test_a_solve_is_one_map_whatever_mode_another_thread_sets():
+    y, layer = data(), nn.Dropout(0.5).eval()
+    model = model_of(Interrupted(layer))
+    expected = model(y)
+    model.denoiser.other_thread.jobs = [lambda: model.train(not model.training)]
+    assert torch.equal(model(y), expected)
+    assert torch.equal(model(y), expected)
+
+
+@pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
+def test_a_solve_does_not_use_the_cache_that_its_caller_has_open(differentiation):
+    torch.manual_seed(0)
+    model, y = model_of(UNet(SMALL).eval(), differentiation=differentiation), data()
+    expected = gradients(model, y)
+    with parametrize.cached():
+        with torch.no_grad():
+            model(y)
+        torch.testing.assert_close(gradients(model, y), expected, rtol=0, atol=0)
+        other = model_of(UNet(SMALL).eval(), differentiation=differentiation)
+        assert all(gradient.abs().max() > 0 for gradient in gradients(other, y))
+
+
+# ------------------------------------------------------------------ what else wraps modules
+
+
+@pytest.mark.parametrize("how", ["torch.compile(denoiser)", "denoiser.compile", "torch.compile(wrapped)"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# The compiler looks at the gradient of each tensor that it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_denoiser_is_compiled_once_for_all_solves(noisy, how):
+    noisy.eval()
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    noisy.drop.train()
+    model, y = model_of(noisy), data()
+    expected = model(y)
+    if how == "denoiser.compile":
+        noisy.compile(backend=backend)
+    else:
+        model.denoiser = torch.compile(
+            noisy if how == "torch.compile(denoiser)" else nn.Sequential(noisy), backend=backend
+        )
+    for _ in range(10):
+        torch.testing.assert_close(model(y), expected, rtol=1e-3, atol=1e-3)
+    assert len(graphs) == 1
+
+
+def test_a_denoiser_of_other_weights_is_solved_with_those():
+    torch.manual_seed(0)
+    model, y = model_of(UNet(SMALL).eval()), data()
+    weights = {name: value.detach() * 1.1 for name, value in model.named_parameters()}
+    weights = {name: value.requires_grad_() for name, value in weights.items()}
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in expected.named_parameters():
+            weight.copy_(weights[name])
+    wanted = gradients(expected, y)
+    torch.func.functional_call(model, weights, (y,)).square().sum().backward()
+    torch.testing.assert_close([weight.grad for weight in weights.values()], wanted)
+
+
+def test_weights_updated_in_place_are_those_of_the_next_solve():
+    torch.manual_seed(0)
+    model, y = model_of(UNet(SMALL).eval()), data()
+    first = model(y)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.01
+            weight *= 1.1
+    second = model(y)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, copy.deepcopy(model)(y))
+
+
+def test_a_distributed_denoiser_sums_its_gradients(noisy, tmp_path):
+    y = data()
+    expected = gradients(model_of(copy.deepcopy(noisy).eval()), y)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        distributed, reduced = DistributedDataParallel(noisy.eval()), []
+
+        def reduce(_, bucket):
+            reduced.append(bucket)
+            future = torch.futures.Future()
+            future.set_result(2 * bucket.buffer())
+            return future
+
+        distributed.register_comm_hook(None, reduce)
+        model = model_of(distributed)
+        for _ in range(2):
+            found = gradients(model, y)
+            torch.testing.assert_close(found, [2 * gradient for gradient in expected])
+        assert len(reduced) == 2
+    finally:
+        torch.distributed.destroy_process_group()

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import kept
+
+
 Predicts = Literal["residual", "image"]
 
 
@@ -100,7 +103,7 @@ def set_scalar(module: nn.Module, name: str, value: float | Tensor, *, positive:
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{owner}: {name} must be finite and {'above' if positive else 'at least'} 0, got {number}")
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(name, value)
+        module.register_buffer(name, kept(value))
     else:
         setattr(module, name, value)
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.prune import BasePruningMethod
@@ -63,130 +64,129 @@ def frozen(denoiser: D) -> Iterator[D]:
         >>> drop.training
         True
     """
-    copies = _Copies()
-    frozen_denoiser = cast("D", copies.of(denoiser))
-    if not copies.differ():
+    originals = _held(denoiser)
+    modules = [module for module in originals if isinstance(module, nn.Module)]
+    if not any(_parametrized(m) or _weight_hooks(m) or isinstance(m, CHANGING) for m in modules):
         yield denoiser
         return
-    copies.freeze()
+    with torch.no_grad():
+        for module in modules:
+            _power_iteration(module)
+    copies = _copied(originals)
+    for module in modules:
+        _settle(module, copies[id(module)])
+    given = {key: (dict(vars(c)), dict(vars(c).get("_modules", {}))) for key, c in copies.items()}
     try:
-        yield frozen_denoiser
+        yield _Substitution(copies)(denoiser)
     finally:
-        copies.write_back()
-
-
-class _Copies:
-    """Shallow copies of all modules that a denoiser is made of, those first that others are made of."""
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[Any, Any]] = []
-        self.given: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.substitution = _Substitution(self._of_module)
-
-    def of(self, denoiser: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a denoiser made of copies."""
-        owner = denoiser.__self__ if isinstance(denoiser, types.MethodType) else denoiser
-        plain = type(owner).__new__ is object.__new__ and hasattr(owner, "__dict__")
-        if plain and not isinstance(owner, nn.Module):
-            self._of_object(owner, type(owner))
-        return cast("Callable[..., Any]", self.substitution(denoiser))
-
-    def _of_module(self, module: nn.Module) -> Any:
-        if isinstance(module, torch.jit.ScriptModule):
-            # In C++, and without anything that is frozen here.
-            return module
-        parametrized = parametrize.is_parametrized(module)
-        return self._of_object(
-            module, parametrize.type_before_parametrizations(module) if parametrized else type(module)
-        )
-
-    def _of_object(self, original: Any, kind: type) -> Any:
-        duplicate: Any = object.__new__(kind)
-        self.substitution.known[id(original)] = duplicate
-        attributes = dict(vars(original))
-        vars(duplicate).update((name, self.substitution(value)) for name, value in attributes.items())
-        if isinstance(original, nn.Module):
-            vars(duplicate)["_modules"] = dict(duplicate._modules)
-        self.pairs.append((original, duplicate))
-        return duplicate
-
-    def _modules(self) -> list[tuple[nn.Module, Any]]:
-        return [pair for pair in self.pairs if isinstance(pair[0], nn.Module)]
-
-    def differ(self) -> bool:
-        """Whether any module has, or would have in training mode, to differ from its original."""
-        return any(
-            parametrize.is_parametrized(module) or weight_hooks(module) or isinstance(module, CHANGING)
-            for module, _ in self._modules()
-        )
-
-    def freeze(self) -> None:
-        """Switch off what changes the map, and compute weights."""
-        with torch.no_grad():
-            for module, _ in self._modules():
-                _power_iteration(module)
-        for module, duplicate in self._modules():
-            if isinstance(module, CHANGING) or weight_hooks(module):
-                vars(duplicate)["training"] = False
-        for module, duplicate in self._modules():
-            if parametrize.is_parametrized(module):
-                weights = {
-                    name: weight() for name, weight in duplicate._modules.pop("parametrizations").items()
-                }
-                vars(duplicate)["_parameters"] = {**duplicate._parameters, **weights}
-            if weight_hooks(module):
-                hooks = duplicate._forward_pre_hooks
-                vars(duplicate)["_forward_pre_hooks"] = type(hooks)(
-                    (key, hook) for key, hook in hooks.items() if not isinstance(hook, WEIGHTS)
-                )
-                for hook in weight_hooks(module):
-                    hook(duplicate, ())
-        self.given = [(dict(vars(d)), dict(vars(d).get("_modules", {}))) for _, d in self.pairs]
-
-    def write_back(self) -> None:
-        """Set in the originals what has been set in the copies."""
-        back = _Substitution(lambda module: module)
-        back.known.update((id(duplicate), original) for original, duplicate in self.pairs)
-        for (original, duplicate), (attributes, children) in zip(self.pairs, self.given, strict=True):
-            _carry_over(attributes, vars(duplicate), vars(original), back)
+        back = {id(copies[id(original)]): original for original in originals}
+        for original in originals:
+            attributes, children = given[id(original)]
+            _carry_over(attributes, vars(copies[id(original)]), vars(original), back)
             if isinstance(original, nn.Module):
-                _carry_over(children, duplicate._modules, original._modules, back)
+                _carry_over(children, copies[id(original)]._modules, original._modules, back)
+
+
+def _held(denoiser: Callable[..., Any]) -> list[Any]:
+    """Return the modules that a denoiser is made of, those first that others are made of, and the object it is."""
+    held: list[Any] = []
+    # By their ids, which are their own while they live.
+    seen: dict[int, Any] = {}
+    owner = denoiser.__self__ if isinstance(denoiser, types.MethodType) else denoiser
+
+    def visit(value: Any) -> None:
+        if type(value) in PLAIN or id(value) in seen:
+            return
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            # A scripted module is in C++, and holds nothing that is frozen here; a lazy one makes itself when called.
+            if not isinstance(value, (torch.jit.ScriptModule, LazyModuleMixin)):
+                # What hooks know beside the submodules is no part of the denoiser.
+                for name, attribute in dict(vars(value)).items():
+                    if not name.endswith("_hooks"):
+                        visit(attribute)
+                held.append(value)
+        elif value is owner and type(value).__new__ is object.__new__ and hasattr(value, "__dict__"):
+            visit(dict(vars(value)))
+            held.append(value)
+        else:
+            for part in _taken_apart(value)[0]:
+                visit(part)
+
+    visit(denoiser)
+    return held
+
+
+def _copied(originals: list[Any]) -> dict[int, Any]:
+    """Return shallow copies by the originals' ids, each made of the others."""
+    # Parametrized weights are properties of a class that was made for the module; in the copy they are tensors.
+    kinds = [
+        type(o).__base__ if isinstance(o, nn.Module) and _parametrized(o) else type(o) for o in originals
+    ]
+    copies: dict[int, Any] = {
+        id(o): object.__new__(cast("type", kind)) for o, kind in zip(originals, kinds, strict=True)
+    }
+    substitution = _Substitution(copies)
+    for original in originals:
+        attributes = vars(copies[id(original)])
+        attributes.update((name, substitution(value)) for name, value in dict(vars(original)).items())
+        if isinstance(original, nn.Module):
+            attributes["_modules"] = dict(attributes["_modules"])
+    return copies
+
+
+def _settle(module: nn.Module, duplicate: Any) -> None:
+    """Switch off in the copy of a module what changes the map, and compute its weights."""
+    hooks = _weight_hooks(module)
+    if isinstance(module, CHANGING) or hooks:
+        vars(duplicate)["training"] = False
+    if names := _parametrized(module):
+        weights = {name: duplicate.parametrizations[name]() for name in names}
+        vars(duplicate)["_parameters"] = {**duplicate._parameters, **weights}
+    if hooks:
+        others = [(key, hook) for key, hook in duplicate._forward_pre_hooks.items() if hook not in hooks]
+        vars(duplicate)["_forward_pre_hooks"] = OrderedDict(others)
+        # Later power iterations write into the vectors that the weight's graph keeps.
+        buffers = duplicate._buffers.items()
+        vars(duplicate)["_buffers"] = {name: None if b is None else b.clone() for name, b in buffers}
+        for hook in hooks:
+            hook(duplicate, ())
 
 
 def _carry_over(
-    before: dict[str, Any], now: dict[str, Any], target: dict[str, Any], back: _Substitution
+    before: dict[str, Any], now: dict[str, Any], target: dict[str, Any], back: dict[int, Any]
 ) -> None:
-    """Do to a dictionary what turned `before` into `now`."""
+    """Do to a dictionary of an original what turned its copy's from `before` into `now`."""
     for name in before.keys() - now.keys():
         target.pop(name, None)
     for name, value in now.items():
         if name not in before or value is not before[name]:
-            target[name] = back(value)
+            target[name] = _Substitution(back)(value)
 
 
 class _Substitution:
-    """Put other modules in the place of those that a value holds; a value that holds none is returned itself.
+    """Put other objects in the place of those that a value holds; a value that holds none is returned itself.
 
     Looks into containers, weak references, partials, methods, and the closures and defaults of functions.
 
     Args:
-        module: Returns what takes the place of a module that is met first.
+        known: What takes the place of an object, by its id.
     """
 
-    def __init__(self, module: Callable[[nn.Module], Any]) -> None:
-        self.module = module
-        self.known: dict[int, Any] = {}
+    def __init__(self, known: dict[int, Any]) -> None:
+        self.known = dict(known)
+        # What has been met since: ids are its own while it lives.
+        self.met: list[Any] = []
 
     def __call__(self, value: Any) -> Any:
-        """Return the value with its modules replaced."""
+        """Return the value with other objects in it."""
         if type(value) in PLAIN or (isinstance(value, dict) and not value):
             return value
         if id(value) not in self.known:
-            # Holds until more is known: values may hold themselves.
+            self.met.append(value)
+            # Holds until more is known: a value may hold itself.
             self.known[id(value)] = value
-            self.known[id(value)] = (
-                self.module(value) if isinstance(value, nn.Module) else self._rebuilt(value)
-            )
+            self.known[id(value)] = self._rebuilt(value)
         return self.known[id(value)]
 
     def _rebuilt(self, value: Any) -> Any:
@@ -251,7 +251,15 @@ def _function(
     return other
 
 
-def weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, Any], None]]:
+def _parametrized(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are computed by a parametrization whenever they are read."""
+    if not parametrize.is_parametrized(module):
+        return []
+    names = cast("nn.ModuleDict", module.parametrizations)
+    return [name for name in names if isinstance(getattr(type(module), name, None), property)]
+
+
+def _weight_hooks(module: nn.Module) -> list[Callable[[nn.Module, Any], None]]:
     """Return the hooks of a module that compute a weight before each call."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WEIGHTS)]
 
@@ -262,6 +270,6 @@ def _power_iteration(module: nn.Module) -> None:
         if any(isinstance(p, _SpectralNorm) and p.training for p in module):
             module()
     elif module.training:
-        for hook in weight_hooks(module):
+        for hook in _weight_hooks(module):
             if isinstance(hook, SpectralNorm):
                 hook.compute_weight(module, do_power_iteration=True)

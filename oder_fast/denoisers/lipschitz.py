@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import fft
+from .._torch import fft, kept
 from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
 from .freeze import frozen
@@ -159,8 +159,8 @@ def estimate_lipschitz(
         raise ValueError(
             f"{name}: iterations must be at least 1 and tolerance at least 0, got {iterations} and {tolerance}"
         )
-    with frozen(denoiser) as same:
-        return estimate_from(Jacobian(same, images), iterations, tolerance, generator)
+    with torch.inference_mode(False), frozen(denoiser) as same:
+        return estimate_from(Jacobian(same, kept(images)), iterations, tolerance, generator)
 
 
 def estimate_from(

@@ -12,7 +12,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .. import ops
-from .._torch import fft
+from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator, power_iteration
 
@@ -96,8 +96,8 @@ class ParallelBeamCT(MeasurementOperator):
             raise ValueError(f"ParallelBeamCT: sampling must be one of {SAMPLING}, got {sampling!r}")
         self.sampling = sampling
         self.backend = backend
-        self._exact_angles = _read_angles(angles)
-        self.register_buffer("angles", self._exact_angles.clone(), persistent=False)
+        self._exact_angles = kept(_read_angles(angles))
+        self.register_buffer("angles", kept(self._exact_angles.clone()), persistent=False)
         self._norm_squared: float | None = None
         self._filters: dict[tuple[Any, ...], Tensor] = {}
         self._response: Tensor | None = None
@@ -106,7 +106,7 @@ class ParallelBeamCT(MeasurementOperator):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelBeamCT:
         # .half() or .to(float32) must not move the rays.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.angles = self._exact_angles.to(self.angles.device)
+        self.angles = kept(self._exact_angles.to(self.angles.device))
         self._filters = {}
         self._response = None
         return self
@@ -243,7 +243,7 @@ class ParallelBeamCT(MeasurementOperator):
             # Transforms know no half precision.
             response = response.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
             if not torch.compiler.is_compiling():
-                self._filters[key] = response
+                self._filters[key] = response = kept(response)
         length = 2 * (response.shape[-1] - 1)
         spectrum = fft(torch.fft.rfftn, y.to(response.dtype), (-1,), (length,)) * response
         filtered = fft(torch.fft.irfftn, spectrum, (-1,), (length,))[..., : self.n_bins].to(y.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._torch import fft
+from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
 
@@ -182,11 +182,11 @@ class DiffractionTomography(MeasurementOperator):
         else:
             transfer = _read_functions(transfer_functions, (len(s), *self.image_shape))
             support = _extent(transfer)
-        self.register_buffer("illuminations", s, persistent=False)
-        self.register_buffer("depths", z, persistent=False)
-        self.register_buffer("support", support, persistent=False)
-        self.register_buffer("transfer", transfer, persistent=False)
-        self.register_buffer("reached", _reached(support, width), persistent=False)
+        self.register_buffer("illuminations", kept(s), persistent=False)
+        self.register_buffer("depths", kept(z), persistent=False)
+        self.register_buffer("support", kept(support), persistent=False)
+        self.register_buffer("transfer", kept(transfer), persistent=False)
+        self.register_buffer("reached", kept(_reached(support, width)), persistent=False)
         self.gram, self.gram_reason = _choose_gram(gram, self)
         self._matrices: tuple[Tensor, Tensor] | None = None
         self._pairs: list[Pairs] = []
@@ -200,7 +200,7 @@ class DiffractionTomography(MeasurementOperator):
             dtype = (
                 like.dtype.to_complex() if value.is_complex() and like.is_floating_point() else value.dtype
             )
-            self._buffers[name] = value.to(like.device, dtype)
+            self._buffers[name] = kept(value.to(like.device, dtype))
         self._matrices, self._pairs = None, []
         return self
 

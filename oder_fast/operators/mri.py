@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._torch import fft
+from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
 
@@ -126,20 +126,20 @@ class CartesianMRI(MeasurementOperator):
         if self.axis == -1:
             # The faces read the maps along the transform.
             maps = _by_columns(maps)
-        self.register_buffer("coil_maps", maps, persistent=False)
-        self.register_buffer("mask", lines, persistent=False)
+        self.register_buffer("coil_maps", kept(maps), persistent=False)
+        self.register_buffer("mask", kept(lines), persistent=False)
         sampling = _points(lines, centered) if self.axis is None else _line_numbers(lines, centered)
-        self.register_buffer("sampling", sampling, persistent=False)
+        self.register_buffer("sampling", kept(sampling), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CartesianMRI:
         # .to(float64) would make the maps real.
         maps = self._buffers.pop("coil_maps")
         assert maps is not None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda value: kept(fn(value)), recurse)  # type: ignore[no-untyped-call]
         like = fn(maps.real.new_empty(0))
         dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}.get(like.dtype, maps.dtype)
         dtype = like.dtype if like.is_complex() else dtype
-        self.register_buffer("coil_maps", maps.to(like.device, dtype), persistent=False)
+        self.register_buffer("coil_maps", kept(maps.to(like.device, dtype)), persistent=False)
         return self
 
     def extra_repr(self) -> str:

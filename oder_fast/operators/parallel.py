@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._torch import kept
 from . import _blocks, solve
 from .base import LeastSquares, MeasurementOperator, as_operator
 from .ct import ParallelBeamCT, _angular_weights
@@ -362,7 +363,7 @@ class MeasurementParallel(MeasurementOperator):
             here = _angular_weights(views[self.rank])
             # A view without a weight has others at its angle on both sides, and the same among all.
             ratio = among_all / torch.where(here > 0, here, 1.0)
-            self._view_scale = ratio[:, None]
+            self._view_scale = kept(ratio[:, None])
         return self._view_scale.to(y)
 
     def _regularized(self, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import fourier as reference
+from .._torch import kept
 from . import _checks, faces
 from . import red_update as red
 from ._library import LIBRARY, register
@@ -106,7 +107,7 @@ def roots_of_unity(n: int, device: torch.device) -> Tensor:
     key = (n, device)
     if key not in _ROOTS:
         angle = torch.arange(n, dtype=torch.float64) * (-2 * torch.pi / n)
-        _ROOTS[key] = torch.stack((angle.cos(), angle.sin()), -1).float().to(device)
+        _ROOTS[key] = kept(torch.stack((angle.cos(), angle.sin()), -1).float().to(device))
     return _ROOTS[key]
 
 

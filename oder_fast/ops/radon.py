@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..reference import radon as reference
 from . import _checks, faces
-from . import red_update as red
 from ._library import LIBRARY, register
 
 _GEOMETRY = "int n_bins, float bin_spacing, float bin_offset, float pixel_size, str backend"
@@ -26,12 +25,6 @@ LIBRARY.define(
 LIBRARY.define(
     f"radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, {_GEOMETRY}) -> Tensor"
 )
-LIBRARY.define(
-    "radon_red_update(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, Tensor denoised, "
-    "Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum, bool nonnegative, "
-    f"{_GEOMETRY}) -> (Tensor, Tensor, Tensor)"
-)
-
 
 # Edge of the square of pixels that a GPU block reduces to one partial sum, and the number of image rows or
 # columns over which the CUDA kernels sum a ray before they write it down.
@@ -286,108 +279,6 @@ def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
-
-
-# ------------------------------------------------------------------ RED update
-
-
-def _red_impl(
-    image: Tensor,
-    sinogram: Tensor | None,
-    angles: Tensor,
-    views: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    nonnegative: bool,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    updated, extrapolated, reductions = red.outputs(image, previous)
-    if image.numel() == 0:
-        return updated, extrapolated, reductions.zero_()
-    batch, height, width = image.shape
-    faces.face(backend).launch(
-        "radon_red_update",
-        image,
-        faces.DTYPE_CODES[image.dtype],
-        image,
-        sinogram,
-        *_sums(image, angles, views, n_bins, backend),
-        *red.reals(denoised),
-        *red.scalars(step_size, tau),
-        *red.reals(previous),
-        *red.scalars(momentum),
-        nonnegative,
-        updated,
-        None if previous is None else extrapolated,
-        reductions,
-        *red.partial_sums(batch, -(-height // TILE) * -(-width // TILE), reductions, backend),
-        batch,
-        height,
-        width,
-        angles,
-        angles.shape[0],
-        views,
-        angles.shape[0] if views is None else views.shape[0],
-        n_bins,
-        bin_spacing,
-        bin_offset,
-        pixel_size,
-    )
-    return updated, extrapolated, reductions
-
-
-def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return red.outputs(image, args[6])
-
-
-def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, sinogram, angles, views, denoised, step_size, tau, previous, momentum, nonnegative, *rest = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.has_previous, ctx.geometry = previous is not None, rest
-    ctx.save_for_backward(
-        image,
-        sinogram,
-        angles,
-        views,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        output[0] if nonnegative else None,
-    )
-
-
-def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
-    image, sinogram, angles, views, denoised, step_size, tau, momentum, updated = ctx.saved_tensors
-    with_data = sinogram is not None and ctx.needs_input_grad[1]
-
-    def fidelity_grad() -> Tensor:
-        gradient: Tensor = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, *ctx.geometry)
-        return gradient
-
-    grad_image, grad_sinogram, *grads = red.fused_vjp(
-        grad_updated,
-        grad_extrapolated if ctx.has_previous else None,
-        image,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        updated,
-        fidelity_grad=fidelity_grad if ctx.needs_input_grad[5] else None,
-        fidelity_vjp=lambda grad: _fidelity_vjp(grad, angles, views, with_data, ctx.geometry),
-    )
-    return grad_image, grad_sinogram, None, None, *grads, *[None] * 7
-
-
-register("radon_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
 
 
 # ------------------------------------------------------------------ what users call
@@ -669,77 +560,3 @@ def _bins(op: str, sinogram: Tensor | None, n_bins: int | None) -> int:
     if n_bins is None:
         raise ValueError(f"{op}: n_bins must be given where sinogram is None")
     return n_bins
-
-
-def radon_red_update(
-    image: Tensor,
-    sinogram: Tensor | None,
-    angles: Tensor,
-    views: Tensor | None,
-    denoised: Tensor,
-    step_size: float | Tensor,
-    tau: float | Tensor,
-    *,
-    previous: Tensor | None = None,
-    momentum: float | Tensor | None = None,
-    nonnegative: bool = False,
-    n_bins: int | None = None,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
-    backend: str = "auto",
-) -> red.RedUpdate:
-    r"""Take one RED step with the CT data fidelity: `radon_gradient` with `red_update` as its epilogue.
-
-    .. math:: x^+ = P(s - \gamma (\nabla g_B(s) + \tau (s - D(s)))), \quad s^+ = x^+ + \beta (x^+ - x)
-
-    The gradient never reaches memory: the update is made where the back-projection has its pixel in registers.
-
-    Args:
-        image: The point `s`, shape ``(B, H, W)``, floating point.
-        sinogram: As in `radon_gradient`.
-        angles: As in `radon_gradient`.
-        views: As in `radon_gradient`.
-        denoised: ``D(s)``, like `image`.
-        step_size: As in `red_update`.
-        tau: As in `red_update`.
-        previous: As in `red_update`.
-        momentum: As in `red_update`.
-        nonnegative: As in `red_update`.
-        n_bins: Number of detector bins, where `sinogram` is None.
-        bin_spacing: As in `radon_forward`.
-        bin_offset: As in `radon_forward`.
-        pixel_size: As in `radon_forward`.
-        backend: ``"auto"`` or the name of a face.
-
-    Returns:
-        A `RedUpdate`, differentiable as that of `red_update`, and in `sinogram`.
-
-    Raises:
-        TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape, device, value or view index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
-
-    Example:
-        >>> import torch
-        >>> x, y = torch.ones(1, 2, 2), torch.full((1, 1, 2), 3.0)
-        >>> radon_red_update(x, y, torch.zeros(1), None, 0 * x, step_size=0.5, tau=0.5).image
-        tensor([[[1.2500, 1.2500],
-                 [1.2500, 1.2500]]])
-    """
-    op = "radon_red_update"
-    n_bins = _bins(op, sinogram, n_bins)
-    _check_fidelity(op, image, sinogram, angles, views, n_bins)
-    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
-    momentum = red.check_prior(op, image, denoised, previous, momentum, nonnegative)
-    step_size = red.parameter(op, "step_size", step_size, image.device)
-    tau = red.parameter(op, "tau", tau, image.device)
-    chosen = faces.resolve(backend, image.device, image.dtype)
-    prior = (denoised, step_size, tau, previous, momentum, nonnegative)
-    geometry = (n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
-    if chosen == "reference":
-        return red.RedUpdate(*reference.radon_red_update(image, sinogram, angles, views, *prior, *geometry))
-    updated, extrapolated, reductions = torch.ops.oder_fast.radon_red_update(
-        image, sinogram, angles, views, *prior, *geometry, chosen
-    )
-    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
