@@ -130,22 +130,6 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       release());
 
   m.def(
-      "radon_red_update",
-      [](int dtype, Address image, Address measured, Address, int64_t, Address denoised, Address step_size, Address tau,
-         Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
-         Address reductions, Address, int64_t, int64_t batch, int64_t height, int64_t width, Address angles,
-         int64_t n_views, Address views, int64_t n_used, int64_t n_bins, double bin_spacing, double bin_offset,
-         double pixel_size, int threads) {
-        const oder::RadonGeometry g{height, width,  at<double>(angles), n_views,    at<int64_t>(views),
-                                    n_used, n_bins, bin_spacing,        bin_offset, pixel_size};
-        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
-                                    at(previous), at<double>(momentum),  nonnegative,
-                                    at(updated),  at(extrapolated),      at<double>(reductions)};
-        oder::radon_red_update(dtype, at(image), at(measured), red, batch, g, threads);
-      },
-      release());
-
-  m.def(
       "red_update",
       [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau, Address previous,
          Address momentum, bool nonnegative, Address updated, Address extrapolated, Address reductions, Address,
@@ -172,16 +156,6 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       [](int dtype, Address image, Address samples, Address gradient, int64_t batch, const auto& scan, int threads) {
         oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), batch, scan, threads);
       });
-  define_fourier<Address, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address,
-                 int64_t>(m, "fourier_red_update",
-                          [](int dtype, Address image, Address samples, Address denoised, Address step_size,
-                             Address tau, Address previous, Address momentum, Address updated, Address extrapolated,
-                             Address reductions, Address, int64_t, int64_t batch, const auto& scan, int threads) {
-                            const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
-                                                        at(previous), at<double>(momentum),  false,
-                                                        at(updated),  at(extrapolated),      at<double>(reductions)};
-                            oder::fourier_red_update(dtype, at(image), at(samples), red, batch, scan, threads);
-                          });
 
   define_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
   define_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);
@@ -196,18 +170,6 @@ PYBIND11_MODULE(ODER_MODULE, m) {
         },
         release());
   }
-  m.def(
-      "diffraction_red_update",
-      [](int dtype, Address spectrum, Address image, Address denoised, Address step_size, Address tau, Address previous,
-         Address momentum, Address updated, Address extrapolated, Address reductions, int64_t batch, Address support,
-         int64_t n_illuminations, int64_t count, int64_t height, int64_t width, int threads) {
-        const oder::DiffractionPlanes planes{at<int32_t>(support), n_illuminations, count, height, width};
-        const oder::RedOperands red{at(denoised), at<double>(step_size), at<double>(tau),
-                                    at(previous), at<double>(momentum),  false,
-                                    at(updated),  at(extrapolated),      at<double>(reductions)};
-        oder::diffraction_red_update(dtype, at(spectrum), at(image), red, batch, planes, threads);
-      },
-      release());
   m.def(
       "diffraction_gram",
       [](int dtype, Address spectrum, Address data, Address gradient, Address automatic, Address pairs, int64_t batch,

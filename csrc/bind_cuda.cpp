@@ -6,6 +6,7 @@
 #include "diffraction_cuda.h"
 #include "fourier_cuda.h"
 #include "radon_cuda.h"
+#include "red_update_cuda.h"
 
 namespace {
 
@@ -140,23 +141,6 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       release());
 
   m.def(
-      "radon_red_update",
-      [](int dtype, Address image, Address measured, Address sums, int64_t n_sums, Address denoised, Address step_size,
-         Address tau, Address previous, Address momentum, bool nonnegative, Address updated, Address extrapolated,
-         Address reductions, Address partials, int64_t n_partials, int64_t batch, int64_t height, int64_t width,
-         Address angles, int64_t n_views, Address views, int64_t n_used, int64_t n_bins, double bin_spacing,
-         double bin_offset, double pixel_size, Address stream) {
-        const RadonScan scan =
-            scan_of(height, width, angles, n_views, views, n_used, n_bins, bin_spacing, bin_offset, pixel_size);
-        const RedOperands red{at(denoised),           at<double>(step_size), at<double>(tau), at(previous),
-                              at<double>(momentum),   nonnegative,           at(updated),     at(extrapolated),
-                              at<double>(reductions), at<double>(partials),  n_partials};
-        oder::radon_red_update(dtype, at(image), at(measured), at<float>(sums), n_sums, red, narrow(batch, "batch"),
-                               scan, pixel_size, at(stream));
-      },
-      release());
-
-  m.def(
       "red_update",
       [](int dtype, Address image, Address gradient, Address denoised, Address step_size, Address tau, Address previous,
          Address momentum, bool nonnegative, Address updated, Address extrapolated, Address reductions,
@@ -180,18 +164,6 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       m, "fourier_gradient",
       [](int dtype, Address image, Address samples, Address gradient, const FourierScan& scan, void* stream) {
         oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), scan, stream);
-      });
-  def_fourier<int, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address, Address,
-              int64_t>(
-      m, "fourier_red_update",
-      [](int dtype, Address image, Address samples, Address denoised, Address step_size, Address tau, Address previous,
-         Address momentum, Address updated, Address extrapolated, Address reductions, Address partials,
-         int64_t n_partials, const FourierScan& scan, void* stream) {
-        const RedOperands red{
-            at(denoised), at<double>(step_size), at<double>(tau),  at(previous),           at<double>(momentum),
-            false,        at(updated),           at(extrapolated), at<double>(reductions), at<double>(partials),
-            n_partials};
-        oder::fourier_red_update(dtype, at(image), at(samples), red, scan, stream);
       });
 
   def_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);

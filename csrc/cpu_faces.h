@@ -52,8 +52,6 @@ void radon_adjoint(int dtype, const void* sinogram, void* image, int64_t batch, 
                    bool matched, int threads);
 void radon_gradient(int dtype, const void* image, const void* measured, void* gradient, int64_t batch,
                     const RadonGeometry& geometry, int threads);
-void radon_red_update(int dtype, const void* image, const void* measured, const RedOperands& red, int64_t batch,
-                      const RadonGeometry& geometry, int threads);
 void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
                 int threads);
 
@@ -62,8 +60,6 @@ void fourier_forward(int dtype, const void* image, void* samples, int64_t batch,
 void fourier_adjoint(int dtype, const void* samples, void* image, int64_t batch, const FourierScan& scan, int threads);
 void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, int64_t batch,
                       const FourierScan& scan, int threads);
-void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red, int64_t batch,
-                        const FourierScan& scan, int threads);
 
 // Slices' images [count, height, width] that are transformed, and the pupils whose frequencies count of their spectra:
 // signed column frequencies [n_illuminations, height, 2], begin and end; null for all frequencies.
@@ -75,9 +71,6 @@ struct DiffractionPlanes {
 // Spectra are orthonormal, in natural order; rows that no pupil meets (at neither sign) are neither written nor read.
 void diffraction_transform(int dtype, const void* image, void* spectrum, const DiffractionPlanes& planes, int threads);
 void diffraction_inverse(int dtype, const void* spectrum, void* image, const DiffractionPlanes& planes, int threads);
-// The RED step of images [batch, slices, height, width] with the gradient of this spectrum, which may lie in `updated`.
-void diffraction_red_update(int dtype, const void* spectrum, const void* image, const RedOperands& red, int64_t batch,
-                            const DiffractionPlanes& planes, int threads);
 
 // Spectra are [batch, n_slices, height, width], half spectra [batch, n_illuminations, height, width / 2 + 1]; null for
 // zeros.

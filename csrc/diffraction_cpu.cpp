@@ -2,14 +2,14 @@
 //
 // Computes        spectra of slices; half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z;
 //                 the conjugate transpose G_z = 2 sum_l conj(h_lz) S_l; (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the
-//                 same with all illuminations through Gram matrices; images of spectra, and RED steps with them.
+//                 same with all illuminations through Gram matrices; images of spectra.
 // Thread mapping  spectra: rows of the half plane of frequencies, the rows in turn to the next free thread. A vector of
 //                 frequencies u is kept with its mirror image -u, through all illuminations. Transforms: some planes at
 //                 a time, all threads in each of the two passes (tiles of columns, groups of rows).
 // Shared memory   per thread the slices' X and G of two vectors, and one illumination's h: they stay in L1. Transforms:
 //                 per thread a tile of columns, and what lies between the two passes.
-// Accumulation    in the precision of the spectra, illuminations in the order given; sums of norms in double by tiles:
-//                 equal bits for any number of threads.
+// Accumulation    in the precision of the spectra, illuminations in the order given: equal bits for any number
+//                 of threads.
 // Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller); no pupil holds a
 //                 frequency of half the sampling rate.
 #include <omp.h>
@@ -20,7 +20,6 @@
 
 #include "cpu_faces.h"
 #include "diffraction_planes_cpu.h"
-#include "red_update_cpu.h"
 
 namespace oder {
 namespace {
@@ -622,26 +621,6 @@ void with_dtype(int dtype, F&& f) {
   dtype == kFloat64 ? f(double{}) : f(float{});
 }
 
-// ---------------------------------------------------------------- what becomes of a gradient's spectrum
-
-template <class T>
-void red_update(const T* spectrum, const void* image, const RedOperands& red, int64_t batch,
-                const DiffractionPlanes& planes, int threads) {
-  const PlaneTransform<T> transform(planes, threads);
-  const int64_t size = 2 * planes.height * planes.width, runs = (size + kRedRun - 1) / kRedRun;
-  const int64_t slices = planes.count / batch;
-  struct Gradient;
-  T* const gradient = static_cast<T*>(kept<Gradient>(static_cast<size_t>(transform.together() * size) * sizeof(T)));
-  const auto place = [&](int64_t plane) { return gradient + plane % transform.together() * size; };
-  RedParts<T> parts(image, red, batch, slices * runs);
-  transform.inverse(spectrum, place, runs, [&](int64_t plane, int64_t run) {
-    const int64_t first = run * kRedRun;
-    parts.step(plane / slices, plane % slices * runs + run, transform.offset(plane) + first, place(plane) + first,
-               std::min(kRedRun, size - first));
-  });
-  parts.reduce();
-}
-
 }  // namespace
 
 void diffraction_transform(int dtype, const void* image, void* spectrum, const DiffractionPlanes& planes, int threads) {
@@ -654,18 +633,7 @@ void diffraction_transform(int dtype, const void* image, void* spectrum, const D
 void diffraction_inverse(int dtype, const void* spectrum, void* image, const DiffractionPlanes& planes, int threads) {
   with_dtype(dtype, [&](auto value) {
     using T = decltype(value);
-    const PlaneTransform<T> transform(planes, threads);
-    T* const result = static_cast<T*>(image);
-    const auto place = [&](int64_t plane) { return result + transform.offset(plane); };
-    transform.inverse(static_cast<const T*>(spectrum), place, 0, [](int64_t, int64_t) {});
-  });
-}
-
-void diffraction_red_update(int dtype, const void* spectrum, const void* image, const RedOperands& red, int64_t batch,
-                            const DiffractionPlanes& planes, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    red_update<T>(static_cast<const T*>(spectrum), image, red, batch, planes, threads);
+    PlaneTransform<T>(planes, threads).inverse(static_cast<const T*>(spectrum), static_cast<T*>(image));
   });
 }
 

@@ -57,10 +57,8 @@ class PlaneTransform {
     });
   }
 
-  // The way back: place(plane) is where a plane's image is written; then finish(plane, part) is called for its parts.
-  // Rows in no pupil count as zero. A plane's spectrum is read before its image is written.
-  template <class Place, class Finish>
-  void inverse(const T* spectrum, const Place& place, int64_t parts, const Finish& finish) const {
+  // The way back. Rows in no pupil count as zero. A plane's spectrum is read before its image is written.
+  void inverse(const T* spectrum, T* image) const {
     run([&](int64_t first, int64_t count, Cx<T>* between) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < count * groups_; ++task) {
@@ -68,16 +66,10 @@ class PlaneTransform {
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < count * tiles_; ++task) {
-        columns_inverse(between + task / tiles_ * size(), task % tiles_, place(first + task / tiles_));
+        columns_inverse(between + task / tiles_ * size(), task % tiles_, image + offset(first + task / tiles_));
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < count * parts; ++task) finish(first + task / parts, task % parts);
     });
   }
-
-  int64_t offset(int64_t plane) const { return 2 * plane * planes_.height * planes_.width; }
-  // Planes that are on their way at a time: plane p with p / together().
-  int64_t together() const { return together_; }
 
  private:
   static constexpr int L = lanes<T>;
@@ -89,6 +81,8 @@ class PlaneTransform {
   std::vector<int64_t> rows_;
   int64_t groups_, strips_, tiles_, together_;
   T factor_;
+
+  int64_t offset(int64_t plane) const { return 2 * plane * planes_.height * planes_.width; }
 
   // Between the axes; groups begin at different places of a page, or they would meet in the same few lines of the
   // cache.

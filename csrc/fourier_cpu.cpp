@@ -1,13 +1,12 @@
-// C++ face of fourier: coil-weighted Cartesian Fourier sampling, its adjoint, gradient and RED step.
+// C++ face of fourier: coil-weighted Cartesian Fourier sampling, its adjoint and gradient.
 //
-// Computes        samples = M F (S_c x), its conjugate transpose, (C / |B|) sum over the coils of B of
-//                 conj(S_c) F^H M (F S_c x - y_c), and the RED step with that gradient.
+// Computes        samples = M F (S_c x), its conjugate transpose, and (C / |B|) sum over the coils of B of
+//                 conj(S_c) F^H M (F S_c x - y_c).
 // Thread mapping  lines: strips of one vector of columns, of one image, each with all its coils; the strips in turn
 //                 to the next free thread. Points: one plane of one coil at a time, all threads in each of its three
 //                 passes (columns forward; rows forward, residual, rows inverse; columns inverse and sum).
 // Shared memory   per thread a strip of the image, of the transform and of the sum (3 n vectors); for points one plane.
-// Accumulation    in the image's precision, coils in the order given; sums of norms in double by strips: equal bits
-//                 for any number of threads.
+// Accumulation    in the image's precision, coils in the order given: equal bits for any number of threads.
 // Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller).
 #include <omp.h>
 
@@ -17,7 +16,6 @@
 #include <vector>
 
 #include "cpu_faces.h"
-#include "red_update_cpu.h"
 #include "transform_cpu.h"
 
 namespace oder {
@@ -570,25 +568,6 @@ struct Write {
   }
 };
 
-// Takes the strips of a gradient: makes the RED step.
-template <class T>
-struct Update {
-  const Scan<T>& scan;
-  RedParts<T>& parts;  // the strips
-
-  void operator()(int64_t b, int64_t strip, const Cx<T>* sum, T factor) const {
-    // The strip's rows, each a run of the image.
-    const int64_t column = strip * scan.L, rows = scan.transposed ? scan.valid(column) : scan.n;
-    const int64_t length = scan.transposed ? scan.n : scan.valid(column);
-    T* const gradient = static_cast<T*>(kept<Update>(static_cast<size_t>(2 * rows * length) * sizeof(T)));
-    store_strip(scan, sum, column, factor, gradient, length);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = 2 * (strip_offset(scan, b, column) + r * (scan.transposed ? scan.n : scan.width));
-      parts.step(b, strip, at, gradient + 2 * r * length, 2 * length);
-    }
-  }
-};
-
 template <class T, class Finish>
 void gradient(const Scan<T>& scan, const void* image, const void* samples, int threads, const Finish& finish) {
   const T *const x = static_cast<const T*>(image), *const y = static_cast<const T*>(samples);
@@ -630,17 +609,6 @@ void fourier_gradient(int dtype, const void* image, const void* samples, void* r
     using T = decltype(value);
     const Scan<T> scan(fourier, batch);
     gradient(scan, image, samples, threads, Write<T>{scan, static_cast<T*>(result)});
-  });
-}
-
-void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red, int64_t batch,
-                        const FourierScan& fourier, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    const Scan<T> scan(fourier, batch);
-    RedParts<T> parts(image, red, batch, scan.strips());
-    gradient(scan, image, samples, threads, Update<T>{scan, parts});
-    parts.reduce();
   });
 }
 

@@ -4,12 +4,11 @@
 #include "cuda_types.h"
 #include "fourier.h"
 #include "fourier_cuda.h"
-#include "red_update_cuda.cuh"
 
 namespace oder {
 namespace {
 
-constexpr int kThreads = kRedThreads;
+constexpr int kThreads = 256;
 // Transforms side by side in shared memory: half a warp reads 16 numbers of 8 bytes from all banks.
 constexpr int kLanes = 16;
 // What a block of many lanes may take of the shared memory, so that several fit beside each other; one of few may take
@@ -343,11 +342,11 @@ struct Lines {
   float image_scale;
 };
 
-// CUDA face of fourier_forward, fourier_adjoint, fourier_gradient and fourier_red_update along one axis.
+// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along one axis.
 //
 // Computes        kForward: samples[b,u,l,j] = scale * sum_i w^(line[l] i) S[c,i,j] x[b,i,j], w = exp(-2 pi i / n), c =
 //                 coils[u]. kAdjoint: its conjugate transpose. kNormal: that of the forward result less the measured
-//                 samples[b,c,l,j]. With red.updated, the RED step of that gradient.
+//                 samples[b,c,l,j].
 // Thread mapping  grid (tiles of columns * batch, and rounds of coils for kForward), block 256: a block has `columns`
 //                 columns of one image and `slots` coils at a time, each of these columns * slots <= 16 transforms a
 //                 lane; a thread has every (256 / lanes)-th butterfly of one lane, reads the image, the coil map and
@@ -355,11 +354,11 @@ struct Lines {
 // Shared memory   the transforms, sums of the coils, roots of unity, the line at each row; twice the transforms where n
 //                 has a prime factor above 13, unless Long: then the last stage has radix 17, 19 or 23.
 // Accumulation    float32, coils in increasing order.
-// Preconditions   contiguous; each line once; with red.updated, n_partials is width.
+// Preconditions   contiguous; each line once.
 template <bool Long>
 ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
     fourier_lines_kernel(Kind kind, const Pair* image, Pair* samples, Pair* out, FourierScan scan,
-                         ODER_CONSTANT(FourierPlan) plan, Layout layout, Lines lines, RedOperands red) {
+                         ODER_CONSTANT(FourierPlan) plan, Layout layout, Lines lines) {
   ODER_DYNAMIC_SHARED(Pair, memory);
   const int thread = threadIdx.x, n = scan.n, width = scan.width;
   const int columns = layout.columns, slots = layout.slots, lanes = columns * slots;
@@ -481,44 +480,17 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
 
   // Pixels in the order of memory.
   __syncthreads();
-  const bool momentum = red.previous != nullptr;
-  const RedStep step = red.updated ? red_step(red, b) : RedStep{};
-  float part_sums[3] = {0, 0, 0};
   for (int k = thread; k < n * columns; k += kThreads) {
     const int i = scan.transposed ? k % n : k / columns, j = scan.transposed ? k / n : k % columns;
     if (first_column + j >= width) continue;
     const Number sum = read(sums[i * columns + j]);
     const int64_t at = b * plane + (scan.transposed ? static_cast<int64_t>(first_column + j) * n + i
                                                     : static_cast<int64_t>(i) * width + first_column + j);
-    const Pair gradient{{sum.re * lines.image_scale, sum.im * lines.image_scale}};
-    if (!red.updated) {
-      out[at] = gradient;
-      continue;
-    }
-    const Pair point = image[at], denoised = static_cast<const Pair*>(red.denoised)[at];
-    Pair previous = point, updated, extrapolated;
-    if (momentum) previous = static_cast<const Pair*>(red.previous)[at];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      red_pixel(step, point.at[m], gradient.at[m], denoised.at[m], previous.at[m], momentum, updated.at[m],
-                extrapolated.at[m], part_sums);
-    }
-    static_cast<Pair*>(red.updated)[at] = updated;
-    if (momentum) static_cast<Pair*>(red.extrapolated)[at] = extrapolated;
-  }
-  if (!red.updated) return;
-  double block_sums[3] = {part_sums[0], part_sums[1], part_sums[2]};
-  red_block_sums(block_sums);
-  if (thread == 0) {
-    // A partial sum of each column, all in that of the first one.
-    for (int j = 0; j < columns && first_column + j < width; ++j) {
-      for (int m = 0; m < 3; ++m)
-        red.partials[3 * (int64_t{b} * width + first_column + j) + m] = j == 0 ? block_sums[m] : 0;
-    }
+    out[at] = {{sum.re * lines.image_scale, sum.im * lines.image_scale}};
   }
 }
 
-// CUDA face of fourier_forward, fourier_adjoint, fourier_gradient and fourier_red_update along the other axis, of a
+// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along the other axis, of a
 // mask.
 //
 // Computes        kForward: samples[b,u,m,k] = mask[b,m,k] scale sum_j w^(m j) workspace[b,u,k,j], w = exp(-2 pi i /
@@ -623,11 +595,7 @@ Layout layout_of(const FourierScan& scan, const FourierPlan& plan, Kind kind, bo
 }
 
 template <bool Long>
-void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const FourierScan& scan, const RedOperands& red,
-              void* stream) {
-  if (red.updated && red.n_partials != scan.width) {
-    throw std::invalid_argument("fourier_lines_kernel: n_partials must be the number of columns");
-  }
+void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const FourierScan& scan, void* stream) {
   if (std::max<int64_t>(scan.n, scan.n_lines) * scan.width > 0xffffffff) {
     throw std::invalid_argument("fourier: the CUDA kernels take images and samples of a coil below 2^32 numbers");
   }
@@ -644,7 +612,7 @@ void lines_of(Kind kind, const Pair* image, Pair* samples, Pair* out, const Four
                                 std::to_string(scan.maps_dtype));
   }
   ODER_LAUNCH(fourier_lines_kernel<Long>, blocks, kThreads, layout.shared, stream, kind, image, samples, out, scan,
-              plan, layout, sampled, red);
+              plan, layout, sampled);
 }
 
 // Whether the last stage, and no other, takes a long radix in registers.
@@ -653,10 +621,9 @@ bool ends_long(const FourierPlan& plan) {
   return radix > kRadix && radix <= kLongRadix && (last == 0 || plan.radix[last - 1] <= kRadix);
 }
 
-void lines(Kind kind, const Pair* image, Pair* samples, Pair* out, const FourierScan& scan, const RedOperands& red,
-           void* stream) {
+void lines(Kind kind, const Pair* image, Pair* samples, Pair* out, const FourierScan& scan, void* stream) {
   const bool is_long = ends_long(fourier_plan(scan.n));
-  (is_long ? lines_of<true> : lines_of<false>)(kind, image, samples, out, scan, red, stream);
+  (is_long ? lines_of<true> : lines_of<false>)(kind, image, samples, out, scan, stream);
 }
 
 template <bool Long>
@@ -687,45 +654,37 @@ void check_dtype(int dtype) {
   }
 }
 
-void normal(const void* image, const void* samples, void* gradient, const FourierScan& scan, const RedOperands& red,
-            void* stream) {
+void normal(const void* image, const void* samples, void* gradient, const FourierScan& scan, void* stream) {
   // Measured samples are only read.
   Pair* const measured = pairs(const_cast<void*>(samples));
-  if (scan.n_lines > 0) return lines(kNormal, pairs(image), measured, pairs(gradient), scan, red, stream);
+  if (scan.n_lines > 0) return lines(kNormal, pairs(image), measured, pairs(gradient), scan, stream);
   Pair* const workspace = pairs(static_cast<void*>(scan.workspace));
-  lines(kForward, pairs(image), workspace, nullptr, scan, {}, stream);
+  lines(kForward, pairs(image), workspace, nullptr, scan, stream);
   points(kNormal, measured, scan, stream);
-  lines(kAdjoint, pairs(image), workspace, pairs(gradient), scan, red, stream);
+  lines(kAdjoint, pairs(image), workspace, pairs(gradient), scan, stream);
 }
 
 }  // namespace
 
 void fourier_forward(int dtype, const void* image, void* samples, const FourierScan& scan, void* stream) {
   check_dtype(dtype);
-  if (scan.n_lines > 0) return lines(kForward, pairs(image), pairs(samples), nullptr, scan, {}, stream);
-  lines(kForward, pairs(image), pairs(static_cast<void*>(scan.workspace)), nullptr, scan, {}, stream);
+  if (scan.n_lines > 0) return lines(kForward, pairs(image), pairs(samples), nullptr, scan, stream);
+  lines(kForward, pairs(image), pairs(static_cast<void*>(scan.workspace)), nullptr, scan, stream);
   points(kForward, pairs(samples), scan, stream);
 }
 
 void fourier_adjoint(int dtype, const void* samples, void* image, const FourierScan& scan, void* stream) {
   check_dtype(dtype);
   Pair* const given = pairs(const_cast<void*>(samples));
-  if (scan.n_lines > 0) return lines(kAdjoint, nullptr, given, pairs(image), scan, {}, stream);
+  if (scan.n_lines > 0) return lines(kAdjoint, nullptr, given, pairs(image), scan, stream);
   points(kAdjoint, given, scan, stream);
-  lines(kAdjoint, nullptr, pairs(static_cast<void*>(scan.workspace)), pairs(image), scan, {}, stream);
+  lines(kAdjoint, nullptr, pairs(static_cast<void*>(scan.workspace)), pairs(image), scan, stream);
 }
 
 void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, const FourierScan& scan,
                       void* stream) {
   check_dtype(dtype);
-  normal(image, samples, gradient, scan, {}, stream);
-}
-
-void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red,
-                        const FourierScan& scan, void* stream) {
-  check_dtype(dtype);
-  normal(image, samples, nullptr, scan, red, stream);
-  red_finish(red, scan.batch, stream);
+  normal(image, samples, gradient, scan, stream);
 }
 
 }  // namespace oder

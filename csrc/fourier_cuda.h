@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "red_update_cuda.h"
-
 namespace oder {
 
 // A Cartesian scan: the transform runs along an axis of length n, `width` is the length of the other. Complex numbers
@@ -33,7 +31,5 @@ void fourier_forward(int dtype, const void* image, void* samples, const FourierS
 void fourier_adjoint(int dtype, const void* samples, void* image, const FourierScan& scan, void* stream);
 void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, const FourierScan& scan,
                       void* stream);
-void fourier_red_update(int dtype, const void* image, const void* samples, const RedOperands& red,
-                        const FourierScan& scan, void* stream);
 
 }  // namespace oder

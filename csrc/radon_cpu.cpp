@@ -1,4 +1,4 @@
-// C++ face of radon_forward, radon_adjoint, radon_backproject, radon_gradient and radon_red_update.
+// C++ face of radon_forward, radon_adjoint, radon_backproject and radon_gradient.
 //
 // Computes        Joseph's projection and its exact transpose as oder_fast/reference/radon.py defines them. Views that
 //                 march along columns work on transposed tiles, views whose positions fall with the bin on reversed
@@ -24,7 +24,6 @@
 
 #include "cpu_faces.h"
 #include "radon.h"
-#include "red_update_cpu.h"
 #include "vec.h"
 
 namespace oder {
@@ -382,26 +381,6 @@ void interpolate_generic(const View& v, int64_t n_bins, int64_t r, int64_t u0, i
   }
 }
 
-// What becomes of a finished run of pixels: plain result, or the RED step.
-template <class T>
-struct Epilogue {
-  T* image;                    // plain result
-  RedParts<T>* red = nullptr;  // RED step, by tiles
-
-  void operator()(int64_t b, int64_t tile, int64_t pixel, int64_t image_size, const T* g, int64_t n) const {
-    const int64_t at = b * image_size + pixel;
-    if (red) {
-      red->step(b, tile, at, g, n);
-    } else {
-      std::copy(g, g + n, image + at);
-    }
-  }
-};
-
-inline int64_t tile_count(const RadonGeometry& g) {
-  return ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
-}
-
 // Add the sums of views that march over columns to those of views that march over rows.
 template <class T, int M>
 void add_transposed(const T* from, T* to, int n_rows, int n_columns) {
@@ -428,7 +407,7 @@ void add_transposed(const T* from, T* to, int n_rows, int n_columns) {
 // Back-project M images into one tile. sums: two orientations of [block][step][image][lane].
 template <class T, int M>
 void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T* rows, int64_t b,
-                 const Epilogue<T>& epilogue, T* sums, int64_t* origins) {
+                 T* image, T* sums, int64_t* origins) {
   constexpr int kBlocks = kTile / kLanes, kBlock = kTile * M * kLanes;  // elements of one column block
   constexpr int kSide = kBlocks * kBlock;
   const int64_t tiles_w = (g.width + kTile - 1) / kTile;
@@ -494,7 +473,7 @@ void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T
         const T* from = sums + block * kBlock + (i * M + m) * kLanes;
         std::copy(from, from + kLanes, line + block * kLanes);
       }
-      epilogue(b + m, tile, (i0 + i) * g.width + j0, g.height * g.width, line, columns_here);
+      std::copy(line, line + columns_here, image + ((b + m) * g.height + i0 + i) * g.width + j0);
     }
   }
 }
@@ -563,8 +542,8 @@ void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& 
 
 template <class T>
 void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Plan& plan, int threads,
-                  const Epilogue<T>& epilogue) {
-  const int64_t tiles = tile_count(g);
+                  T* image) {
+  const int64_t tiles = ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
   struct Task {
     int64_t tile, b;
     int images;
@@ -583,7 +562,7 @@ void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Pl
       const Task task = tasks[static_cast<size_t>(k)];
       const T* mine = rows + task.b * g.n_used * plan.stride;
       const auto gather = [&](auto images) {
-        gather_tile<T, decltype(images)::value>(g, plan, task.tile, mine, task.b, epilogue, sums.get(), origins.data());
+        gather_tile<T, decltype(images)::value>(g, plan, task.tile, mine, task.b, image, sums.get(), origins.data());
       };
       if (task.images == 4)
         gather(std::integral_constant<int, 4>{});
@@ -626,12 +605,11 @@ void adjoint(const T* sinogram, T* image, int64_t batch, const RadonGeometry& g,
     const T weight = static_cast<T>(v.weight);
     for (int64_t d = 0; d < g.n_bins; ++d) row[d] = weight * in[v.reversed ? g.n_bins - 1 - d : d];
   }
-  back_project<T>(rows.get(), batch, g, plan, threads, Epilogue<T>{image});
+  back_project<T>(rows.get(), batch, g, plan, threads, image);
 }
 
 template <class T>
-void gradient(const T* image, const T* measured, int64_t batch, const RadonGeometry& g, int threads,
-              const Epilogue<T>& epilogue) {
+void gradient(const T* image, const T* measured, T* result, int64_t batch, const RadonGeometry& g, int threads) {
   const Plan plan = make_plan(g, true);
   const Buffer<T> rows(batch * g.n_used * plan.stride);
   const double scale = static_cast<double>(g.n_views) / static_cast<double>(g.n_used);
@@ -645,7 +623,7 @@ void gradient(const T* image, const T* measured, int64_t batch, const RadonGeome
     }
     std::fill(row + g.n_bins, row - plan.pad_low + plan.stride, T(0));  // whole vectors wrote beyond the last bin
   });
-  back_project<T>(rows.get(), batch, g, plan, threads, epilogue);
+  back_project<T>(rows.get(), batch, g, plan, threads, result);
 }
 
 template <class F>
@@ -674,19 +652,7 @@ void radon_gradient(int dtype, const void* image, const void* measured, void* re
                     const RadonGeometry& g, int threads) {
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads,
-             Epilogue<T>{static_cast<T*>(result)});
-  });
-}
-
-void radon_red_update(int dtype, const void* image, const void* measured, const RedOperands& red, int64_t batch,
-                      const RadonGeometry& g, int threads) {
-  by_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    RedParts<T> parts(image, red, batch, tile_count(g));
-    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), batch, g, threads,
-             Epilogue<T>{nullptr, &parts});
-    parts.reduce();
+    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), static_cast<T*>(result), batch, g, threads);
   });
 }
 

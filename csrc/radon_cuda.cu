@@ -3,12 +3,11 @@
 
 #include "cuda_types.h"
 #include "radon_cuda.h"
-#include "red_update_cuda.cuh"
 
 namespace oder {
 namespace {
 
-constexpr int kThreads = kRedThreads;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // Lines (image rows or columns) that a projection sums at a time, as STRIP in oder_fast/ops/radon.py.
 constexpr int kStrip = 32;
@@ -305,7 +304,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   }
 }
 
-// CUDA face of radon_forward, second stage; residual of radon_gradient and radon_red_update.
+// CUDA face of radon_forward, second stage; residual of radon_gradient.
 //
 // Computes        out[b,v,d] = sum_g sums[g,b,v,d] - measured[b,views[v],d]; measured counts as zero where it is null
 //                 and where the view is out of range.
@@ -450,22 +449,22 @@ ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bin
   }
 }
 
-// CUDA face of radon_adjoint, radon_backproject, and of the second half of radon_gradient and radon_red_update.
+// CUDA face of radon_adjoint, radon_backproject, and of the second half of radon_gradient.
 //
 // Computes        image[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v) sinogram[b,v,d] with the bin
 //                 coordinate u of the pixel: the exact transpose of radon_forward where `matched`, linear interpolation
-//                 along the detector where not. With Update, the RED step of that gradient.
+//                 along the detector where not.
 // Thread mapping  grid (tiles of 32 x 32 pixels * ceil(batch / Images)), block 256: a warp has 4 rows of the tile, a
 //                 thread 4 pixels of one column; each pixel is written once, no atomics. A view steps by at most one
 //                 bin between lanes, so that their reads meet in no bank. The images share positions and weights.
 // Shared memory   the bins of 128 views that the tile can see, times the scale of the view; a table of the views.
 // Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64 origin per
 //                 tile, in float64 and ray by ray for bins finer than half a pixel or coarser than 5.6.
-// Preconditions   contiguous; with Update, n_partials is the number of tiles.
-template <class In, class Out, int Images, bool Update>
+// Preconditions   contiguous.
+template <class In, class Out, int Images>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
-    radon_gather_kernel(const In* __restrict__ sinogram, const Out* point, Out* image, RadonScan scan, int batch,
-                        double scale, bool matched, GatherKind kind, int chunk, int window, RedOperands red) {
+    radon_gather_kernel(const In* __restrict__ sinogram, Out* image, RadonScan scan, int batch, double scale,
+                        bool matched, GatherKind kind, int chunk, int window) {
   using Bins = Pack<float, Images>;
   ODER_DYNAMIC_SHARED(Bins, windows);
   ODER_SHARED(GatherView, views, kGatherViews);
@@ -531,32 +530,11 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   for (int k = 0; k < Images; ++k) {
     const int b = first_image + k;
     if (b >= batch) break;
-    float part_sums[3] = {0, 0, 0};
-    const RedStep step = Update ? red_step(red, b) : RedStep{};
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       const int i = first_row + row + p;
       if (i >= scan.height || j >= scan.width) continue;
-      const int64_t at = (static_cast<int64_t>(b) * scan.height + i) * scan.width + j;
-      if (!Update) {
-        image[at] = from_float<Out>(sums[p][k]);
-        continue;
-      }
-      const bool momentum = red.previous != nullptr;
-      const float x = to_float(point[at]), denoised = to_float(static_cast<const Out*>(red.denoised)[at]);
-      const float previous = momentum ? to_float(static_cast<const Out*>(red.previous)[at]) : 0.0f;
-      float u, e = 0;
-      red_pixel(step, x, sums[p][k], denoised, previous, momentum, u, e, part_sums);
-      static_cast<Out*>(red.updated)[at] = from_float<Out>(u);
-      if (momentum) static_cast<Out*>(red.extrapolated)[at] = from_float<Out>(e);
-    }
-    if (Update) {
-      double block_sums[3] = {part_sums[0], part_sums[1], part_sums[2]};
-      if (k > 0) __syncthreads();
-      red_block_sums(block_sums);
-      if (thread == 0) {
-        for (int m = 0; m < 3; ++m) red.partials[3 * (static_cast<int64_t>(b) * tiles + tile) + m] = block_sums[m];
-      }
+      image[(static_cast<int64_t>(b) * scan.height + i) * scan.width + j] = from_float<Out>(sums[p][k]);
     }
   }
 }
@@ -589,13 +567,10 @@ void project_all(const T* image, float* sums, int64_t n_sums, const T* measured,
               0, stream, sums, static_cast<int>(n_sums), measured, out, scan, batch);
 }
 
-template <class In, class Out, int Images, bool Update>
-void gather(const In* sinogram, const Out* point, Out* image, int batch, const RadonScan& scan, double scale,
-            bool matched, const RedOperands& red, void* stream) {
+template <class In, class Out, int Images>
+void gather(const In* sinogram, Out* image, int batch, const RadonScan& scan, double scale, bool matched,
+            void* stream) {
   const int64_t tiles = ceil_div(scan.height, kTile) * ceil_div(scan.width, kTile);
-  if (Update && red.n_partials != tiles) {
-    throw std::invalid_argument("radon_gather_kernel: n_partials must be the number of tiles");
-  }
   const GatherKind kind = gather_kind(scan.bin_spacing, matched);
   // A tile sees its diagonal's worth of bins, two more before it, and the second tap and what rounding brings after it.
   const int window =
@@ -604,15 +579,14 @@ void gather(const In* sinogram, const Out* point, Out* image, int batch, const R
   const int64_t most = std::min<int64_t>({scan.n_used, room, kGatherViews});
   const int64_t chunk = ceil_div(scan.n_used, ceil_div(scan.n_used, most));
   const size_t shared = sizeof(float) * Images * window * chunk;
-  ODER_LAUNCH((radon_gather_kernel<In, Out, Images, Update>), tiles * ceil_div(batch, Images), kThreads, shared, stream,
-              sinogram, point, image, scan, batch, scale, matched, kind, static_cast<int>(chunk), window, red);
+  ODER_LAUNCH((radon_gather_kernel<In, Out, Images>), tiles * ceil_div(batch, Images), kThreads, shared, stream,
+              sinogram, image, scan, batch, scale, matched, kind, static_cast<int>(chunk), window);
 }
 
-template <class In, class Out, bool Update>
-void gather_all(const In* sinogram, const Out* point, Out* image, int batch, const RadonScan& scan, double scale,
-                bool matched, const RedOperands& red, void* stream) {
-  (batch > 1 ? gather<In, Out, 2, Update> : gather<In, Out, 1, Update>)(sinogram, point, image, batch, scan, scale,
-                                                                        matched, red, stream);
+template <class In, class Out>
+void gather_all(const In* sinogram, Out* image, int batch, const RadonScan& scan, double scale, bool matched,
+                void* stream) {
+  (batch > 1 ? gather<In, Out, 2> : gather<In, Out, 1>)(sinogram, image, batch, scan, scale, matched, stream);
 }
 
 }  // namespace
@@ -630,8 +604,8 @@ void radon_adjoint(int dtype, const void* sinogram, void* image, int batch, cons
                    bool matched, void* stream) {
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);
-    gather_all<T, T, false>(static_cast<const T*>(sinogram), nullptr, static_cast<T*>(image), batch, scan,
-                            matched ? pixel_size : 1.0, matched, {}, stream);
+    gather_all<T, T>(static_cast<const T*>(sinogram), static_cast<T*>(image), batch, scan, matched ? pixel_size : 1.0,
+                     matched, stream);
   });
 }
 
@@ -642,20 +616,8 @@ void radon_gradient(int dtype, const void* image, const void* measured, float* s
     using T = decltype(value);
     project_all<T, float>(static_cast<const T*>(image), sums, n_sums, static_cast<const T*>(measured), sums, batch,
                           scan, pixel_size, stream);
-    gather_all<float, T, false>(sums, nullptr, static_cast<T*>(gradient), batch, scan, scale, true, {}, stream);
+    gather_all<float, T>(sums, static_cast<T*>(gradient), batch, scan, scale, true, stream);
   });
-}
-
-void radon_red_update(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums,
-                      const RedOperands& red, int batch, const RadonScan& scan, double pixel_size, void* stream) {
-  const double scale = pixel_size * static_cast<double>(scan.n_views) / static_cast<double>(scan.n_used);
-  with_storage(dtype, [&](auto value) {
-    using T = decltype(value);
-    const T* const point = static_cast<const T*>(image);
-    project_all<T, float>(point, sums, n_sums, static_cast<const T*>(measured), sums, batch, scan, pixel_size, stream);
-    gather_all<float, T, true>(sums, point, nullptr, batch, scan, scale, true, red, stream);
-  });
-  red_finish(red, batch, stream);
 }
 
 }  // namespace oder

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "radon.h"
-#include "red_update_cuda.h"
 
 namespace oder {
 
@@ -13,7 +12,5 @@ void radon_adjoint(int dtype, const void* sinogram, void* image, int batch, cons
                    bool matched, void* stream);
 void radon_gradient(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums, void* gradient,
                     int batch, const RadonScan& scan, double pixel_size, void* stream);
-void radon_red_update(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums,
-                      const RedOperands& red, int batch, const RadonScan& scan, double pixel_size, void* stream);
 
 }  // namespace oder

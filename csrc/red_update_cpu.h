@@ -1,4 +1,4 @@
-// The RED step of images whose gradient is made run by run: shared by red_update and the RED steps of the operators.
+// The RED step of images whose gradient is made run by run: of red_update.
 #pragma once
 
 #include <vector>

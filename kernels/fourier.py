@@ -1,4 +1,4 @@
-"""Triton face of fourier_forward, fourier_adjoint, fourier_gradient and fourier_red_update."""
+"""Triton face of fourier_forward, fourier_adjoint and fourier_gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from oder_fast.kernels.red_update import red_finish, red_step
 from torch import Tensor
 
 # Edges of the block of a result that a program has, as ROWS and COLUMNS in oder_fast/ops/fourier.py, and how many
@@ -133,20 +132,17 @@ def _fourier_transform_kernel(
 
 @triton.jit
 def _fourier_combine_kernel(
-    spectra, maps, coils, lines, roots, image, denoised, step_size, tau, previous, momentum, updated,
-    extrapolated, partials, n_used, n_coils, n, n_lines, width, maps_batch, lines_batch, image_row,
-    image_column, scale,
-    ALL: tl.constexpr, LINES: tl.constexpr, UPDATE: tl.constexpr, MOMENTUM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    spectra, maps, coils, lines, roots, image, n_used, n_coils, n, n_lines, width, maps_batch, lines_batch,
+    image_row, image_column, scale,
+    ALL: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # Computes        updated[b,i,j] = scale * sum_u conj(S[c,i,j]) sum_l conj(w^(line[m] i)) spectra[b,u,m,j],
-    #                 w = exp(-2 pi i / n), c = coils[u]: the conjugate transpose of the transform. With UPDATE,
-    #                 the RED step of that gradient.
+    # Computes        image[b,i,j] = scale * sum_u conj(S[c,i,j]) sum_l conj(w^(line[m] i)) spectra[b,u,m,j],
+    #                 w = exp(-2 pi i / n), c = coils[u]: the conjugate transpose of the transform.
     # Thread mapping  grid (blocks of rows * blocks of columns * batch): a program has ROWS x COLUMNS pixels of
     #                 one image; no atomics.
-    # Shared memory   what tl.dot and tl.sum need.
+    # Shared memory   what tl.dot needs.
     # Accumulation    float32, coils in increasing order, of a coil blocks of DEPTH lines, each by tl.dot.
-    # Preconditions   pairs of reals; n at most MAX_LENGTH; n_partials is the number of tiles of an image.
+    # Preconditions   pairs of reals; n at most MAX_LENGTH.
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(width, COLUMNS)
     tiles = across * tl.cdiv(n, ROWS)
@@ -183,35 +179,8 @@ def _fourier_combine_kernel(
     sum_re *= scale
     sum_im *= scale
     at = b * n * width + wide * image_row + j * image_column
-    if UPDATE:
-        size = tl.load(step_size).to(tl.float32)
-        weight = tl.load(tau).to(tl.float32)
-        factor = size
-        if MOMENTUM:
-            factor = tl.load(momentum + b).to(tl.float32)
-        x_re, x_im = _number(image, at, here)
-        d_re, d_im = _number(denoised, at, here)
-        p_re, p_im = x_re, x_im
-        if MOMENTUM:
-            p_re, p_im = _number(previous, at, here)
-        # Zero beside the image, so that nothing of it enters the sums.
-        u_re, e_re, c_re, n_re, h_re = red_step(
-            x_re, tl.where(here, sum_re, 0.0), d_re, p_re, size, weight, factor, MOMENTUM, False
-        )
-        u_im, e_im, c_im, n_im, h_im = red_step(
-            x_im, tl.where(here, sum_im, 0.0), d_im, p_im, size, weight, factor, MOMENTUM, False
-        )
-        tl.store(updated + 2 * at, u_re, here)
-        tl.store(updated + 2 * at + 1, u_im, here)
-        if MOMENTUM:
-            tl.store(extrapolated + 2 * at, e_re, here)
-            tl.store(extrapolated + 2 * at + 1, e_im, here)
-        tl.store(partials + 3 * program, tl.sum(c_re + c_im))
-        tl.store(partials + 3 * program + 1, tl.sum(n_re + n_im))
-        tl.store(partials + 3 * program + 2, tl.sum(h_re + h_im))
-    else:
-        tl.store(updated + 2 * at, sum_re, here)
-        tl.store(updated + 2 * at + 1, sum_im, here)
+    tl.store(image + 2 * at, sum_re, here)
+    tl.store(image + 2 * at + 1, sum_im, here)
 
 
 class Scan(NamedTuple):
@@ -300,11 +269,9 @@ def _transform(
 def _combine(
     scan: Scan,
     spectra: Tensor,
-    updated: Tensor,
+    image: Tensor,
     scale: float = 1.0,
-    red: tuple[Tensor | None, ...] | None = None,
 ) -> None:
-    image, denoised, step_size, tau, previous, momentum, extrapolated, partials = red or (None,) * 8
     tiles = triton.cdiv(scan.n, ROWS) * triton.cdiv(scan.width, COLUMNS)
     _fourier_combine_kernel[(tiles * scan.batch,)](
         spectra,
@@ -312,9 +279,7 @@ def _combine(
         scan.roots_n if scan.coils is None else scan.coils,
         scan.sampling,
         scan.roots_n,
-        *(updated if a is None else a for a in (image, denoised, step_size, tau, previous, momentum)),
-        updated,
-        *(updated if a is None else a for a in (extrapolated, partials)),
+        image,
         scan.n_used,
         scan.n_coils,
         scan.n,
@@ -326,8 +291,6 @@ def _combine(
         scale * scan.n**-0.5,
         ALL=scan.coils is None,
         LINES=scan.mask is None,
-        UPDATE=red is not None,
-        MOMENTUM=previous is not None,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         DEPTH=DEPTH,
@@ -377,26 +340,3 @@ def fourier_gradient(
     """Launch the transform less the data, and the transpose of that."""
     scan = Scan(*args)
     _combine(scan, _residual(scan, image, samples), gradient, scan.n_coils / scan.n_used)
-
-
-def fourier_red_update(
-    dtype: int,
-    image: Tensor,
-    samples: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    updated: Tensor,
-    extrapolated: Tensor | None,
-    reductions: Tensor,
-    partials: Tensor,
-    n_partials: int,
-    *args: object,
-) -> None:
-    """Launch the gradient with the RED step as its epilogue."""
-    scan = Scan(*args)
-    red = (image, denoised, step_size, tau, previous, momentum, extrapolated, partials)
-    _combine(scan, _residual(scan, image, samples), updated, scan.n_coils / scan.n_used, red)
-    red_finish(partials, reductions, scan.batch, n_partials)

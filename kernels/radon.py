@@ -1,4 +1,4 @@
-"""Triton face of radon_forward, radon_adjoint, radon_backproject, radon_gradient and radon_red_update."""
+"""Triton face of radon_forward, radon_adjoint, radon_backproject and radon_gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import struct
 
 import triton
 import triton.language as tl
-from oder_fast.kernels.red_update import red_finish, red_step
 from torch import Tensor
 
 # Edge of the square of pixels of a program, as TILE in oder_fast/ops/radon.py.
@@ -163,17 +162,14 @@ def _radon_project_kernel(
 
 @triton.jit
 def _radon_gather_kernel(
-    sinogram, table, image, denoised, step_size, tau, previous, momentum, updated, extrapolated, partials,
-    n_used, height, width, n_bins, count, scale_bits: tl.int64,
-    MATCHED: tl.constexpr, TAPS: tl.constexpr, UPDATE: tl.constexpr, MOMENTUM: tl.constexpr,
-    NONNEGATIVE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    sinogram, table, image, n_used, height, width, n_bins, count, scale_bits: tl.int64,
+    MATCHED: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Computes        updated[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v)
+    # Computes        image[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v)
     #                 sinogram[b,v,d] with the bin coordinate u of the pixel: the exact transpose of
-    #                 radon_forward where MATCHED, linear interpolation along the detector where not. With
-    #                 UPDATE, the RED step of that gradient.
+    #                 radon_forward where MATCHED, linear interpolation along the detector where not.
     # Thread mapping  grid (tiles * batch): a program has TILE x TILE pixels of one image; no atomics.
-    # Shared memory   what tl.sum needs.
+    # Shared memory   none.
     # Accumulation    float32, views in increasing order; bin coordinates in 32.32 fixed point from a float64
     #                 origin per tile; in float64, by rays, with TAPS = 0, for bins finer than half or coarser
     #                 than 5.6 pixels.
@@ -235,29 +231,7 @@ def _radon_gather_kernel(
     j += j0
     here = (i < height) & (j < width)
     at = (b * height + i) * width + j
-    dtype = updated.dtype.element_ty
-    if UPDATE:
-        x = tl.load(image + at, here, 0.0).to(tl.float32)
-        prior = tl.load(denoised + at, here, 0.0).to(tl.float32)
-        size = tl.load(step_size).to(tl.float32)
-        weight = tl.load(tau).to(tl.float32)
-        last = x
-        factor = size
-        if MOMENTUM:
-            last = tl.load(previous + at, here, 0.0).to(tl.float32)
-            factor = tl.load(momentum + b).to(tl.float32)
-        gradient = tl.where(here, sums, 0.0)
-        u, e, term0, term1, term2 = red_step(
-            x, gradient, prior, last, size, weight, factor, MOMENTUM, NONNEGATIVE
-        )
-        tl.store(updated + at, u.to(dtype), here)
-        if MOMENTUM:
-            tl.store(extrapolated + at, e.to(dtype), here)
-        tl.store(partials + 3 * program, tl.sum(term0))
-        tl.store(partials + 3 * program + 1, tl.sum(term1))
-        tl.store(partials + 3 * program + 2, tl.sum(term2))
-    else:
-        tl.store(updated + at, sums.to(dtype), here)
+    tl.store(image + at, sums.to(image.dtype.element_ty), here)
 
 
 def _table(
@@ -334,8 +308,6 @@ def _gather(
     spacing: float,
     scale: float,
     matched: bool = True,
-    red: tuple[Tensor | None, ...] | None = None,
-    nonnegative: bool = False,
 ) -> None:
     batch, height, width = shape
     # A step between lines is at most sqrt(2) pixels long.
@@ -343,14 +315,11 @@ def _gather(
         taps, count = 0, min(n_bins, 2 * math.ceil(min(1 / spacing, n_bins)) + 1 if matched else 3)
     else:
         taps, count = 4 if matched and spacing < 1 - 1e-7 else 2, 0
-    image, denoised, step_size, tau, previous, momentum, extrapolated, partials = red or (None,) * 8
     tiles = triton.cdiv(height, TILE.value) * triton.cdiv(width, TILE.value)
     _radon_gather_kernel[(tiles * batch,)](
         sinogram,
         table,
-        *(out if a is None else a for a in (image, denoised, step_size, tau, previous, momentum)),
         out,
-        *(out if a is None else a for a in (extrapolated, partials)),
         table.shape[0],
         height,
         width,
@@ -359,9 +328,6 @@ def _gather(
         _bits(scale),
         MATCHED=matched,
         TAPS=taps,
-        UPDATE=red is not None,
-        MOMENTUM=previous is not None,
-        NONNEGATIVE=nonnegative,
         TILE=TILE,
         COLUMNS=COLUMNS,
         enable_fp_fusion=True,
@@ -459,41 +425,3 @@ def radon_gradient(
     table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
     scale = pixel_size * n_views / n_used
     _gather(sums, table, gradient, (batch, height, width), n_bins, spacing, scale)
-
-
-def radon_red_update(
-    dtype: int,
-    image: Tensor,
-    measured: Tensor | None,
-    sums: Tensor,
-    n_sums: int,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    nonnegative: bool,
-    updated: Tensor,
-    extrapolated: Tensor | None,
-    reductions: Tensor,
-    partials: Tensor,
-    n_partials: int,
-    batch: int,
-    height: int,
-    width: int,
-    angles: Tensor,
-    n_views: int,
-    views: Tensor | None,
-    n_used: int,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
-) -> None:
-    """Launch the RED step with the gradient of the data fidelity."""
-    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
-    scale = pixel_size * n_views / n_used
-    red = (image, denoised, step_size, tau, previous, momentum, extrapolated, partials)
-    _gather(sums, table, updated, (batch, height, width), n_bins, spacing, scale, True, red, nonnegative)
-    red_finish(partials, reductions, batch, n_partials)

@@ -259,14 +259,6 @@ def _gradient_inputs(
     return (_draw(shape["image"], dtype, device, generator), sinogram, angles, views), geometry
 
 
-def _radon_red_inputs(
-    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, geometry = _gradient_inputs(shape, dtype, device, generator)
-    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
-    return (*args, *prior), geometry | options | {"nonnegative": True}
-
-
 def _prior_inputs(
     size: Sequence[int], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -357,14 +349,6 @@ def _fourier_gradient_inputs(
     n = shape["coils"]
     coils = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
     return (_draw(shape["image"], dtype, device, generator), samples, *scan, coils), options
-
-
-def _fourier_red_inputs(
-    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, options = _fourier_gradient_inputs(shape, dtype, device, generator)
-    prior, more = _prior_inputs(shape["image"], dtype, device, generator)
-    return (*args, *prior), options | more
 
 
 # Odd and even sizes, one slice and many, two groups of images; slices unevenly spaced, transfer functions stored.
@@ -459,22 +443,6 @@ def _diffraction_gram_inputs(
     return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
 
 
-def _diffraction_red_inputs(
-    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, _ = _diffraction_gradient_inputs(shape, dtype, device, generator)
-    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
-    return (*args, *prior), options
-
-
-def _diffraction_gram_red_inputs(
-    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, _ = _diffraction_gram_inputs(shape, dtype, device, generator)
-    prior, options = _prior_inputs(shape["image"], dtype, device, generator)
-    return (*args, *prior), options
-
-
 # Tails of tiles, one tile and one number a channel, several parts; one group, one channel a group, widths that are no
 # power of two; more channels than a tile has.
 LAYER_SHAPES = (
@@ -537,16 +505,6 @@ CASES = (
     OpCase("diffraction_gradient", _diffraction_gradient_inputs, DIFFRACTION_SHAPES, (0,), **DIFFRACTION),
     OpCase("diffraction_gram", _diffraction_gram_inputs, DIFFRACTION_SHAPES, (0, 3), **DIFFRACTION),
     OpCase(
-        "diffraction_red_update", _diffraction_red_inputs, DIFFRACTION_SHAPES, (0, 7, 8, 9), **DIFFRACTION
-    ),
-    OpCase(
-        "diffraction_gram_red_update",
-        _diffraction_gram_red_inputs,
-        DIFFRACTION_SHAPES,
-        (0, 3, 4, 5, 6),
-        **DIFFRACTION,
-    ),
-    OpCase(
         "radon_forward",
         _forward_inputs,
         RADON_SHAPES,
@@ -564,7 +522,6 @@ CASES = (
     ),
     OpCase("radon_backproject", _adjoint_inputs, RADON_SHAPES, (0,), **RADON),
     OpCase("radon_gradient", _gradient_inputs, RADON_SHAPES, (0, 1), **RADON),
-    OpCase("radon_red_update", _radon_red_inputs, RADON_SHAPES, (0, 1, 4, 5, 6), **RADON),
     OpCase(
         "red_update",
         _red_inputs,
@@ -589,5 +546,4 @@ CASES = (
         **FOURIER,
     ),
     OpCase("fourier_gradient", _fourier_gradient_inputs, FOURIER_SHAPES, (0, 1), **FOURIER),
-    OpCase("fourier_red_update", _fourier_red_inputs, FOURIER_SHAPES, (0, 1, 5, 6, 7), **FOURIER),
 )

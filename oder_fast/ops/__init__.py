@@ -6,17 +6,15 @@ from .diffraction import (
     diffraction_forward,
     diffraction_gradient,
     diffraction_gram,
-    diffraction_gram_red_update,
-    diffraction_red_update,
     gram_matrices,
     gram_shape,
     normal_matrices,
     transfer_at,
 )
 from .faces import BackendUnavailableError, available
-from .fourier import fourier_adjoint, fourier_forward, fourier_gradient, fourier_red_update
+from .fourier import fourier_adjoint, fourier_forward, fourier_gradient
 from .group_norm_prelu import group_norm_prelu
-from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient, radon_red_update
+from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient
 from .red_update import RedUpdate, red_update
 
 __all__ = [
@@ -28,12 +26,9 @@ __all__ = [
     "diffraction_forward",
     "diffraction_gradient",
     "diffraction_gram",
-    "diffraction_gram_red_update",
-    "diffraction_red_update",
     "fourier_adjoint",
     "fourier_forward",
     "fourier_gradient",
-    "fourier_red_update",
     "gram_matrices",
     "gram_shape",
     "group_norm_prelu",
@@ -42,7 +37,6 @@ __all__ = [
     "radon_backproject",
     "radon_forward",
     "radon_gradient",
-    "radon_red_update",
     "red_update",
     "transfer_at",
 ]

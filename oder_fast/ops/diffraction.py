@@ -12,7 +12,6 @@ from torch import Tensor
 from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, faces
-from . import red_update as red
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor transfer, Tensor depths, Tensor support"
@@ -24,15 +23,6 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "diffraction_gram(Tensor image, Tensor auto, Tensor pairs, Tensor? spectrum, str backend) -> Tensor"
-)
-_PRIOR = "Tensor denoised, Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum"
-LIBRARY.define(
-    f"diffraction_red_update(Tensor image, Tensor? spectra, {_SCAN}, Tensor? blocks, float[] optics, {_PRIOR}, "
-    "str backend) -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"diffraction_gram_red_update(Tensor image, Tensor auto, Tensor pairs, Tensor? spectrum, {_PRIOR}, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -335,160 +325,6 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register("diffraction_gram", _gram_impl, _like_image, _gram_backward, _gram_setup)
-
-
-# ------------------------------------------------------------------ RED updates
-
-
-def _red_step(
-    image: Tensor,
-    write_spectrum: Callable[[Tensor], Tensor],
-    support: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the RED step with the gradient whose spectrum `write_spectrum` writes into the tensor that it is given."""
-    updated, extrapolated, reductions = red.outputs(image, previous)
-    if image.numel() == 0:
-        return updated, extrapolated, reductions.zero_()
-    spectrum = write_spectrum(updated)
-    if backend != "cpu":
-        gradient = _inverse(spectrum, support, backend)
-        prior = (denoised, step_size, tau, previous, momentum, False, backend)
-        red.write(image, gradient, *prior, updated, extrapolated, reductions)
-        return updated, extrapolated, reductions
-    _launch(
-        "diffraction_red_update",
-        image,
-        backend,
-        _pairs(spectrum),
-        _pairs(image),
-        *red.reals(denoised),
-        *red.scalars(step_size, tau),
-        *red.reals(previous),
-        *red.scalars(momentum),
-        *red.reals(updated, None if previous is None else extrapolated),
-        reductions,
-        image.shape[0],
-        *_planes(image, support),
-    )
-    return updated, extrapolated, reductions
-
-
-def _red_impl(
-    image: Tensor,
-    spectra: Tensor | None,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    blocks: Tensor | None,
-    optics: list[float],
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = (image, spectra, transfer, depths, support, blocks, optics, backend)
-    prior = (denoised, step_size, tau, previous, momentum, backend)
-    return _red_step(image, lambda out: _gradient_spectrum(*gradient, out), support, *prior)
-
-
-def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return red.outputs(image, args[-3])
-
-
-def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, spectra, transfer, depths, support, blocks, ctx.optics, *prior, ctx.backend = inputs
-    denoised, step_size, tau, previous, momentum = prior
-    ctx.mark_non_differentiable(output[2])
-    ctx.has_previous = previous is not None
-    gradient = (image, spectra, transfer, depths, support, blocks)
-    ctx.save_for_backward(*gradient, denoised, step_size, tau, momentum)
-
-
-def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
-    image, spectra, *scan, denoised, step_size, tau, momentum = ctx.saved_tensors
-    with_data = spectra is not None and ctx.needs_input_grad[1]
-
-    def fidelity_grad() -> Tensor:
-        gradient: Tensor = torch.ops.oder_fast.diffraction_gradient(
-            image, spectra, *scan, ctx.optics, ctx.backend
-        )
-        return gradient
-
-    grad_image, grad_spectra, *grads = red.fused_vjp(
-        grad_updated,
-        grad_extrapolated if ctx.has_previous else None,
-        image,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        None,
-        fidelity_grad=fidelity_grad if ctx.needs_input_grad[8] else None,
-        fidelity_vjp=lambda grad: _gradient_vjp(grad, tuple(scan), with_data, ctx.optics, ctx.backend),
-    )
-    return grad_image, grad_spectra, *[None] * 5, *grads, None, None
-
-
-register("diffraction_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
-
-
-def _gram_red_impl(
-    image: Tensor,
-    auto: Tensor,
-    pairs: Tensor,
-    spectrum: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    prior = (denoised, step_size, tau, previous, momentum, backend)
-    return _red_step(
-        image, lambda out: _gram_spectrum(image, auto, pairs, spectrum, backend, out), None, *prior
-    )
-
-
-def _gram_red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, auto, pairs, spectrum, denoised, step_size, tau, previous, momentum, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.has_previous = previous is not None
-    ctx.save_for_backward(image, auto, pairs, spectrum, denoised, step_size, tau, momentum)
-
-
-def _gram_red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
-    image, auto, pairs, spectrum, denoised, step_size, tau, momentum = ctx.saved_tensors
-    with_data = spectrum is not None and ctx.needs_input_grad[3]
-
-    def fidelity_grad() -> Tensor:
-        gradient: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, ctx.backend)
-        return gradient
-
-    grad_image, grad_spectrum, *grads = red.fused_vjp(
-        grad_updated,
-        grad_extrapolated if ctx.has_previous else None,
-        image,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        None,
-        fidelity_grad=fidelity_grad if ctx.needs_input_grad[5] else None,
-        fidelity_vjp=lambda grad: _gram_vjp(grad, auto, pairs, with_data, ctx.backend),
-    )
-    return grad_image, None, None, grad_spectrum, *grads, None, None
-
-
-register("diffraction_gram_red_update", _gram_red_impl, _red_fake, _gram_red_backward, _gram_red_setup)
 
 
 # ------------------------------------------------------------------ matrices
@@ -843,71 +679,6 @@ def diffraction_gradient(
     return result
 
 
-def diffraction_red_update(
-    image: Tensor,
-    spectra: Tensor | None,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    blocks: Tensor | None,
-    optics: Optics,
-    denoised: Tensor,
-    step_size: float | Tensor,
-    tau: float | Tensor,
-    *,
-    previous: Tensor | None = None,
-    momentum: float | Tensor | None = None,
-    backend: str = "auto",
-) -> red.RedUpdate:
-    r"""Take one RED step with the data fidelity of diffraction tomography: `diffraction_gradient`, then `red_update`.
-
-    .. math:: x^+ = s - \gamma (\nabla g_B(s) + \tau (s - D(s))), \quad s^+ = x^+ + \beta (x^+ - x)
-
-    On the C++ face the gradient never reaches memory as an image: each strip of columns is updated as its inverse
-    transform ends.
-
-    Args:
-        image: The point `s`, shape ``(B, Z, H, W)``, complex64 or complex128.
-        spectra: As in `diffraction_gradient`.
-        transfer: As in `diffraction_forward`.
-        depths: As there.
-        support: As there.
-        blocks: As in `diffraction_gradient`.
-        optics: As in `diffraction_forward`.
-        denoised: ``D(s)``, like `image`.
-        step_size: As in `red_update`.
-        tau: As in `red_update`.
-        previous: As in `red_update`.
-        momentum: As in `red_update`.
-        backend: ``"auto"`` or the name of a face.
-
-    Returns:
-        A `RedUpdate`, differentiable as that of `red_update`, and in `spectra`.
-
-    Raises:
-        TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape, device or index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
-
-    Example:
-        >>> import torch
-        >>> x = torch.full((1, 1, 4, 4), 0.01j, dtype=torch.complex64)
-        >>> support = torch.tensor([[[0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.int32)
-        >>> f, z = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        >>> scan = (f, z, support, None, Optics(0.2, 2.0, 1.0, 20.0))
-        >>> diffraction_red_update(x, None, *scan, x, step_size=0.05, tau=1.0).image[0, 0, 0].imag
-        tensor([0.0049, 0.0049, 0.0049, 0.0049])
-    """
-    op = "diffraction_red_update"
-    numbers, chosen = _check_gradient(op, image, spectra, transfer, depths, support, blocks, optics, backend)
-    prior = _check_prior(op, image, denoised, step_size, tau, previous, momentum)
-    args = (image, spectra, transfer, depths, support, blocks, numbers, *prior)
-    if chosen == "reference":
-        return red.RedUpdate(*reference.diffraction_red_update(*args))
-    updated, extrapolated, reductions = torch.ops.oder_fast.diffraction_red_update(*args, chosen)
-    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
-
-
 def _check_gradient(
     op: str,
     image: Tensor,
@@ -930,22 +701,6 @@ def _check_gradient(
     if blocks is not None:
         _checks.index(op, "blocks", blocks, len(transfer), image.device)
     return numbers, chosen
-
-
-def _check_prior(
-    op: str,
-    image: Tensor,
-    denoised: Tensor,
-    step_size: float | Tensor,
-    tau: float | Tensor,
-    previous: Tensor | None,
-    momentum: float | Tensor | None,
-) -> tuple[Any, ...]:
-    """Return what the RED updates take after the gradient's arguments, checked."""
-    momentum = red.check_prior(op, image, denoised, previous, momentum, False)
-    step_size = red.parameter(op, "step_size", step_size, image.device)
-    tau = red.parameter(op, "tau", tau, image.device)
-    return denoised, step_size, tau, previous, momentum
 
 
 def diffraction_gram(
@@ -987,58 +742,6 @@ def diffraction_gram(
         return reference.diffraction_gram(image, auto, pairs, spectrum)
     result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
     return result
-
-
-def diffraction_gram_red_update(
-    image: Tensor,
-    auto: Tensor,
-    pairs: Tensor,
-    spectrum: Tensor | None,
-    denoised: Tensor,
-    step_size: float | Tensor,
-    tau: float | Tensor,
-    *,
-    previous: Tensor | None = None,
-    momentum: float | Tensor | None = None,
-    backend: str = "auto",
-) -> red.RedUpdate:
-    r"""Take one RED step with all illuminations through their Gram matrices: `diffraction_gram`, then `red_update`.
-
-    Args:
-        image: The point `s`, shape ``(B, Z, H, W)``, complex64 or complex128.
-        auto: As in `diffraction_gram`.
-        pairs: As there.
-        spectrum: As there.
-        denoised: ``D(s)``, like `image`.
-        step_size: As in `red_update`.
-        tau: As in `red_update`.
-        previous: As in `red_update`.
-        momentum: As in `red_update`.
-        backend: ``"auto"`` or the name of a face.
-
-    Returns:
-        A `RedUpdate`, differentiable as that of `red_update`, and in `spectrum`.
-
-    Raises:
-        TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape or device that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
-
-    Example:
-        >>> import torch
-        >>> x, auto = torch.ones(1, 1, 4, 4, dtype=torch.complex64), torch.full((1, 4, 4), 2 + 0j)
-        >>> pairs = torch.zeros(1, 1, 1, 1, dtype=torch.complex64)
-        >>> diffraction_gram_red_update(x, auto, pairs, None, x, step_size=0.25, tau=1.0).image.real[0, 0, 0]
-        tensor([0.5000, 0.5000, 0.5000, 0.5000])
-    """
-    op = "diffraction_gram_red_update"
-    chosen = _check_gram(op, image, auto, pairs, spectrum, backend)
-    prior = _check_prior(op, image, denoised, step_size, tau, previous, momentum)
-    args = (image, auto, pairs, spectrum, *prior)
-    if chosen == "reference":
-        return red.RedUpdate(*reference.diffraction_gram_red_update(*args))
-    updated, extrapolated, reductions = torch.ops.oder_fast.diffraction_gram_red_update(*args, chosen)
-    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)
 
 
 def _check_gram(

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..reference import fourier as reference
 from .._torch import kept
 from . import _checks, faces
-from . import red_update as red
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor coil_maps, Tensor sampling"
@@ -18,11 +17,6 @@ LIBRARY.define(f"fourier_forward(Tensor image, {_SCAN}, int axis, str backend) -
 LIBRARY.define(f"fourier_adjoint(Tensor samples, {_SCAN}, int axis, str backend) -> Tensor")
 LIBRARY.define(
     f"fourier_gradient(Tensor image, Tensor? samples, {_SCAN}, Tensor? coils, int axis, str backend) -> Tensor"
-)
-LIBRARY.define(
-    f"fourier_red_update(Tensor image, Tensor? samples, {_SCAN}, Tensor? coils, Tensor denoised, "
-    "Tensor step_size, Tensor tau, Tensor? previous, Tensor? momentum, int axis, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
 )
 
 # Edges of the block of pixels of a program of the Triton face, each with one partial sum of the norms.
@@ -229,86 +223,6 @@ def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
-
-
-# ------------------------------------------------------------------ RED update
-
-
-def _red_impl(
-    image: Tensor,
-    samples: Tensor | None,
-    coil_maps: Tensor,
-    sampling: Tensor,
-    coils: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    axis: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    updated, extrapolated, reductions = red.outputs(image, previous)
-    if image.numel() == 0:
-        return updated, extrapolated, reductions.zero_()
-    n, width = _sizes(coil_maps, sampling, axis)
-    # However the CUDA face lays columns out, there is a partial sum for each.
-    parts = -(-n // ROWS) * -(-width // COLUMNS) if backend == "triton" else width
-    _launch(
-        "fourier_red_update",
-        image,
-        backend,
-        _pairs(image),
-        _in_order(samples, sampling),
-        *red.reals(denoised),
-        *red.scalars(step_size, tau),
-        *red.reals(previous),
-        *red.scalars(momentum),
-        *red.reals(updated, None if previous is None else extrapolated),
-        reductions,
-        *red.partial_sums(image.shape[0], parts, reductions, backend),
-        *_scan(image.shape[0], coil_maps, sampling, coils, axis, backend),
-    )
-    return updated, extrapolated, reductions
-
-
-def _red_fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return red.outputs(image, args[7])
-
-
-def _red_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, samples, coil_maps, sampling, coils, denoised, step_size, tau, previous, momentum, *rest = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.has_previous = previous is not None
-    ctx.axis, ctx.backend = rest
-    ctx.save_for_backward(image, samples, coil_maps, sampling, coils, denoised, step_size, tau, momentum)
-
-
-def _red_backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Any, ...]:
-    image, samples, coil_maps, sampling, coils, denoised, step_size, tau, momentum = ctx.saved_tensors
-    saved, rest = (coil_maps, sampling, coils), (ctx.axis, ctx.backend)
-    with_data = samples is not None and ctx.needs_input_grad[1]
-
-    def fidelity_grad() -> Tensor:
-        gradient: Tensor = torch.ops.oder_fast.fourier_gradient(image, samples, *saved, *rest)
-        return gradient
-
-    grad_image, grad_samples, *grads = red.fused_vjp(
-        grad_updated,
-        grad_extrapolated if ctx.has_previous else None,
-        image,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        None,
-        fidelity_grad=fidelity_grad if ctx.needs_input_grad[6] else None,
-        fidelity_vjp=lambda grad: _fidelity_vjp(grad, saved, with_data, *rest),
-    )
-    return grad_image, grad_samples, None, None, None, *grads, *[None] * 3
-
-
-register("fourier_red_update", _red_impl, _red_fake, _red_backward, _red_setup)
 
 
 # ------------------------------------------------------------------ what users call
@@ -544,65 +458,3 @@ def fourier_gradient(
         return reference.fourier_gradient(*args)
     result: Tensor = torch.ops.oder_fast.fourier_gradient(*args, chosen)
     return result
-
-
-def fourier_red_update(
-    image: Tensor,
-    samples: Tensor | None,
-    coil_maps: Tensor,
-    sampling: Tensor,
-    coils: Tensor | None,
-    denoised: Tensor,
-    step_size: float | Tensor,
-    tau: float | Tensor,
-    *,
-    previous: Tensor | None = None,
-    momentum: float | Tensor | None = None,
-    axis: int = -2,
-    backend: str = "auto",
-) -> red.RedUpdate:
-    r"""Take one RED step with the MRI data fidelity: `fourier_gradient` with `red_update` as its epilogue.
-
-    .. math:: x^+ = s - \gamma (\nabla g_B(s) + \tau (s - D(s))), \quad s^+ = x^+ + \beta (x^+ - x)
-
-    The gradient never reaches memory: a strip of columns is updated as soon as its coils are summed.
-
-    Args:
-        image: The point `s`, shape ``(B, H, W)``, complex64 or complex128.
-        samples: As in `fourier_gradient`.
-        coil_maps: As in `fourier_forward`.
-        sampling: As in `fourier_forward`.
-        coils: As in `fourier_gradient`.
-        denoised: ``D(s)``, like `image`.
-        step_size: As in `red_update`.
-        tau: As in `red_update`.
-        previous: As in `red_update`.
-        momentum: As in `red_update`.
-        axis: As in `fourier_forward`.
-        backend: ``"auto"`` or the name of a face.
-
-    Returns:
-        A `RedUpdate`, differentiable as that of `red_update`, and in `samples`.
-
-    Raises:
-        TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape, device, value or index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
-
-    Example:
-        >>> import torch
-        >>> x, maps = torch.ones(1, 2, 2, dtype=torch.complex64), torch.ones(1, 1, 2, 2, dtype=torch.complex64)
-        >>> fourier_red_update(x, None, maps, torch.tensor([[0]]), None, x, step_size=0.5, tau=1.0).image.real
-        tensor([[[0.5000, 0.5000],
-                 [0.5000, 0.5000]]])
-    """
-    op = "fourier_red_update"
-    coil_maps, axis, chosen = _check_fidelity(op, image, samples, coil_maps, sampling, coils, axis, backend)
-    momentum = red.check_prior(op, image, denoised, previous, momentum, False)
-    step_size = red.parameter(op, "step_size", step_size, image.device)
-    tau = red.parameter(op, "tau", tau, image.device)
-    args = (image, samples, coil_maps, sampling, coils, denoised, step_size, tau, previous, momentum, axis)
-    if chosen == "reference":
-        return red.RedUpdate(*reference.fourier_red_update(*args))
-    updated, extrapolated, reductions = torch.ops.oder_fast.fourier_red_update(*args, chosen)
-    return red.RedUpdate(updated, updated if previous is None else extrapolated, reductions)

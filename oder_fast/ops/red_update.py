@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -144,39 +143,6 @@ def vjp(
     )
 
 
-def fused_vjp(
-    grad_updated: Tensor,
-    grad_extrapolated: Tensor | None,
-    image: Tensor,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    momentum: Tensor | None,
-    updated: Tensor | None,
-    *,
-    fidelity_grad: Callable[[], Tensor] | None,
-    fidelity_vjp: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return the gradients of image, data, denoised, step_size, tau and previous of a gradient fused with this step.
-
-    Only the derivative in the step size needs the data fidelity's gradient, which `fidelity_grad` computes (None where
-    nobody asks for that derivative); `fidelity_vjp` maps a gradient in it to those in the image and in the data.
-    """
-    fidelity = torch.zeros_like(image) if fidelity_grad is None else fidelity_grad()
-    grad_image, grad_fidelity, grad_denoised, grad_step, grad_tau, grad_previous = vjp(
-        grad_updated, grad_extrapolated, image, fidelity, denoised, step_size, tau, momentum, updated
-    )
-    normal, grad_data = fidelity_vjp(grad_fidelity)
-    return (
-        grad_image + normal,
-        grad_data,
-        grad_denoised,
-        None if fidelity_grad is None else grad_step,
-        grad_tau,
-        grad_previous,
-    )
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative, _ = inputs
     ctx.mark_non_differentiable(output[2])
@@ -204,15 +170,6 @@ def _backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any)
 
 register("red_update", _impl, _fake, _backward, _setup)
 
-LIBRARY.define(
-    "red_update_out(Tensor image, Tensor fidelity_grad, Tensor denoised, Tensor step_size, Tensor tau, "
-    "Tensor? previous, Tensor? momentum, bool nonnegative, str backend, Tensor(a!) updated, "
-    "Tensor(b!)? extrapolated, Tensor(c!) reductions) -> ()"
-)
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("red_update_out", lambda *args: write(*contiguous(args[:9]), *args[9:]), _key)
-torch.library.register_fake("oder_fast::red_update_out", lambda *_: None, lib=LIBRARY)
-
 
 def parameter(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
     """Return a 0-d tensor for a float or a 0-d tensor."""
@@ -235,7 +192,7 @@ def check_prior(
     momentum: float | Tensor | None,
     nonnegative: bool,
 ) -> Tensor | None:
-    """Check the arguments a RED step shares with its fused form; return the momentum as a tensor (B,)."""
+    """Check the arguments beside the gradient; return the momentum as a tensor (B,)."""
     for name, value in (("denoised", denoised), ("previous", previous)):
         if value is None:
             continue
@@ -256,41 +213,6 @@ def check_prior(
     return momentum
 
 
-def _check_out(op: str, out: RedUpdate, image: Tensor, args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        raise ValueError(f"{op}: out cannot be given where a gradient is asked for")
-    for name in ("image", "extrapolated"):
-        value = getattr(out, name)
-        _checks.tensor(op, f"out.{name}", value)
-        _checks.same(op, f"out.{name}", value, "image", image)
-        _checks.shape(op, f"out.{name}", value, tuple(image.shape), "that of image")
-    _checks.shape(op, "out.reductions", out.reductions, (image.shape[0], 3), "three for each image")
-    if out.reductions.dtype != torch.float64 or out.reductions.device != image.device:
-        raise ValueError(f"{op}: out.reductions must be float64 on {image.device}")
-    if not all(value.is_contiguous() and not value.is_conj() and not value.is_neg() for value in out):
-        raise ValueError(f"{op}: out must be contiguous, without conjugation or negation pending")
-    written = [out.image, out.reductions] if args[5] is None else list(out)
-    others = [a for a in args if isinstance(a, Tensor)]
-    for k, value in enumerate(written):
-        if any(_overlap(value, other) for other in (*others, *written[:k])):
-            raise ValueError(
-                f"{op}: out must not share memory with the other arguments, nor its parts with each other"
-            )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Tell whether the memory from the first to the last number of two tensors meets."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    (a_begin, a_end), (b_begin, b_end) = (_ends(v) for v in (a, b))
-    return a_begin < b_end and b_begin < a_end
-
-
-def _ends(value: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
-
-
 def red_update(
     image: Tensor,
     fidelity_grad: Tensor,
@@ -301,7 +223,6 @@ def red_update(
     previous: Tensor | None = None,
     momentum: float | Tensor | None = None,
     nonnegative: bool = False,
-    out: RedUpdate | None = None,
     backend: str = "auto",
 ) -> RedUpdate:
     r"""Take one step of regularization by denoising in a single pass over memory.
@@ -320,18 +241,15 @@ def red_update(
         previous: The last iterate `x`, like `image`; given together with `momentum`.
         momentum: ``beta``, float or tensor ``(B,)``; not differentiated.
         nonnegative: Project on ``x >= 0`` (real images only).
-        out: Results of an earlier call to write into, for loops that allocate nothing: contiguous, apart from
-            the other arguments; not differentiable.
         backend: ``"auto"`` or the name of a face.
 
     Returns:
-        A `RedUpdate` (`out` where given); `image` and `extrapolated` are differentiable any number of times in `image`,
+        A `RedUpdate`; `image` and `extrapolated` are differentiable any number of times in `image`,
         `fidelity_grad`, `denoised`, `step_size`, `tau` and `previous`.
 
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape or device that does not fit, a projection of complex images, or `out` where a
-            gradient is asked for.
+        ValueError: For a shape or device that does not fit, or a projection of complex images.
 
     Example:
         >>> import torch
@@ -357,18 +275,7 @@ def red_update(
     tau = parameter(op, "tau", tau, image.device)
     chosen = faces.resolve(backend, image.device, image.dtype)
     args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
-    if out is not None:
-        _check_out(op, out, image, args)
     if chosen == "reference":
-        results = RedUpdate(*reference.red_update(*args))
-        if out is None:
-            return results
-        for target, value in zip(out, results, strict=True):
-            target.copy_(value)
-        return out
-    if out is not None:
-        extrapolated = None if previous is None else out.extrapolated
-        torch.ops.oder_fast.red_update_out(*args, chosen, out.image, extrapolated, out.reductions)
-        return out
+        return RedUpdate(*reference.red_update(*args))
     updated, extrapolated, reductions = torch.ops.oder_fast.red_update(*args, chosen)
     return RedUpdate(updated, updated if previous is None else extrapolated, reductions)

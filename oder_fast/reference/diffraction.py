@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._torch import fft
-from .red_update import red_update
 
 
 def signed(k: Tensor, n: int) -> Tensor:
@@ -162,38 +161,3 @@ def diffraction_gram(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tenso
     if spectrum is not None:
         result = result - spectrum
     return fft(torch.fft.ifftn, result)
-
-
-def diffraction_red_update(
-    image: Tensor,
-    spectra: Tensor | None,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    blocks: Tensor | None,
-    optics: Sequence[float],
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None = None,
-    momentum: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `red_update` returns for the gradient of `diffraction_gradient`."""
-    gradient = diffraction_gradient(image, spectra, transfer, depths, support, blocks, optics)
-    return red_update(image, gradient, denoised, step_size, tau, previous, momentum)
-
-
-def diffraction_gram_red_update(
-    image: Tensor,
-    auto: Tensor,
-    pairs: Tensor,
-    spectrum: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None = None,
-    momentum: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `red_update` returns for the gradient of `diffraction_gram`."""
-    gradient = diffraction_gram(image, auto, pairs, spectrum)
-    return red_update(image, gradient, denoised, step_size, tau, previous, momentum)

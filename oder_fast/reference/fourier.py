@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._torch import fft
-from .red_update import red_update
 
 
 def _transform(image: Tensor, sampling: Tensor, axis: int, inverse: bool = False) -> Tensor:
@@ -61,21 +60,3 @@ def fourier_gradient(
     if samples is not None:
         residual = residual - (samples if coils is None else samples[:, coils])
     return fourier_adjoint(residual, maps, sampling, axis) * (coil_maps.shape[1] / maps.shape[1])
-
-
-def fourier_red_update(
-    image: Tensor,
-    samples: Tensor | None,
-    coil_maps: Tensor,
-    sampling: Tensor,
-    coils: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None = None,
-    momentum: Tensor | None = None,
-    axis: int = -2,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `red_update` returns for the gradient of `fourier_gradient`."""
-    gradient = fourier_gradient(image, samples, coil_maps, sampling, coils, axis)
-    return red_update(image, gradient, denoised, step_size, tau, previous, momentum)

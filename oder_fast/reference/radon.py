@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .red_update import red_update
 
 # Views at 45 degrees could march along either axis; the margin keeps every face on the same choice although
 # their cosines differ in the last bit.
@@ -175,24 +174,3 @@ def radon_gradient(
         residual = residual - sinogram
     scale = n_views / angles.shape[0]
     return radon_adjoint(residual, angles, image.shape[1], image.shape[2], *geometry) * scale
-
-
-def radon_red_update(
-    image: Tensor,
-    sinogram: Tensor | None,
-    angles: Tensor,
-    views: Tensor | None,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    nonnegative: bool,
-    n_bins: int,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one RED step with the gradient of `radon_gradient`."""
-    gradient = radon_gradient(image, sinogram, angles, views, n_bins, bin_spacing, bin_offset, pixel_size)
-    return red_update(image, gradient, denoised, step_size, tau, previous, momentum, nonnegative)
