@@ -139,9 +139,7 @@ class LeastSquares:
             free: 1 where pixels are free; the others are 0 and their equations left out. None for all pixels.
         """
         target = self._target(rhs, weight, start, tolerance)
-        return self._method(
-            lambda v: torch.addcmul(self.normal(v), weight, v), rhs, start, target, self._preconditioner(weight), free
-        )
+        return self._method(self._regularized(weight), rhs, start, target, self._preconditioner(weight), free)
 
     def solve_nonnegative(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
         r"""Minimize :math:`\tfrac12 \langle x, (A^T A + w) x \rangle - \langle r, x \rangle` over :math:`x \ge 0`.
@@ -149,8 +147,9 @@ class LeastSquares:
         Arguments as of `solve`.
         """
         target = self._target(rhs, weight, start, tolerance)
+        largest = self.operator.norm_squared() + weight
         return inner.nonnegative(
-            lambda v: torch.addcmul(self.normal(v), weight, v), rhs, start, target, self._preconditioner(weight)
+            self._regularized(weight), rhs, start, target, self._preconditioner(weight), largest
         )
 
     def counted_anew(self) -> LeastSquares:
@@ -162,6 +161,10 @@ class LeastSquares:
     @property
     def _method(self) -> Callable[..., Tensor]:
         return inner.conjugate_gradients
+
+    def _regularized(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return A^H A + weight."""
+        return lambda v: torch.addcmul(self.normal(v), weight, v)
 
     def _target(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
         size = weight * inner.norm(start)
@@ -217,7 +220,9 @@ class ForeignOperator(MeasurementOperator):
             like = self.adjoint(y)
         if not isinstance(like, Tensor) or like.shape[0] != y.shape[0]:
             got = tuple(like.shape) if isinstance(like, Tensor) else type(like).__name__
-            raise ValueError(f"{self._name}: A_adjoint(y) must hold {y.shape[0]} images, as y does, got {got}")
+            raise ValueError(
+                f"{self._name}: A_adjoint(y) must hold {y.shape[0]} images, as y does, got {got}"
+            )
         self._probe = like[:1]
         if self._exact is None:
             self._exact = self._test_adjoint(like, y)
@@ -240,8 +245,8 @@ class ForeignOperator(MeasurementOperator):
             measured, back = self.forward(x), self.adjoint(v)
             if measured.shape != y.shape:
                 raise ValueError(
-                    f"{self._name}: the operator does not match y: A(A_adjoint(y)) has shape {tuple(measured.shape)}, y "
-                    f"{tuple(y.shape)}"
+                    f"{self._name}: the operator does not match y: A(A_adjoint(y)) has shape "
+                    f"{tuple(measured.shape)}, y {tuple(y.shape)}"
                 )
             difference = (inner.dot(measured, v) - inner.dot(x, back)).abs().amax()
             size = (inner.norm(measured) * inner.norm(v)).amax()
@@ -251,8 +256,8 @@ class ForeignOperator(MeasurementOperator):
         if mismatch <= MISMATCH[x.real.dtype]:
             return True
         warnings.warn(
-            f"{self._name}: A_adjoint is not the adjoint of A: <A x, y> and <x, A_adjoint y> differ by {mismatch:.2g} of "
-            "|A x| |y|; the fixed point is that of the pair as it is, and gradients are not exact",
+            f"{self._name}: A_adjoint is not the adjoint of A: <A x, y> and <x, A_adjoint y> differ by {mismatch:.2g} "
+            "of |A x| |y|; the fixed point is that of the pair as it is, and gradients are not exact",
             stacklevel=2,
         )
         return False
@@ -260,7 +265,9 @@ class ForeignOperator(MeasurementOperator):
     def norm_squared(self) -> float:
         r"""Compute :math:`\|A\|^2` by power iteration on images like those of the last data; kept for each shape."""
         if self._probe is None:
-            raise ValueError(f"{self._name}: the norm needs the shape of an image: call least_squares(y) first")
+            raise ValueError(
+                f"{self._name}: the norm needs the shape of an image: call least_squares(y) first"
+            )
         like = self._probe
         key = (tuple(like.shape), like.dtype, like.device)
         if key not in self._norms:
@@ -285,7 +292,8 @@ def as_operator(operator: Any) -> MeasurementOperator:
     """Return an operator as it is, or anything with ``A`` and ``A_adjoint`` as one.
 
     Args:
-        operator: A `MeasurementOperator`, or an object with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv.
+        operator: A `MeasurementOperator`, or an object with ``A(x)`` and ``A_adjoint(y)``, such as a physics of
+            deepinv.
 
     Returns:
         The operator; of one object always the same one, so that its norm and the test of its adjoint are kept.

@@ -20,6 +20,11 @@ FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
 SAMPLING = ("uniform", "stratified")
 # As in the official code of ODER: five sectors of 36 degrees.
 SECTORS = 5
+# Of the circulant: its grid relative to the image, and the points that A^T A's response is the mean of. Of grids 1 to 2
+# times the image 1.25 costs least time: 2 saves a step in ten, and its transforms cost as much as three of A^T A at
+# 256 x 256. Five points save a tenth of one point's steps, a quarter with few views, and half with coarse bins.
+MARGIN = 1.25
+POINTS = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
 
 class ParallelBeamCT(MeasurementOperator):
@@ -101,7 +106,6 @@ class ParallelBeamCT(MeasurementOperator):
         self._norm_squared: float | None = None
         self._filters: dict[tuple[Any, ...], Tensor] = {}
         self._response: Tensor | None = None
-        self._grid = (0, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelBeamCT:
         # .half() or .to(float32) must not move the rays.
@@ -191,19 +195,26 @@ class ParallelBeamCT(MeasurementOperator):
         return ops.radon_gradient(v, None, self.angles, blocks, n_bins=self.n_bins, **self._geometry)
 
     def _circulant(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-        """Return the spectrum of A^T A's response to a point in the middle, on a larger grid, and the grid; kept."""
+        """Return the spectrum of A^T A's mean response to points, on a larger grid, and the grid; kept."""
+        height, width = self.image_shape
+        grid = next_fast_len(math.ceil(MARGIN * height)), next_fast_len(math.ceil(MARGIN * width), real=True)
         if self._response is None or self._response.dtype != dtype:
-            height, width = self.image_shape
-            grid = tuple(next_fast_len(2 * n, real=True) for n in self.image_shape)
             with torch.inference_mode(False), torch.no_grad():
-                point = torch.zeros(1, height, width, dtype=dtype, device=self.angles.device)
-                point[0, height // 2, width // 2] = 1
-                response = torch.zeros(grid, dtype=dtype, device=point.device)
-                response[:height, :width] = self._normal(point)[0]
-                response = response.roll((-(height // 2), -(width // 2)), (0, 1))
-                self._response = fft(torch.fft.rfftn, response, norm="backward").real.clamp(min=0)
-                self._grid = grid
-        return self._response, self._grid
+                points = torch.zeros(len(POINTS), height, width, dtype=dtype, device=self.angles.device)
+                response = torch.zeros(grid, dtype=dtype, device=points.device)
+                at = [(int(i * height), int(j * width)) for i, j in POINTS]
+                for point, (i, j) in zip(points, at, strict=True):
+                    point[i, j] = 1
+                for (i, j), image in zip(at, self._normal(points), strict=True):
+                    # What is farther away than half the grid would wrap around.
+                    rows = slice(max(0, i - grid[0] // 2), i + grid[0] // 2 + 1)
+                    columns = slice(max(0, j - grid[1] // 2), j + grid[1] // 2 + 1)
+                    near = torch.zeros_like(response)
+                    near[:height, :width][rows, columns] = image[rows, columns]
+                    response += near.roll((-i, -j), (0, 1))
+                mean = fft(torch.fft.rfftn, response / len(POINTS), norm="backward")
+                self._response = mean.real.clamp(min=0)
+        return self._response, grid
 
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: filtered back-projection with the Hann window."""
@@ -253,8 +264,8 @@ class ParallelBeamCT(MeasurementOperator):
 class CTLeastSquares(LeastSquares):
     """The data fidelity of `ParallelBeamCT`; its inner solves are preconditioned by a circulant.
 
-    A^T A is nearly a convolution: its response to a point in the middle of the image, on a grid twice as large, has the
-    spectrum `c`, and ``(c + w)^-1`` between transforms is an approximate inverse, for any set of angles.
+    A^T A is nearly a convolution: its response to a point, the mean over a few, has the spectrum `c` on a grid a
+    quarter larger than the image, and ``(c + w)^-1`` between transforms is an approximate inverse, for any angles.
     """
 
     operator: ParallelBeamCT

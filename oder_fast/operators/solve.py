@@ -13,8 +13,9 @@ Apply = Callable[[Tensor], Tensor]
 MAX_STEPS = 60
 # Of its residual at the start, at least.
 REDUCTION = 0.1
-# Of fixing pixels at 0 and freeing them.
-MAX_ROUNDS = 12
+# Part of the residual that is left to the next round, in which other pixels are free; and how far a round lowers the
+# objective at least, of what an exact step along the gradient would.
+UNSETTLED, SUFFICIENT = 0.03, 0.01
 # Directions that `minimal_residuals` keeps orthogonal.
 DIRECTIONS = 8
 
@@ -23,12 +24,14 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the real inner product of each image, to be broadcast over it."""
     shape = (-1, *[1] * (a.ndim - 1))
     a, b = (torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in (a, b))
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).reshape(shape)
+    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return products.reshape(shape)
 
 
 def norm(a: Tensor) -> Tensor:
     """Return the norm of each image, to be broadcast over it."""
-    return torch.linalg.vector_norm(a.flatten(1), dim=1).reshape(-1, *[1] * (a.ndim - 1))
+    norms: Tensor = torch.linalg.vector_norm(a.flatten(1), dim=1)
+    return norms.reshape(-1, *[1] * (a.ndim - 1))
 
 
 def ratio(a: Tensor, b: Tensor, going: Tensor) -> Tensor:
@@ -61,57 +64,81 @@ def conjugate_gradients(
         precondition: An approximate inverse of `apply`, symmetric and positive definite.
         free: 1 where pixels are free; the others are 0, and their equations are left out. None for all.
     """
-    rest = (lambda v: v) if free is None else (lambda v: v * free)
-    x = rest(start)
-    r = rest(rhs - apply(x))
-    x, target = begin(x, r, target, rhs)
+    x = start if free is None else start * free
+    r = rhs - apply(x)
+    x, target = begin(x, r if free is None else r * free, target, rhs)
+    return _descend(apply, x, r, target, precondition, free, MAX_STEPS)[0]
+
+
+def _descend(
+    apply: Apply,
+    x: Tensor,
+    r: Tensor,
+    target: Tensor,
+    precondition: Apply,
+    free: Tensor | None,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Take steps of conjugate gradients from `x`, whose residual is `r`; return both, of all pixels, and the steps."""
     p, rz = torch.zeros_like(r), torch.ones_like(target)
-    for step in range(MAX_STEPS + 1):
-        going = norm(r) > target
-        if step == MAX_STEPS or not bool(going.any()):
-            break
-        z = rest(precondition(r))
-        last, rz = rz, dot(r, z)
+    for step in range(max_steps):
+        inside = r if free is None else r * free
+        going = norm(inside) > target
+        if not bool(going.any()):
+            return x, r, step
+        z = precondition(inside)
+        z = z if free is None else z * free
+        last, rz = rz, dot(inside, z)
         p = torch.addcmul(z, ratio(rz, last, going), p) if step else z
-        q = rest(apply(p))
+        q = apply(p)
         length = ratio(rz, dot(p, q), going)
         x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, q, value=-1)
-    return x
+    return x, r, max_steps
 
 
 def nonnegative(
-    apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply
+    apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply, largest: Tensor
 ) -> Tensor:
-    """Minimize ``<x, apply(x)> / 2 - <rhs, x>`` over x >= 0: conjugate gradients on the free pixels, clipped, repeated.
+    r"""Minimize ``q(x) = <x, apply(x)> / 2 - <rhs, x>`` over x >= 0: conjugate gradients on the free pixels, clipped.
 
-    A pixel is free where it is above 0 or its gradient would raise it. Conjugate gradients on the free pixels keep the
-    residual of all; where clipping changes an image, its gradient is computed anew and some pixels change sides.
+    A pixel is free where it is above 0 or its residual ``r = rhs - apply(x)`` would raise it; an image is done where
+    the residual of its free pixels is at most `target`. Each round solves for the free pixels to a part of their
+    residual, and clips the result.
+
+    It never cycles: every round lowers q, by at least ``SUFFICIENT |r_free|^2 / largest``, or else the round ends in a
+    projected gradient step of length ``1 / largest`` in its place, which lowers q by ``largest / 2`` times the square
+    of what it changes. q is bounded from below, so both go to 0. Between two images q falls by
+    ``<x' - x, r + r'> / 2``, without cancellation.
+
+    Args:
+        apply: As of `conjugate_gradients`.
+        rhs: As there.
+        start: As there.
+        target: As there, of the residual of the free pixels.
+        precondition: As there.
+        largest: The largest eigenvalue of `apply`.
     """
     x = start.clamp(min=0)
-    r = rhs - apply(x)
-    x, target = begin(x, r, target, rhs)
-    for round_ in range(MAX_ROUNDS):
+    r, steps = rhs - apply(x), 1
+    x, target = begin(x, r * ((x > 0) | (r > 0)), target, rhs)
+    while steps < MAX_STEPS:
         free = ((x > 0) | (r > 0)).to(x.dtype)
-        initial = norm(r * free)
-        if not bool((initial > target).any()):
+        size = norm(r * free)
+        going = size > target
+        if not bool(going.any()):
             break
         # Until the free pixels have settled, accuracy is wasted.
-        enough = torch.maximum(target, 0.1 * initial) if round_ < MAX_ROUNDS // 2 else target
-        p, rz = torch.zeros_like(r), torch.ones_like(target)
-        for step in range(MAX_STEPS):
-            inside = r * free
-            going = norm(inside) > enough
-            if not bool(going.any()):
-                break
-            z = precondition(inside) * free
-            last, rz = rz, dot(inside, z)
-            p = torch.addcmul(z, ratio(rz, last, going), p) if step else z
-            q = apply(p)
-            length = ratio(rz, dot(p, q), going)
-            x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, q, value=-1)
-        if bool((x < 0).any()):
-            x = x.clamp(min=0)
-            r = rhs - apply(x)
+        rough = torch.maximum(target, UNSETTLED * size)
+        new, new_r, taken = _descend(apply, x, r, rough, precondition, free, MAX_STEPS - steps)
+        steps += taken
+        if bool((new < 0).any()):
+            new = new.clamp(min=0)
+            new_r, steps = rhs - apply(new), steps + 1
+        lower = dot(new - x, r + new_r) >= 2 * SUFFICIENT * size.square() / largest
+        if not bool((lower | ~going).all()):
+            new = torch.where(lower | ~going, new, (x + r / largest).clamp(min=0))
+            new_r, steps = rhs - apply(new), steps + 1
+        x, r = new, new_r
     return x
 
 
