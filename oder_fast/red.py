@@ -114,6 +114,11 @@ class REDMap(FixedPointMap):
         """Whether the weights, the data or a parameter need a gradient; assumed of a mere function."""
         return self.denoise.requires_grad or self.weight.requires_grad or self.fidelity.y.requires_grad
 
+    @property
+    def rounding(self) -> float:  # type: ignore[override]
+        """That of the denoiser."""
+        return self.denoise.rounding
+
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``."""
         return self.step(point).image

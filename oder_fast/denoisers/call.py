@@ -39,6 +39,11 @@ class ImageDenoiser:
             return True
         return any(weight.requires_grad for weight in self.denoiser.parameters())
 
+    @property
+    def rounding(self) -> float:
+        """The relative rounding of autocast's precision; 0 without."""
+        return torch.finfo(self.autocast.dtype).eps if self.autocast.enabled else 0.0
+
     def __call__(self, image: Tensor) -> Tensor:
         """Return the denoised image."""
         self.calls += 1
@@ -69,14 +74,15 @@ class ImageDenoiser:
 
     def transposed(self, product: Callable[[Tensor], Tensor]) -> Transposed:
         """Return a transposed derivative, given as a product, in this one's place."""
-        return Transposed(product)
+        return Transposed(product, self.autocast)
 
 
 class Transposed(ImageDenoiser):
     """The transposed derivative of a denoiser at an image."""
 
-    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, product: Callable[[Tensor], Tensor], autocast: Autocast) -> None:
         self.product = product
+        self.autocast = autocast
         self.calls = 0
 
     @property

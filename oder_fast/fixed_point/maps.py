@@ -52,6 +52,8 @@ class FixedPointMap:
         requires_grad: Whether anything that the map depends on needs a gradient.
         gain: The distance from the fixed point is at least this many residuals where nothing contracts the error
             further: 1 for a map whose residual is a step towards the fixed point, more for one of short steps.
+        rounding: Relative moves below it tell nothing of how the map contracts, where it computes in less than the
+            image's precision.
         advice: What to change where the iteration does not converge.
     """
 
@@ -59,6 +61,7 @@ class FixedPointMap:
     variance_reduced: bool = False
     requires_grad: bool = True
     gain: float = 1.0
+    rounding: float = 0.0
     advice: str = "iterate a map that contracts"
 
     def __call__(self, point: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ class Checkpointed(FixedPointMap):
         self.inner_map = inner_map
         self.stochastic = inner_map.stochastic
         self.variance_reduced = inner_map.variance_reduced
-        self.gain = inner_map.gain
+        self.gain, self.rounding = inner_map.gain, inner_map.rounding
         self.advice = inner_map.advice
         self.draw = inner_map.draw  # type: ignore[method-assign]
         self.calls = inner_map.calls  # type: ignore[method-assign]

@@ -30,9 +30,10 @@ class Progress:
         n_done: How many images have converged or diverged.
     """
 
-    def __init__(self, start: Tensor, tolerance: float, gain: float) -> None:
+    def __init__(self, start: Tensor, tolerance: float, gain: float, rounding: float) -> None:
         self.batch = start.shape[0]
         self.tolerance, self.gain = tolerance, gain
+        self.rounding = max(rounding, ROUNDING * torch.finfo(start.dtype).eps)
         unknown = torch.full((self.batch,), torch.inf, dtype=torch.float64, device=start.device)
         self.accuracy: Tensor | None = None
         self.residual, self.distance, self.change = unknown, unknown, unknown
@@ -97,7 +98,7 @@ class Progress:
         if self._last is not None:
             moved, led = (_norm(new - old) for new, old in zip((point, image), self._last, strict=True))
             # Moves within rounding tell nothing.
-            told = moved > ROUNDING * torch.finfo(image.dtype).eps * _norm(image)
+            told = moved > self.rounding * _norm(image)
             rate = torch.where(told, led / torch.where(told, moved, 1), 0)
             self._rates = [*self._rates[1 - WINDOW :], rate]
             worst = torch.stack(self._rates).amax(0)

@@ -129,7 +129,7 @@ class Solver(ABC, Generic[StateT]):
         tail = self._tail() if T.stochastic and not T.variance_reduced else None
         averaged_from = self.max_iterations - (0 if tail is None else round(tail.share * self.max_iterations))
         tested = self.check_every is not None
-        state, progress = self.init(start), Progress(start, self.tolerance, T.gain)
+        state, progress = self.init(start), Progress(start, self.tolerance, T.gain, T.rounding)
         average = start
         for iteration in range(1, self.max_iterations + 1):
             last, ending = iteration == self.max_iterations, iteration > averaged_from
