@@ -3,24 +3,22 @@
 import copy
 import functools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from oder_fast.denoisers import DnCNN, frozen
 from oder_fast.deqred import DEQRED
-from oder_fast.fixed_point import Implicit, JacobianFree, Nesterov, Unrolled
+from oder_fast.fixed_point import Implicit, JacobianFree, Picard, Unrolled
 from oder_fast.operators import ParallelBeamCT
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.(spectral|weight)_norm` is deprecated:FutureWarning"),
 ]
-
-SMALL = (4, 8)
-DIFFERENTIATIONS = [Implicit(), JacobianFree(), Unrolled()]
 
 
 class Changing(nn.Module):
@@ -74,19 +72,15 @@ def flags(module):
     return [m.training for m in module.modules()]
 
 
-def model_of(denoiser, **options):
-    settings = {"tau": 5.0, "solver": Nesterov(300, 1e-4), "on_failure": "ignore", **options}
-    return DEQRED(ParallelBeamCT(16, 12), denoiser, **settings)
-
-
-def data():
-    return ParallelBeamCT(16, 12)(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
-
-
-def gradients(model, y):
-    model.zero_grad()
-    model(y).square().sum().backward()
-    return [p.grad.clone() for p in model.parameters()]
+def gradients(denoiser, differentiation):
+    ct = ParallelBeamCT(16, 12)
+    y = ct(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    model = DEQRED(
+        denoiser, tau=0.05, solver=Picard(50), differentiation=differentiation, on_failure="ignore"
+    )
+    denoiser.zero_grad()
+    model(y, ct).square().sum().backward()
+    return [p.grad.clone() for p in denoiser.parameters()]
 
 
 # ------------------------------------------------------------------ one map
@@ -358,7 +352,42 @@ def test_scripted_layers_stay_themselves(noisy, image):
 # ------------------------------------------------------------------ solves beside each other
 
 
-def weights_updated(model):
+@pytest.mark.parametrize(
+    "differentiation", [Implicit(on_failure="jacobian_free"), JacobianFree(), Unrolled()]
+)
+def test_a_solve_without_gradients_elsewhere_takes_no_gradient_away(noisy, image, differentiation):
+    noisy.eval()
+    expected = gradients(noisy, differentiation)
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    with torch.no_grad(), frozen(noisy) as elsewhere, parametrize.cached():
+        noisy(image)
+        with torch.enable_grad():
+            found = gradients(noisy, differentiation)
+        elsewhere(image)
+    torch.testing.assert_close(found, expected)
+
+
+def test_threads_solve_with_one_denoiser(noisy):
+    noisy.eval()
+    expected = gradients(noisy, JacobianFree())
+    copies = [copy.deepcopy(noisy) for _ in range(2)]
+
+    def without_gradients(_):
+        with torch.no_grad(), frozen(copies[0]) as fixed:
+            return fixed(torch.ones(1, 1, 4, 4))
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(without_gradients, k) for k in range(20)]
+        found = gradients(copies[0], JacobianFree())
+        assert all(other.result().isfinite().all() for other in others)
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_updated_between_solves_are_seen(noisy):
+    noisy.eval()
+    first = gradients(noisy, JacobianFree())
     with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.01
+        for weight in noisy.parameters():
+            weight += 0.1 * torch.rand_like(weight)
+    second = gradients(noisy, JacobianFree())
+    assert not torch.equal(first[0], second[0])
