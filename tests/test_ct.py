@@ -92,7 +92,7 @@ def test_draws_repeat_from_the_seed():
 
 def test_norm_squared_is_the_largest_eigenvalue():
     ct = ParallelBeamCT((9, 11), angles=7)
-    columns = ct.gradient(torch.eye(99).reshape(99, 9, 11), None).reshape(99, 99)
+    columns = ct.adjoint(ct(torch.eye(99).reshape(99, 9, 11))).reshape(99, 99)
     assert ct.norm_squared() == pytest.approx(np.linalg.eigvalsh(columns.double()).max(), rel=1e-3)
 
 
@@ -101,7 +101,9 @@ def test_operator_pairs_are_transposes(generator):
     x, y = torch.randn(2, 20, 26, generator=generator), torch.randn(2, *ct.data_shape, generator=generator)
     assert dot_test(ct, ct.adjoint, x, y) < 1e-6
     residual = ct(x) - y
-    assert relative_error(ct.gradient(x, y), ct.adjoint(residual)) < 1e-6
+    data_fidelity = ct.least_squares(y)
+    assert relative_error(data_fidelity.gradient(x), ct.adjoint(residual)) < 1e-6
+    assert relative_error(data_fidelity.normal(x), ct.adjoint(ct(x))) < 1e-6
 
 
 def test_gradient_is_that_of_the_least_squares(generator):
@@ -109,7 +111,7 @@ def test_gradient_is_that_of_the_least_squares(generator):
     x = torch.randn(1, 12, 12, generator=generator, requires_grad=True)
     y = torch.randn(1, *ct.data_shape, generator=generator)
     (expected,) = torch.autograd.grad(0.5 * (ct(x) - y).square().sum(), x)
-    assert relative_error(ct.gradient(x.detach(), y), expected) < 1e-6
+    assert relative_error(ct.least_squares(y).gradient(x.detach()), expected) < 1e-6
 
 
 def test_casting_does_not_move_the_rays():

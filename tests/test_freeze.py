@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 SMALL = (4, 8)
+CT = ParallelBeamCT(16, 12)
 DIFFERENTIATIONS = [Implicit(), JacobianFree(), Unrolled()]
 
 
@@ -81,17 +82,17 @@ def flags(module):
 
 
 def model_of(denoiser, **options):
-    settings = {"tau": 5.0, "solver": Picard(6, 1e-12), "on_failure": "ignore", **options}
-    return DEQRED(ParallelBeamCT(16, 12), denoiser, **settings)
+    settings = {"tau": 0.05, "solver": Picard(6, 1e-12), "on_failure": "ignore", **options}
+    return DEQRED(denoiser, **settings)
 
 
 def data():
-    return ParallelBeamCT(16, 12)(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    return CT(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
 
 
 def gradients(model, y):
     model.zero_grad()
-    model(y).square().sum().backward()
+    model(y, CT).square().sum().backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -177,9 +178,9 @@ def test_a_computed_weight_is_computed_once_with_its_graph(computed, image):
 def test_a_power_iteration_leaves_the_graphs_of_earlier_solves(computed, differentiation):
     torch.manual_seed(0)
     model, y = model_of(computed(nn.Conv2d(1, 1, 3, padding=1)), differentiation=differentiation), data()
-    first = model(y)
+    first = model(y, CT)
     expected = torch.autograd.grad(first.square().sum(), list(model.parameters()), retain_graph=True)
-    model(y)
+    model(y, CT)
     found = torch.autograd.grad(first.square().sum(), list(model.parameters()))
     torch.testing.assert_close(found, expected)
 
@@ -370,7 +371,7 @@ def test_a_copy_of_a_denoiser_that_changes_later_does_not(noisy, image):
 def test_lazy_layers_make_themselves_in_the_first_solve(noisy):
     model, y = model_of(nn.Sequential(nn.LazyConv2d(1, 3, padding=1), noisy)), data()
     assert all(gradient.abs().max() > 0 for gradient in gradients(model, y))
-    assert torch.equal(model.eval()(y), model(y))
+    assert torch.equal(model.eval()(y, CT), model(y, CT))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -418,7 +419,7 @@ def test_a_solve_beside_another_keeps_its_gradients(computed, differentiation, i
 
     @torch.no_grad()
     def infer():
-        images.append(serving(y))
+        images.append(serving(y, CT))
 
     def train():
         found.append(gradients(trained, y))
@@ -443,10 +444,10 @@ def test_a_solve_beside_another_keeps_its_gradients(computed, differentiation, i
 def test_a_solve_is_one_map_whatever_mode_another_thread_sets():
     y, layer = data(), nn.Dropout(0.5).eval()
     model = model_of(Interrupted(layer))
-    expected = model(y)
+    expected = model(y, CT)
     model.denoiser.other_thread.jobs = [lambda: model.train(not model.training)]
-    assert torch.equal(model(y), expected)
-    assert torch.equal(model(y), expected)
+    assert torch.equal(model(y, CT), expected)
+    assert torch.equal(model(y, CT), expected)
 
 
 @pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
@@ -456,7 +457,7 @@ def test_a_solve_does_not_use_the_cache_that_its_caller_has_open(differentiation
     expected = gradients(model, y)
     with parametrize.cached():
         with torch.no_grad():
-            model(y)
+            model(y, CT)
         torch.testing.assert_close(gradients(model, y), expected, rtol=0, atol=0)
         other = model_of(UNet(SMALL).eval(), differentiation=differentiation)
         assert all(gradient.abs().max() > 0 for gradient in gradients(other, y))
@@ -480,7 +481,7 @@ def test_a_compiled_denoiser_is_compiled_once_for_all_solves(noisy, how):
 
     noisy.drop.train()
     model, y = model_of(noisy), data()
-    expected = model(y)
+    expected = model(y, CT)
     if how == "denoiser.compile":
         noisy.compile(backend=backend)
     else:
@@ -488,7 +489,7 @@ def test_a_compiled_denoiser_is_compiled_once_for_all_solves(noisy, how):
             noisy if how == "torch.compile(denoiser)" else nn.Sequential(noisy), backend=backend
         )
     for _ in range(10):
-        torch.testing.assert_close(model(y), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(model(y, CT), expected, rtol=1e-3, atol=1e-3)
     assert len(graphs) == 1
 
 
@@ -509,13 +510,13 @@ def test_a_denoiser_of_other_weights_is_solved_with_those():
 def test_weights_updated_in_place_are_those_of_the_next_solve():
     torch.manual_seed(0)
     model, y = model_of(UNet(SMALL).eval()), data()
-    first = model(y)
+    first = model(y, CT)
     with torch.no_grad():
         for weight in model.parameters():
             weight *= 1.1
-    second = model(y)
+    second = model(y, CT)
     assert not torch.equal(first, second)
-    assert torch.equal(second, copy.deepcopy(model)(y))
+    assert torch.equal(second, copy.deepcopy(model)(y, CT))
 
 
 def test_a_distributed_denoiser_sums_its_gradients(noisy, tmp_path):
