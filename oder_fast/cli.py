@@ -241,6 +241,11 @@ def _add_reconstruct(commands: Any) -> None:
         metavar="SCALE",
         help="how values come to the model's unit: slice, none, or the window LOW:HIGH (default: the run's)",
     )
+    to.add_argument(
+        "--denoiser",
+        metavar="MODULE:NAME",
+        help="class to import, of a checkpoint whose denoiser is not of this package",
+    )
     to.add_argument("--array", metavar="NAME", help="array of NPZ and HDF5 files that hold several")
     to.add_argument("--maps", type=Path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
     to.add_argument(
@@ -382,9 +387,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(given[k] for k in settings),
         ]
     arguments = _parser().parse_args(given)
-    # Denoisers of one's own, module:Name, lie where one works.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -319,6 +321,143 @@ def test_checkpoints_run_no_code(tmp_path):
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
+
+
+def without(state, *keys):
+    return {name: value for name, value in state.items() if name not in keys}
+
+
+def with_configuration(state, *keys, value):
+    state = copy.deepcopy(state)
+    *sections, last = keys
+    tree = state["configuration"]
+    for section in sections:
+        tree = tree[section]
+    tree[last] = value
+    return state
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def multiplied():
+    value = ["x"] * 9
+    for _ in range(12):
+        value = [value] * 9
+    return value
+
+
+FIRST = "denoiser.layers.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: [s], "not a checkpoint of oder-fast train"),
+        (lambda s: without(s, "model"), "missing key model"),
+        (lambda s: without(s, "ema"), "missing key ema"),
+        (lambda s: without(s, "position"), "missing key position"),
+        (lambda s: without(s, "image_shape"), "missing key image_shape"),
+        (lambda s: s | {"format": "x"}, "its format is no number"),
+        (lambda s: s | {"format": 2}, "of format 2, and this version of oder_fast reads up to 1"),
+        (lambda s: s | {"ema": [1]}, "ema: must hold settings by name"),
+        (lambda s: s | {"model": {1: torch.ones(1)}}, "model.1.*valid string"),
+        (lambda s: s | {"model": {"a": 1}}, "model.a: .*Tensor"),
+        (lambda s: s | {"position": [1]}, "position: must hold settings by name"),
+        (lambda s: s | {"position": s["position"] | {"halvings": 40}}, "position.halvings: .* 4, got 40"),
+        (lambda s: s | {"position": s["position"] | {"halvings": -1}}, "position.halvings: .* 0, got -1"),
+        (lambda s: s | {"position": s["position"] | {"step": 10**30}}, "position.step: .* got 1000"),
+        (lambda s: s | {"position": s["position"] | {"stage": True}}, "position.stage: .* integer"),
+        (lambda s: s | {"image_shape": [16]}, "image_shape: .* at least 2 items"),
+        (lambda s: s | {"image_shape": [16, -16]}, "image_shape.1: .* greater"),
+        (lambda s: s | {"image_shape": [2**14, 2**14]}, "image_shape must have at most 67108864 pixels"),
+        (lambda s: with_configuration(s, "denoiser", value=itself()), "at most 32 deep"),
+        (lambda s: with_configuration(s, "denoiser", value=multiplied()), "at most 100000 values"),
+        (lambda s: with_configuration(s, "seed", value=10**30), "whole number of more than 64 bits"),
+        (lambda s: with_configuration(s, "red", "max_iterations", value=10**12), "red.max_iterations: .* 100000"),
+        (lambda s: with_configuration(s, "operator", "angles", value=10**7), "operator.angles: .* 65536"),
+        (lambda s: with_configuration(s, "operator", "bin_spacing", value=1e-300), "operator.bin_spacing: "),
+        (lambda s: with_configuration(s, "denoiser", "options", value={"depth": 10**8}), "depth .* at most 256"),
+        (lambda s: with_configuration(s, "denoiser", "options", value={"width": 1e3}), "width must be whole"),
+    ],
+)  # fmt: skip
+def test_crafted_checkpoints_are_refused_in_a_sentence(whole, tmp_path, change, message):
+    torch.save(change(torch.load(whole.last, weights_only=True)), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path / "x.pt")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.pt'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: with_configuration(s, "denoiser", "kind", value=".x:y"), "name the class to import it"),
+        (lambda s: with_configuration(s, "denoiser", "options", value={"width": 4096}), r"MiB, which it does not"),
+        (lambda s: s | {"image_shape": [3, 16, 16]}, r"image_shape: CT takes real images \(H, W\)"),
+        (lambda s: s | {"model": s["model"] | {FIRST: s["model"][FIRST].to_sparse()}, "ema": None}, "no dense tensor"),
+        (lambda s: s | {"model": s["model"] | {FIRST: s["model"][FIRST].to("meta")}, "ema": None}, "no dense tensor"),
+        (lambda s: s | {"model": s["model"] | {FIRST: s["model"][FIRST] + 0j}, "ema": None}, "is complex"),
+        (lambda s: s | {"model": {}, "ema": None}, "weights missing"),
+    ],
+)  # fmt: skip
+def test_crafted_checkpoints_build_nothing(whole, tmp_path, change, message):
+    torch.save(change(torch.load(whole.last, weights_only=True)), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_stores(whole, tmp_path):
+    with (
+        zipfile.ZipFile(whole.last) as plain,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+        packed.writestr("archive/data/99", bytes(10**7))
+    with pytest.raises(CheckpointError, match="unpacks to more than it stores"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"ema": None}, "moving average does not fit"),
+        (lambda s: s | {"random": {}}, "its random numbers are not of this run: 'python'"),
+        (lambda s: s | {"optimizer": {}}, "its optimizer .* 'state'"),
+        (lambda s: s | {"optimizer": {"state": {99: {}}}}, "its optimizer or "),
+        (lambda s: s | {"optimizer": {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}}}, "missing"),
+    ],
+)  # fmt: skip
+def test_crafted_checkpoints_are_not_resumed(whole, tmp_path, change, message):
+    torch.save(change(torch.load(whole.last, weights_only=True)), tmp_path / whole.last.name)
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path, resume=True)
+
+
+def test_a_checkpoint_imports_nothing(whole, tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(
+        "from pathlib import Path\nfrom oder_fast import DnCNN\nPath(__file__).with_name('ran').touch()\n"
+        "class Net(DnCNN):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    last = tmp_path / "best.pt"
+    torch.save(with_configuration(load_checkpoint(whole.last), "denoiser", "kind", value="own_net:Net"), last)
+    np.save(tmp_path / "y.npy", np.ones((12, 23), np.float32))
+    call = ["reconstruct", str(last), str(tmp_path / "y.npy"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigurationError, match=r"imports nothing; .* \(--denoiser own_net:Net\)"):
+        load_model(last)
+    assert main(call) == 2
+    with pytest.raises(ConfigurationError, match="its denoiser is 'own_net:Net', not 'os:Net'"):
+        load_model(last, "os:Net")
+    assert not (tmp_path / "ran").exists()
+    assert main([*call, "--denoiser", "own_net:Net"]) == 0
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_folder_that_holds_a_run(whole, tmp_path):
@@ -719,8 +858,15 @@ def test_the_command(tmp_path, file, monkeypatch, capsys):
         "        self.gain = torch.nn.Parameter(torch.tensor(gain))\n    def forward(self, x):\n        return self.gain * x\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
     own = ["denoiser={kind: 'tiny_denoiser:Tiny', options: {gain: 0.8}}", "pretraining.steps=2"]
+    # The working folder is no place to import from, unless the user says so.
+    assert main(["train", file, *own, "--output", "run=1"]) == 2
+    assert "No module named 'tiny_denoiser'; a module in the working folder is found with PYTHONPATH=." in (
+        capsys.readouterr().err
+    )
+    assert sys.path == before
+    monkeypatch.syspath_prepend(tmp_path)
     # Settings stand before and after options.
     assert main(["train", file, own[0], "--output", "run=1", "training.steps=1", own[1]]) == 0
     out = capsys.readouterr().out

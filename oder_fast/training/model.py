@@ -30,11 +30,11 @@ from ..fixed_point import (
     Unrolled,
 )
 from . import configuration as settings
-from .checkpoints import load_checkpoint
-from .configuration import Configuration, ConfigurationError
+from .checkpoints import CheckpointError, configuration_of, load_checkpoint, read_tensors
+from .configuration import DENOISER_KINDS, Configuration, ConfigurationError
 from .scans import Scan, make_scan
 
-DENOISERS: dict[str, type[nn.Module]] = {"unet": UNet, "dncnn": DnCNN, "drunet": DRUNet}
+DENOISERS: dict[str, type[nn.Module]] = dict(zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet), strict=True))
 OWN = "own"
 """Kind of a denoiser that was given to `Trainer` as a module."""
 
@@ -84,8 +84,10 @@ def _import_class(kind: str) -> type[nn.Module]:
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"denoiser.kind: cannot import {kind!r}: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"denoiser.kind: cannot import {kind!r}: {error}; a module in the working folder is found with PYTHONPATH=."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigurationError(f"denoiser.kind: {kind!r} is no class of torch.nn.Module")
     return found
@@ -95,25 +97,28 @@ def _load_weights(denoiser: nn.Module, file: str) -> None:
     """Load a plain `state_dict`, that of a run, of the demo, or of the official code."""
     path = Path(file)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_tensors(path)
     except OSError as error:
         raise ConfigurationError(f"denoiser.weights: cannot read {path}: {error.strerror}") from error
-    except Exception as error:
-        raise ConfigurationError(f"denoiser.weights: {path} is damaged, or holds no weights") from error
+    except CheckpointError as error:
+        raise ConfigurationError(f"denoiser.weights: {error}") from error
     if isinstance(saved, dict) and "configuration" in saved:
-        whole = averaged_weights(saved)
+        whole = averaged_weights(load_checkpoint(path))
         saved = {k.removeprefix("denoiser."): v for k, v in whole.items() if k.startswith("denoiser.")}
     elif isinstance(saved, dict) and "state_dict" in saved:
         saved = saved["state_dict"]
     elif (
-        isinstance(denoiser, UNet) and isinstance(saved, dict) and not set(saved) & set(denoiser.state_dict())
+        isinstance(denoiser, UNet)
+        and isinstance(saved, dict)
+        and all(isinstance(name, str) for name in saved)
+        and not set(saved) & set(denoiser.state_dict())
     ):
         try:
             denoiser.load_official_state_dict(saved)
         except ValueError as error:
             raise ConfigurationError(f"denoiser.weights: {path}: {error}") from error
         return
-    problem = misfit(denoiser, saved)
+    problem = misfit(denoiser.state_dict(), saved)
     if problem:
         raise ConfigurationError(
             f"denoiser.weights: {path} does not fit {type(denoiser).__name__}: {problem}"
@@ -121,11 +126,10 @@ def _load_weights(denoiser: nn.Module, file: str) -> None:
     denoiser.load_state_dict(saved)
 
 
-def misfit(module: nn.Module, weights: Any) -> str:
-    """Return in a few words why weights do not fit a module; nothing where they do."""
+def misfit(wanted: Mapping[str, Tensor], weights: Any) -> str:
+    """Return in a few words why weights do not fit those that are wanted; nothing where they do."""
     if not isinstance(weights, Mapping):
         return f"it holds a {type(weights).__name__}, not weights by name"
-    wanted = module.state_dict()
     missing = [name for name in wanted if name not in weights]
     unknown = [name for name in weights if name not in wanted]
     problems = [
@@ -135,11 +139,24 @@ def misfit(module: nn.Module, weights: Any) -> str:
     ]
     for name in wanted.keys() & weights.keys():
         there = weights[name]
-        if not isinstance(there, Tensor) or there.shape != wanted[name].shape:
-            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
-            problems.append(f"{name} is {shape}, not {tuple(wanted[name].shape)}")
-            break
+        if not _is_plain(there):
+            problems.append(f"{name} is no dense tensor")
+        elif there.shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(there.shape)}, not {tuple(wanted[name].shape)}")
+        elif there.is_complex() and not wanted[name].is_complex():
+            problems.append(f"{name} is complex")
+        else:
+            continue
+        break
     return "; ".join(problems)
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+    )
 
 
 class FixedPointModel(nn.Module):
@@ -253,36 +270,78 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_model(
-    path: str | Path, denoiser: nn.Module | None = None
+    path: str | Path, denoiser: nn.Module | str | None = None
 ) -> tuple[FixedPointModel, Scan, Configuration, dict[str, Any]]:
     """Return what a checkpoint of `oder-fast train` reconstructs with.
 
+    A checkpoint imports nothing: only the denoisers of this package are built from its name for them.
+
     Args:
         path: The checkpoint, such as ``best.pt`` in the run's folder.
-        denoiser: Where `Trainer` was given a module: one of the same architecture; its weights are replaced.
+        denoiser: Where the denoiser is not of this package: the class ``"module:Name"`` that the run's configuration
+            named, which is imported; or a module of the same architecture, whose weights are replaced.
 
     Returns:
         The model in evaluation mode, the scan, the configuration, and the checkpoint's other contents.
 
     Raises:
         OSError: Where the file is missing.
-        CheckpointError: For a damaged file.
+        CheckpointError: For a damaged file, or one that asks for more memory than it stores.
         ConfigurationError: For a denoiser that cannot be built here, or weights of another architecture.
     """
+    path = Path(path)
     state = load_checkpoint(path)
-    configuration = Configuration.model_validate(state["configuration"])
+    configuration = configuration_of(state, path)
     scan = make_scan(configuration.operator)
-    # The weights come from the checkpoint.
-    section = configuration.denoiser.model_copy(update={"weights": None})
-    if denoiser is None:
-        if section.kind == OWN:
-            raise ConfigurationError(
-                f"{path}: its denoiser is a module that Trainer was given; give load_model one of the same architecture"
-            )
-        denoiser = make_denoiser(section, scan.channels)
+    try:
+        scan.check(tuple(state["image_shape"]), scan.is_complex)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: image_shape: {error}") from error
+    if not isinstance(denoiser, nn.Module):
+        denoiser = _own_denoiser(path, configuration.denoiser, scan.channels, denoiser)
     model = FixedPointModel(denoiser, configuration.red, scan.nonnegative)
-    problem = misfit(model, averaged_weights(state))
+    problem = misfit(model.state_dict(), averaged_weights(state))
     if problem:
         raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
     load_weights(model, averaged_weights(state))
     return model.eval(), scan, configuration, state
+
+
+def _own_denoiser(
+    path: Path, section: settings.DenoiserSection, channels: int, named: str | None
+) -> nn.Module:
+    """Return a checkpoint's denoiser, without its weights; the class of a user's own where it is named."""
+    # The weights come from the checkpoint.
+    section = section.model_copy(update={"weights": None})
+    if section.kind in DENOISERS and named is None:
+        _require_stored(path, section, channels)
+    elif named is None and section.kind == OWN:
+        raise ConfigurationError(
+            f"{path}: its denoiser is a module that Trainer was given; give load_model one of the same architecture, "
+            "or name the class to import (--denoiser module:Name)"
+        )
+    elif named is None:
+        raise ConfigurationError(
+            f"{path}: its denoiser, {section.kind}, is not of this package, and a checkpoint imports nothing; name the "
+            f"class to import it (--denoiser {section.kind}), or give load_model a module"
+        )
+    elif section.kind not in (OWN, named):
+        raise ConfigurationError(f"{path}: its denoiser is {section.kind!r}, not {named!r}")
+    else:
+        section = section.model_copy(update={"kind": named})
+    return make_denoiser(section, channels)
+
+
+def _require_stored(path: Path, section: settings.DenoiserSection, channels: int) -> None:
+    """Check that a file is as large as the weights that its configuration asks for."""
+    options = section.options
+    if "spectral_norm" in inspect.signature(DENOISERS[section.kind]).parameters:
+        # Its vectors are small against the weights, and take time.
+        options = options | {"spectral_norm": False}
+    with torch.device("meta"):
+        bare = make_denoiser(section.model_copy(update={"options": options}), channels)
+    size = sum(p.numel() * p.element_size() for p in bare.parameters())
+    if size > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its configuration asks for a denoiser of {size / 2**20:.0f} MiB, which it does not store"
+        )

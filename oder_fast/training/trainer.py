@@ -25,7 +25,11 @@ from ..deqred import as_channels, from_channels
 from ..fixed_point import FixedPointError, NotConvergedWarning
 from . import configuration as settings
 from .checkpoints import (
+    HALVINGS,
+    CheckpointError,
+    Position,
     checkpoint_path,
+    configuration_of,
     list_checkpoints,
     locked,
     newest_checkpoint,
@@ -55,9 +59,6 @@ from .scans import make_scan
 from .sets import make_sets, training_transform
 from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
 
-HALVINGS = 4
-"""How many times a solver that diverges gets shorter steps before the run ends."""
-
 SMALLEST = 7
 """Rows and columns that the structural similarity of validation images needs."""
 
@@ -86,20 +87,6 @@ class Outcome(NamedTuple):
     last: Path
     psnr: float
     reason: str
-
-
-@dataclass
-class _Position:
-    """Where a run is."""
-
-    stage: int = 0
-    step: int = 0
-    halvings: int = 0
-    best: float = -math.inf
-    best_stage: int = -1
-    waiting: int = 0
-    seconds: float = 0.0
-    reason: str | None = None
 
 
 @dataclass
@@ -204,7 +191,7 @@ class Trainer:
         if not self.parameters:
             raise ConfigurationError("denoiser: has no parameter that requires a gradient: nothing to train")
         self.progress = progress
-        self.position = _Position()
+        self.position = Position()
         self.ema: dict[str, Tensor] | None = None
         self.optimizer = self._new_optimizer()
         self._check_samples()
@@ -341,7 +328,7 @@ class Trainer:
 
         return {
             "configuration": self.configuration.model_dump(mode="json"),
-            "position": vars(self.position),
+            "position": self.position.model_dump(),
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
@@ -357,7 +344,7 @@ class Trainer:
         }
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        saved = Configuration.model_validate(state["configuration"])
+        saved = configuration_of(state, path)
         changed = differences(saved, self.configuration)
         if changed:
             raise ConfigurationError(
@@ -368,16 +355,35 @@ class Trainer:
                 f"{path}: belongs to a run of {state['processes']} processes, and here are {world_size()}: each step "
                 "takes a batch from every one; go on with as many"
             )
-        problem = misfit(self.model, state["model"])
+        problem = misfit(self.model.state_dict(), state["model"])
         if problem:
             raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
+        averaged = self.stages[state["position"]["stage"]].ema is not None
+        problem = misfit(dict(self._trained()) if averaged else {}, state["ema"] or {})
+        if problem:
+            raise CheckpointError(f"{path}: its moving average does not fit the denoiser: {problem}")
         self.model.load_state_dict(state["model"])
-        self.position = _Position(**state["position"])
+        self.position = Position(**state["position"])
         self.position.reason = None
-        self.optimizer = self._new_optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
         self.ema = state["ema"] and {k: v.to(self.device) for k, v in state["ema"].items()}
-        restore_random_states(state["random"])
+        try:
+            self._restore_optimizer(state["optimizer"]["state"])
+            restore_random_states(state["random"])
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: its optimizer or its random numbers are not of this run: {error}"
+            ) from error
+
+    def _restore_optimizer(self, moments: dict[int, Any]) -> None:
+        """Take the moments of a checkpoint, and all else from the configuration."""
+        self.optimizer = self._new_optimizer()
+        for number, of_one in moments.items():
+            p = self.parameters[number]
+            problem = misfit({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}, of_one)
+            if problem:
+                raise ValueError(problem)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _save(self, path: Path | None = None) -> Path:
         position = self.position

@@ -104,7 +104,7 @@ def reconstruct_files(
     minibatch: int | None = None,
     batch: int = 4,
     device: str = "auto",
-    denoiser: nn.Module | None = None,
+    denoiser: nn.Module | str | None = None,
     threads: int | None = None,
     workers: int = 2,
     overwrite: bool = False,
@@ -148,7 +148,7 @@ def reconstruct_files(
         minibatch: Blocks a step, in place of the run's; 0 for all.
         batch: Images of equal shape that are solved for together.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``...
-        denoiser: Where `Trainer` was given a module: one of the same architecture; see `load_model`.
+        denoiser: Where the denoiser is not of this package: its class ``"module:Name"``, or a module; see `load_model`.
         threads: Of the CPU; None for torch's default.
         workers: Threads that read ahead.
         overwrite: Do again what is done, and replace what another checkpoint or other settings made.
@@ -212,13 +212,13 @@ class _Run(Task):
         choices: Choices,
         solver: Mapping[str, float | None],
         device: str,
-        denoiser: nn.Module | None,
+        denoiser: nn.Module | str | None,
     ) -> None:
         self.device = pick_device(device)
         self.model, self.scan, configuration, state = load_model(checkpoint, denoiser)
         self.model.to(self.device)
         self.configuration, self.choices = configuration, choices
-        self.halvings = int(state.get("position", {}).get("halvings", 0))
+        self.halvings = state["position"]["halvings"]
         self._override(solver)
         shape = tuple(state["image_shape"])
         self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
