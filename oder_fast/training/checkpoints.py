@@ -32,10 +32,14 @@ from .configuration import (
 from .processes import rank
 
 NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
-FORMAT = 1
+FORMAT = 2
+"""Of the checkpoints that are written; 1 is that of version 0.1."""
+
+KEPT = ("tau", "train_tau", "differentiation", "nonnegative")
+"""Settings of the fixed point in format 1 that mean the same here."""
 
 HALVINGS = 4
-"""How many times a solver that diverges gets shorter steps before a run ends."""
+"""How many batches are left out, and the learning rate halved after each, before a run ends."""
 
 
 class CheckpointError(ValueError):
@@ -109,14 +113,15 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, and check all of it; no code in it is run (``weights_only=True``).
 
-    Its numbers have the bounds of `Configuration`, so a file from elsewhere cannot ask for work without end.
+    The fixed point's settings of version 0.1 are brought to those of this one. Numbers have the bounds of
+    `Configuration`, so a file from elsewhere cannot ask for work without end.
 
     Raises:
         OSError: Where the file is missing or unreadable.
         CheckpointError: For a file that is damaged, or not a checkpoint of this package, or a number out of range.
     """
     path = Path(path)
-    state = read_tensors(path)
+    state: Any = read_tensors(path)
     if not isinstance(state, dict) or "format" not in state or "configuration" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of oder-fast train")
     number = state["format"]
@@ -126,6 +131,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: of format {number}, and this version of oder_fast reads up to {FORMAT}"
         )
+    if number == 1:
+        state = _of_this_format(state)
     try:
         _Content.model_validate(state)
         configuration_of(state, path)
@@ -134,6 +141,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except ConfigurationError as error:
         raise CheckpointError(str(error).splitlines()[0]) from error
     return state
+
+
+def _of_this_format(state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a checkpoint of format 1 with the fixed point's settings of this one.
+
+    The fixed points are the same. Solvers, iterations and tolerances were those of gradient steps, and are left out.
+    """
+    tree = state["configuration"]
+    red = tree.get("red") if isinstance(tree, Mapping) else None
+    if not isinstance(red, Mapping):
+        return state  # refused like any other
+    kept = {name: red[name] for name in KEPT if name in red}
+    if red.get("minibatch_size") is not None:
+        names = ("minibatch_size", "variance_reduction")
+        kept |= {"step": "gradient"} | {name: red[name] for name in names if name in red}
+    return state | {"configuration": {**tree, "red": kept}}
 
 
 def configuration_of(state: Mapping[str, Any], path: Path) -> Configuration:

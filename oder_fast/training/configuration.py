@@ -246,41 +246,57 @@ class DenoiserSection(_Section):
 
 
 class RED(_Section):
-    r"""The fixed point.
+    r"""The fixed point (`oder_fast.DEQRED`).
 
     Attributes:
         tau: Weight of the prior, in units of :math:`\|A\|^2`.
         train_tau: Whether it is trained with the denoiser.
-        minibatch_size: Blocks a step (views, coils, illuminations); None is RED, a number ODER.
-        variance_reduction: See `oder_fast.DEQRED`.
-        solver: ``"nesterov"``, ``"picard"`` or ``"anderson"``.
-        max_iterations: Of the forward solve.
-        tolerance: Of the forward solve.
-        adjoint_iterations: Of the adjoint solve.
-        adjoint_tolerance: Of the adjoint solve.
+        step: ``"proximal"``, which converges in about ten calls of the denoiser, or ``"gradient"``, the form in which
+            RED and ODER were published.
+        step_size: Of gradient steps, in units of :math:`1 / \|A\|^2`; by default that of `oder_fast.GradientStep`.
+        minibatch_size: Blocks a step (views, coils, illuminations): of the inner solve in the proximal form, of each
+            iteration in the gradient form; None for all.
+        variance_reduction: Of the minibatches of gradient steps: true by default; false is ODER as published.
+        solver: ``"anderson"``, ``"nesterov"`` or ``"picard"``; by default Picard's iteration where gradient steps take
+            minibatches, Anderson's elsewhere.
+        max_iterations: Of the forward solve; by default 100, and 1000 where gradient steps take minibatches.
+        tolerance: Largest relative distance from the fixed point, estimated; by default 3e-3.
+        adjoint_iterations: Of the adjoint solve; by default 100, and those of the forward solve where gradient steps
+            take minibatches.
+        adjoint_tolerance: Of the adjoint solve; by default 1e-2, and that of the forward solve where gradient steps
+            take minibatches.
         differentiation: ``"implicit"``, ``"jacobian_free"`` or ``"unrolled"``.
-        nonnegative: Project on images of at least 0; by default for CT alone.
-        cuda_graph: Replay the iterations on a GPU as CUDA graphs (see `oder_fast.DEQRED`); minibatches are then drawn
-            there, and are others than without.
+        nonnegative: Keep images at 0 or above; by default for CT alone.
     """
 
-    tau: NonNegativeFloat = 0.002
+    tau: PositiveFloat = 0.002
     train_tau: bool = False
+    step: Literal["proximal", "gradient"] = "proximal"
+    step_size: PositiveFloat | None = None
     minibatch_size: Blocks | None = None
-    variance_reduction: bool = True
-    solver: Literal["nesterov", "picard", "anderson"] = "nesterov"
-    max_iterations: Iterations = 180
-    tolerance: PositiveFloat = 1e-4
-    adjoint_iterations: Iterations = 100
-    adjoint_tolerance: PositiveFloat = 1e-3
+    variance_reduction: bool | None = None
+    solver: Literal["anderson", "nesterov", "picard"] | None = None
+    max_iterations: Iterations | None = None
+    tolerance: PositiveFloat | None = None
+    adjoint_iterations: Iterations | None = None
+    adjoint_tolerance: PositiveFloat | None = None
     differentiation: Literal["implicit", "jacobian_free", "unrolled"] = "implicit"
     nonnegative: bool | None = None
-    cuda_graph: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> RED:
-        if self.train_tau and self.tau == 0:
-            raise ValueError("train_tau needs a tau above 0 to begin with")
+    def _go_together(self) -> RED:
+        for names, key, wanted in (
+            (("step_size", "variance_reduction"), "step", "gradient"),
+            (("adjoint_iterations", "adjoint_tolerance"), "differentiation", "implicit"),
+        ):
+            there = getattr(self, key)
+            for name in names:
+                if there != wanted and getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for {key}: {wanted}, got {key}: {there}")
+        if self.solver == "anderson" and self.step == "gradient" and self.minibatch_size is not None:
+            raise ValueError(
+                "solver: anderson takes no minibatches of gradient steps; take nesterov or picard"
+            )
         return self
 
 

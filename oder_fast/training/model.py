@@ -1,4 +1,4 @@
-"""The denoiser and the weight of its prior, for operators that change from batch to batch."""
+"""The denoiser and the fixed point that a configuration describes, and those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..denoisers import DnCNN, DRUNet, UNet, frozen
+from ..denoisers.call import memory_format
 from ..deqred import DEQRED
 from ..fixed_point import (
     Anderson,
-    Differentiation,
     Implicit,
     JacobianFree,
     Nesterov,
@@ -29,10 +30,12 @@ from ..fixed_point import (
     Solver,
     Unrolled,
 )
+from ..fixed_point.differentiation import ADJOINT_SOLVER
+from ..red import GradientStep, ProximalStep
 from . import configuration as settings
 from .checkpoints import CheckpointError, configuration_of, load_checkpoint, read_tensors
 from .configuration import DENOISER_KINDS, Configuration, ConfigurationError
-from .scans import Scan, make_scan
+from .scans import Measured, Scan, make_scan
 
 DENOISERS: dict[str, type[nn.Module]] = dict(zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet), strict=True))
 OWN = "own"
@@ -159,87 +162,87 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-class FixedPointModel(nn.Module):
-    r"""Reconstruct by the fixed point of `DEQRED`, with an operator given at each call.
-
-    The prior's weight is kept in units of :math:`\|A\|^2`, so that one model serves scans of other sizes.
-
-    Args:
-        denoiser: Module from ``(B, C, H, W)`` to the same.
-        section: The fixed point's part of the configuration.
-        nonnegative: Whether to project on images of at least 0.
-    """
-
-    def __init__(self, denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> None:
-        super().__init__()
-        # Convolutions are faster so, on CPUs by a tenth to a quarter.
-        self.denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.section = section
-        self.nonnegative = nonnegative if section.nonnegative is None else section.nonnegative
-        self._told: set[str] = set()
-        self.log_tau = nn.Parameter(torch.tensor(math.log(section.tau))) if section.train_tau else None
+class TrainedTau(DEQRED):
+    r"""`DEQRED` with a trained :math:`\tau`, kept above 0 by its logarithm."""
 
     @property
-    def tau(self) -> float | Tensor:
+    def tau(self) -> Tensor:
         r"""The prior's weight, in units of :math:`\|A\|^2`."""
-        return self.section.tau if self.log_tau is None else self.log_tau.exp()
+        return self.log_tau.exp()
 
-    def solver(self, halvings: int = 0) -> Solver[Any]:
-        """Return the forward solver, with more iterations for shorter steps."""
-        s = self.section
-        return SOLVERS[s.solver](max_iterations=s.max_iterations * 2**halvings, tolerance=s.tolerance)
+    @tau.setter
+    def tau(self, value: float | Tensor) -> None:
+        self.log_tau = nn.Parameter(torch.tensor(math.log(value)))
 
-    def _differentiation(self, halvings: int) -> Differentiation:
-        s = self.section
-        if s.differentiation == "jacobian_free":
-            return JacobianFree()
-        if s.differentiation == "unrolled":
-            return Unrolled()
-        adjoint = SOLVERS[s.solver](s.adjoint_iterations * 2**halvings, s.adjoint_tolerance)
-        return Implicit(solver=adjoint)
 
-    def build(self, operator: Any, generator: torch.Generator | None = None, halvings: int = 0) -> DEQRED:
-        """Return the `DEQRED` of an operator.
+def make_model(denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> DEQRED:
+    """Build the fixed point that the configuration describes, for images in the denoiser's unit.
 
-        Args:
-            operator: The measurement.
-            generator: Of the minibatches.
-            halvings: How many times the step is halved, and the iterations doubled.
-        """
-        size = self.section.minibatch_size
-        norm = float(operator.norm_squared())
-        model = DEQRED(
-            operator,
-            self.denoiser,
-            tau=self.tau * norm,
-            minibatch_size=None if size is None else min(size, operator.n_blocks),
-            variance_reduction=self.section.variance_reduction,
-            solver=self.solver(halvings),
-            differentiation=self._differentiation(halvings),
-            nonnegative=self.nonnegative,
-            generator=generator,
-            on_failure="ignore",
-            cuda_graph=self.section.cuda_graph,
-        )
-        # Each call builds one anew; what was told is not told again.
-        model._told = self._told
-        if halvings:
-            model.step_size = model.current_step_size() * 0.5**halvings
-        return model
+    Args:
+        denoiser: Module from ``(B, C, H, W)`` to the same; brought to the memory layout that it is fast in.
+        section: Its part of the configuration.
+        nonnegative: Whether images are kept at 0 or above where the section does not say.
+    """
+    layout = memory_format(denoiser)
+    if layout is not None:
+        denoiser.to(memory_format=layout)  # type: ignore[call-overload]
+    step: ProximalStep | GradientStep = ProximalStep(section.minibatch_size)
+    if section.step == "gradient":
+        reduced = section.variance_reduction is not False
+        step = GradientStep(section.step_size, section.minibatch_size, reduced)
+    kind = TrainedTau if section.train_tau else DEQRED
+    model = kind(
+        denoiser,
+        tau=section.tau,
+        step=step,
+        solver=None if section.solver is None else SOLVERS[section.solver](),
+        nonnegative=nonnegative if section.nonnegative is None else section.nonnegative,
+        normalize=False,
+    )
+    model.solver = _limited(model.solver, section.max_iterations, section.tolerance)
+    if section.differentiation == "jacobian_free":
+        model.differentiation = JacobianFree()
+    elif section.differentiation == "unrolled":
+        model.differentiation = Unrolled()
+    elif section.adjoint_iterations is not None or section.adjoint_tolerance is not None:
+        stochastic = isinstance(step, GradientStep) and step.minibatch_size is not None
+        adjoint = model.solver if stochastic else ADJOINT_SOLVER
+        adjoint = _limited(adjoint, section.adjoint_iterations, section.adjoint_tolerance)
+        model.differentiation = Implicit(adjoint)
+    return model
 
-    def forward(
-        self, operator: Any, y: Tensor, generator: torch.Generator | None = None, halvings: int = 0
-    ) -> Solution:
-        """Solve for measurements ``(B, *operator.data_shape)``; a solve that did not converge tells so itself."""
-        if self.section.cuda_graph and generator is not None and y.device != generator.device:
-            # A graph draws on the GPU, from numbers that follow from the same seed.
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            generator = torch.Generator(y.device).manual_seed(seed)
+
+def _limited(solver: Solver[Any], max_iterations: int | None, tolerance: float | None) -> Solver[Any]:
+    return replace(
+        solver,
+        max_iterations=max_iterations or solver.max_iterations,
+        tolerance=tolerance or solver.tolerance,
+    )
+
+
+def solve(model: DEQRED, measured: Measured, generator: torch.Generator) -> Solution:
+    """Solve for what was measured, without warnings: how far a solve came stands in the solution.
+
+    Args:
+        model: The fixed point.
+        measured: Of one or several images.
+        generator: Of the minibatches.
+
+    Raises:
+        DivergenceError: Where the solves of all images diverge.
+    """
+    step, most = model.step, measured.operator.n_blocks
+    model.generator = generator
+    if step.minibatch_size is not None and step.minibatch_size > most:
+        # Scans of fewer coils.
+        model.step = replace(step, minibatch_size=most)
+    try:
         with warnings.catch_warnings():
-            # A gradient good to a few per cent is good enough for Adam; how far it is stands in the solution.
             warnings.simplefilter("ignore", NotConvergedWarning)
-            solution: Solution = self.build(operator, generator, halvings)(y, return_solution=True)
-        return solution
+            solution: Solution = model(measured.data, measured.operator, return_solution=True)
+    finally:
+        model.step = step
+    return solution
 
 
 def autocast(stage: settings.Stage, device: torch.device) -> AbstractContextManager[Any]:
@@ -271,7 +274,7 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def load_model(
     path: str | Path, denoiser: nn.Module | str | None = None
-) -> tuple[FixedPointModel, Scan, Configuration, dict[str, Any]]:
+) -> tuple[DEQRED, Scan, Configuration, dict[str, Any]]:
     """Return what a checkpoint of `oder-fast train` reconstructs with.
 
     A checkpoint imports nothing: only the denoisers of this package are built from its name for them.
@@ -299,7 +302,7 @@ def load_model(
         raise CheckpointError(f"{path}: image_shape: {error}") from error
     if not isinstance(denoiser, nn.Module):
         denoiser = _own_denoiser(path, configuration.denoiser, scan.channels, denoiser)
-    model = FixedPointModel(denoiser, configuration.red, scan.nonnegative)
+    model = make_model(denoiser, configuration.red, scan.nonnegative)
     problem = misfit(model.state_dict(), averaged_weights(state))
     if problem:
         raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
