@@ -60,6 +60,7 @@ def _acceleration(text: str) -> float:
 def _demo(arguments: argparse.Namespace) -> int:
     from ._demo import common, ct, idt, mri
     from .fixed_point import FixedPointError
+    from .training import RunError
 
     settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "what")}
     try:
@@ -75,7 +76,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except FixedPointError as error:
         print(f"oder-fast: {error}; here: raise --minibatch or --steps", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, RunError) as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 1
     return 0

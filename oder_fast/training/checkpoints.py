@@ -121,7 +121,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: For a file that is damaged, or not a checkpoint of this package, or a number out of range.
     """
     path = Path(path)
-    state: Any = read_tensors(path)
+    state = read_tensors(path)
     if not isinstance(state, dict) or "format" not in state or "configuration" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of oder-fast train")
     number = state["format"]
@@ -131,19 +131,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: of format {number}, and this version of oder_fast reads up to {FORMAT}"
         )
-    if number == 1:
-        state = _of_this_format(state)
+    content: dict[str, Any] = _of_this_format(state) if number == 1 else state
     try:
-        _Content.model_validate(state)
-        configuration_of(state, path)
+        _Content.model_validate(content)
+        configuration_of(content, path)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {explain(error).splitlines()[0]}") from error
     except ConfigurationError as error:
         raise CheckpointError(str(error).splitlines()[0]) from error
-    return state
+    return content
 
 
-def _of_this_format(state: dict[Any, Any]) -> dict[Any, Any]:
+def _of_this_format(state: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint of format 1 with the fixed point's settings of this one.
 
     The fixed points are the same. Solvers, iterations and tolerances were those of gradient steps, and are left out.
