@@ -60,6 +60,7 @@ def _acceleration(text: str) -> float:
 def _demo(arguments: argparse.Namespace) -> int:
     from ._demo import common, ct, idt, mri
     from .fixed_point import FixedPointError
+    from .training import RunError
 
     settings = {name: value for name, value in vars(arguments).items() if name not in ("run", "what")}
     try:
@@ -75,7 +76,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except FixedPointError as error:
         print(f"oder-fast: {error}; here: raise --minibatch or --steps", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, RunError) as error:
         print(f"oder-fast: {error}", file=sys.stderr)
         return 1
     return 0
@@ -241,6 +242,11 @@ def _add_reconstruct(commands: Any) -> None:
         metavar="SCALE",
         help="how values come to the model's unit: slice, none, or the window LOW:HIGH (default: the run's)",
     )
+    to.add_argument(
+        "--denoiser",
+        metavar="MODULE:NAME",
+        help="class to import, of a checkpoint whose denoiser is not of this package",
+    )
     to.add_argument("--array", metavar="NAME", help="array of NPZ and HDF5 files that hold several")
     to.add_argument("--maps", type=Path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
     to.add_argument(
@@ -382,9 +388,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(given[k] for k in settings),
         ]
     arguments = _parser().parse_args(given)
-    # Denoisers of one's own, module:Name, lie where one works.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:

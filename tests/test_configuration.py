@@ -27,7 +27,7 @@ LENSES = {
 def test_defaults_are_those_of_the_paper_s_code():
     read = read_configuration(LEAST)
     assert read.operator == CT(angles=90, snr=50.0)
-    assert read.red.max_iterations == 180
+    assert (read.red.step, read.red.tau) == ("proximal", 0.002)
     assert read.training.learning_rate == read.pretraining.learning_rate == 1e-4
     assert read.pretraining.sigma == pytest.approx(5 / 255)
     assert read.training.loss == {"mse": 1.0}
@@ -90,7 +90,19 @@ def test_files_that_are_refused(tmp_path, name, text, message):
         ("data.train=folder", "data: needs either train .files. or phantoms"),
         ("data={}", "data: needs either train .files. or phantoms"),
         ("data={train: a, kspace: true, patch: 3}", "k-space cannot be cut into patches"),
-        ("red={train_tau: true, tau: 0}", "train_tau needs a tau above 0"),
+        ("red.tau=0", "red.tau: input should be greater than 0, got 0"),
+        ("red.cuda_graph=true", "unknown key red.cuda_graph"),
+        ("red.step_sise=0.1", "unknown key red.step_sise; did you mean step_size"),
+        ("red.step_size=0.1", "red: step_size is for step: gradient, got step: proximal"),
+        ("red.variance_reduction=true", "red: variance_reduction is for step: gradient"),
+        (
+            "red={differentiation: unrolled, adjoint_tolerance: 1e-2}",
+            "adjoint_tolerance is for differentiation: implicit",
+        ),
+        (
+            "red={step: gradient, minibatch_size: 3, solver: anderson}",
+            "anderson takes no minibatches of gradient steps",
+        ),
         ("training", "'training' must be written key=value"),
         ("training.steps=[", "not a YAML value"),
     ],

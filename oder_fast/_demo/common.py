@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from ..data import atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
+from ..data import Sample, atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
 from ..denoisers import DnCNN
-from ..deqred import DEQRED, from_channels
-from ..fixed_point import Implicit, Nesterov, NotConvergedWarning
-from ..training import train_denoiser, train_fixed_point
+from ..denoisers.call import from_channels
+from ..deqred import DEQRED
+from ..fixed_point import Anderson, Nesterov
+from ..operators import MeasurementOperator
+from ..red import GradientStep
+from ..training import Trainer, read_configuration
+from ..training.stream import seed_of
 
 FILES = ("figure.png", "arrays.npz", "denoiser.pt")
 SMALLEST = 16
 # Training images are small: scans of them are those of the slice at a fraction of the cost.
 PATCH = 64
 FIXED_POINT_BATCH = 4
+# Relative distance from the fixed point at which solves end, and that of the point they are compared with.
+TOLERANCE, EXACT = 1e-3, 1e-5
+ODER_ITERATIONS = 400
+# Steps between validations, so many that there is one at the end of a stage; and its images.
+AT_THE_END, VALIDATED = 10**9, 4
 # Decibels by which a curve must lie above its end for the summary to say so.
 NOTABLE = 0.1
 
@@ -81,9 +90,9 @@ class Row:
     Attributes:
         image: What is shown and compared with the truth; real, one slice or several.
         value: The reconstruction, `image` itself or complex.
-        trace: PSNR of the point at each iteration.
-        residuals: Iterations at which the full map's residual was taken, and its values.
-        tolerance: The residual to be reached.
+        trace: PSNR of the point at each call of the denoiser.
+        distances: Relative distance of that point from the fixed point.
+        distance: The result's, as the solver estimates it.
     """
 
     name: str
@@ -92,11 +101,12 @@ class Row:
     psnr: float
     ssim: float
     seconds: float
-    iterations: int | None = None
+    denoiser_calls: int | None = None
+    operator_calls: float | None = None
     trace: tuple[float, ...] = ()
-    residuals: tuple[Sequence[int], Sequence[float]] = ((), ())
+    distances: tuple[float, ...] = ()
     converged: bool = True
-    tolerance: float = 0.0
+    distance: float = 0.0
 
     @property
     def short(self) -> str:
@@ -250,91 +260,110 @@ def training_images(truth: Tensor) -> list[Tensor]:
     return images + [half for half in halves if min(half.shape) >= PATCH]
 
 
-def draw_images(n: int, images: list[Tensor], generator: torch.Generator | None) -> Tensor:
-    """Draw phantoms and three times as many patches, shape (n, PATCH, PATCH)."""
-    phantoms = random_ellipses(n - 3 * n // 4, PATCH, generator, texture=0.01)
-    drawn = torch.randint(len(images), (3 * n // 4,), generator=generator).tolist()
-    cut = torch.cat([patches(images[k], PATCH, 1, generator) for k in drawn])
-    brightness = 0.3 + 0.7 * torch.rand(len(cut), 1, 1, generator=generator)
-    return torch.cat((phantoms, brightness * cut))
+def draw_image(images: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Draw a phantom, or three times as often a patch of another brightness, shape (PATCH, PATCH)."""
+    if float(torch.rand((), generator=generator)) < 1 / 4:
+        return random_ellipses(1, PATCH, generator, texture=0.01)[0]
+    k = int(torch.randint(len(images), (), generator=generator))
+    brightness = 0.3 + 0.7 * torch.rand((), generator=generator)
+    return brightness * patches(images[k], PATCH, 1, generator)[0]
 
 
-def build_model(
-    settings: Settings,
-    operator: Any,
-    denoiser: DnCNN,
-    *,
-    tau: float,
-    minibatch: int | None,
-    solver: Nesterov,
-    adjoint_solver: Nesterov,
-    nonnegative: bool,
-) -> DEQRED:
-    """Return RED, or with a minibatch ODER; its minibatches follow from the seed."""
-    if hasattr(operator, "minibatch_norm_squared"):
-        # Minibatches take shorter steps, and the residual is as long as a step: RED and ODER are to end as near to
-        # the fixed point.
-        smooth = operator.minibatch_norm_squared(minibatch or operator.n_blocks)
-        shorter = (operator.norm_squared() + 2 * tau) / (smooth + 2 * tau)
-        solver = replace(solver, tolerance=solver.tolerance * shorter)
-    return DEQRED(
-        operator,
-        denoiser,
-        tau=tau,
-        minibatch_size=minibatch,
-        solver=solver,
-        differentiation=Implicit(solver=adjoint_solver),
-        nonnegative=nonnegative,
-        generator=settings.generator(2),
-        on_failure="ignore",
-    )
+class Drawn(Dataset[Sample]):
+    """Images drawn from seeds of their own.
+
+    Args:
+        draw: Returns an image.
+        n: Number of images.
+        seed: Other seeds give other images.
+    """
+
+    def __init__(self, draw: Callable[[torch.Generator], Tensor], n: int, seed: int) -> None:
+        self.draw, self.n, self.seed = draw, n, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
+        return Sample(f"image {index}", self.draw(generator))
 
 
 def train(
     settings: Settings,
     recipe: Recipe,
-    clean: Callable[[int, torch.Generator | None], Tensor],
-    build: Callable[[DnCNN], DEQRED],
-    scans: Callable[[int, torch.Generator | None], tuple[Tensor, Tensor]],
+    operator: Mapping[str, Any],
+    draw: Callable[[torch.Generator], Tensor],
+    tau: float,
 ) -> DnCNN:
-    """Train a denoiser on noise, then through the fixed point.
+    """Train a denoiser on noise, then through the fixed point, and let everything else that a run writes go.
 
     Args:
         settings: The user's.
         recipe: Of the denoiser.
-        clean: Draws so many clean images, ``(n, channels, PATCH, PATCH)``.
-        build: Makes the model of small scans from the denoiser.
-        scans: Draws so many small scans, and the images they are of.
+        operator: Of small scans, as in a configuration.
+        draw: Draws an image.
+        tau: Weight of the prior in small scans.
     """
-    generator = settings.generator(1)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         denoiser = recipe.kind(**recipe.network)
-    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    on_noise, through_fixed_point = recipe.learning_rates
-    full_batch, fixed_point_batch = recipe.batches
-    say("1/3 Training the denoiser on noise")
-    train_denoiser(
-        denoiser,
-        lambda g: clean(full_batch, g).contiguous(memory_format=torch.channels_last),
-        steps=settings.steps,
-        sigma=recipe.sigma,
-        learning_rate=on_noise,
-        generator=generator,
-    )
-    model = build(denoiser)
-    say("2/3 Training it through the fixed point")
-    with warnings.catch_warnings():
-        # A gradient good to a few per cent is good enough for Adam.
-        warnings.simplefilter("ignore", NotConvergedWarning)
-        train_fixed_point(
-            model,
-            lambda g: scans(fixed_point_batch, g),
-            steps=settings.fixed_point_steps,
-            learning_rate=through_fixed_point,
-            generator=generator,
+    steps = (settings.steps, settings.fixed_point_steps)
+    stages: list[dict[str, Any]] = [
+        {"steps": n, "batch_size": batch, "learning_rate": rate, "schedule": "cosine", "ema": None}
+        for n, batch, rate in zip(steps, recipe.batches, recipe.learning_rates, strict=True)
+    ]
+    drawn = max(n * batch for n, batch in zip(steps, recipe.batches, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        configuration = read_configuration(
+            {
+                "operator": operator,
+                # Images are drawn here; none is turned or scaled again.
+                "data": {"phantoms": {"kind": "ellipses"}, "augment": False, "workers": 0},
+                "red": {"tau": tau},
+                "validation": {"every": AT_THE_END, "samples": VALIDATED, "images": 0},
+                "checkpoints": {"every": AT_THE_END},
+                "output": folder,
+                "seed": settings.seed,
+                "device": "cpu",
+                "pretraining": stages[0] | {"sigma": recipe.sigma},
+                "training": stages[1],
+            }
         )
-    return denoiser
+        trainer = Trainer(
+            configuration,
+            denoiser=denoiser,
+            train_set=Drawn(draw, drawn, settings.seed),
+            validation_set=Drawn(draw, VALIDATED, settings.seed + 1),
+        )
+        if trainer.fit().reason != "finished":
+            raise KeyboardInterrupt
+    return denoiser.eval()
+
+
+def build_models(
+    settings: Settings,
+    denoiser: DnCNN,
+    *,
+    tau: float,
+    minibatch: int,
+    nonnegative: bool,
+    check_every: int = 10,
+) -> tuple[DEQRED, DEQRED]:
+    """Return RED by the proximal form, and ODER by gradient steps of minibatches, which follow from the seed.
+
+    The minibatches' noise is reduced, so that both end at the same fixed point.
+    """
+    solver = Nesterov(ODER_ITERATIONS, TOLERANCE, check_every)
+    step, generator = GradientStep(minibatch_size=minibatch), settings.generator(2)
+    common: dict[str, Any] = {
+        "tau": tau,
+        "nonnegative": nonnegative,
+        "normalize": False,
+        "on_failure": "ignore",
+    }
+    red = DEQRED(denoiser, solver=Anderson(tolerance=TOLERANCE), **common)
+    return red, DEQRED(denoiser, step=step, solver=solver, generator=generator, **common)
 
 
 def direct_row(
@@ -351,25 +380,48 @@ def direct_row(
     return Row(name, image, value, psnr(image, truth), ssim(image, truth), seconds)
 
 
-def solved_row(
-    name: str, model: DEQRED, y: Tensor, truth: Tensor, show: Callable[[Tensor], Tensor] = torch.abs
+def solved_rows(
+    names: Sequence[str],
+    models: Sequence[DEQRED],
+    operator: MeasurementOperator,
+    y: Tensor,
+    truth: Tensor,
+    show: Callable[[Tensor], Tensor] = torch.abs,
+) -> list[Row]:
+    """Solve for one image by several models of one fixed point, and compare what they go through with it."""
+    exact = copy(models[0])
+    exact.solver = replace(exact.solver, tolerance=EXACT)
+    with torch.no_grad():
+        fixed_point = exact(y, operator)
+    return [
+        _solved_row(name, model, operator, y, truth, show, fixed_point)
+        for name, model in zip(names, models, strict=True)
+    ]
+
+
+def _solved_row(
+    name: str,
+    model: DEQRED,
+    operator: MeasurementOperator,
+    y: Tensor,
+    truth: Tensor,
+    show: Callable[[Tensor], Tensor],
+    fixed_point: Tensor,
 ) -> Row:
-    """Solve for one image; compare what is shown of it with the truth, also along the iterations."""
     assert isinstance(model.denoiser, DnCNN)
     trace: list[float] = []
-    shape = model.operator.image_shape
+    distances: list[float] = []
 
     def record(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        channels = arguments[0]
-        is_complex = channels[0].numel() == 2 * math.prod(shape)
-        like = torch.empty(1, *shape, dtype=channels.dtype.to_complex() if is_complex else channels.dtype)
-        error = (show(from_channels(channels, like)[0]) - truth).square().mean()
+        point = from_channels(arguments[0], fixed_point)
+        error = (show(point[0]) - truth).square().mean()
         trace.append(float(-10 * torch.log10(error / (truth.max() - truth.min()) ** 2)))
+        distances.append(float((point - fixed_point).norm() / fixed_point.norm()))
 
     hook = model.denoiser.register_forward_pre_hook(record)
     start = time.perf_counter()
     with torch.no_grad():
-        solution = model(y, return_solution=True)
+        solution = model(y, operator, return_solution=True)
     seconds = time.perf_counter() - start
     hook.remove()
     value = solution.value[0]
@@ -381,21 +433,26 @@ def solved_row(
         psnr(image, truth),
         ssim(image, truth),
         seconds,
-        iterations=int(solution.iterations[0]),
+        denoiser_calls=solution.denoiser_calls,
+        operator_calls=solution.operator_calls,
         trace=tuple(trace),
-        residuals=(solution.residual_iterations.tolist(), solution.residuals[:, 0].tolist()),
+        distances=tuple(distances),
         converged=bool(solution.converged[0]),
-        tolerance=model.solver.tolerance,
+        distance=float(solution.distance[0]),
     )
 
 
 def report(folder: Path, result: Result) -> None:
     """Print the table and the summary; write figure, arrays and weights, each whole or not at all."""
     width = max(len(row.name) for row in result.rows)
-    print(f"{'method':{width}}  PSNR (dB)   SSIM  seconds  iterations")
+    print(f"{'method':{width}}  PSNR (dB)   SSIM  seconds  denoiser calls  operator calls")
     for row in result.rows:
-        iterations = "-" if row.iterations is None else row.iterations
-        print(f"{row.name:{width}}  {row.psnr:9.2f}  {row.ssim:.3f}  {row.seconds:7.3f}  {iterations:>10}")
+        calls = ("-" if n is None else f"{n:.0f}" for n in (row.denoiser_calls, row.operator_calls))
+        print(
+            f"{row.name:{width}}  {row.psnr:9.2f}  {row.ssim:.3f}  {row.seconds:7.3f}",
+            *(f"{n:>14}" for n in calls),
+            sep="  ",
+        )
     for sentence in (*result.remarks, *_caveats(result.rows[-2:])):
         print(sentence)
     figure = _figure(result)
@@ -414,23 +471,23 @@ def _caveats(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for row in rows:
         if not row.converged:
-            residual = f"{row.residuals[1][-1]:.1e}" if row.residuals[1] else "unknown"
             sentences.append(
-                f"{row.short} reached its largest number of iterations, {row.iterations}, at a residual of {residual} "
-                f"(wanted: {row.tolerance:.0e}): its image is not the fixed point itself."
+                f"{row.short} ended after {row.denoiser_calls} denoiser calls, its largest number, at an estimated "
+                f"relative distance of {row.distance:.1e} (wanted: {TOLERANCE:.0e}): its image is not the fixed point "
+                "itself."
             )
     for row in rows:
         best = max(row.trace)
         if best > row.psnr + NOTABLE:
             sentences.append(
-                f"On its way {row.short} had {best:.2f} dB (iteration {row.trace.index(best)}); it ends at "
+                f"On its way {row.short} had {best:.2f} dB (after {row.trace.index(best)} denoiser calls); it ends at "
                 f"{row.psnr:.2f} dB: PSNR may peak before the fixed point, and only the truth tells where to stop."
             )
     return sentences
 
 
 def _figure(result: Result) -> Any:
-    """Draw images, error maps on one scale, and what happened along the iterations."""
+    """Draw images, error maps on one scale, and what the solves went through."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -472,28 +529,26 @@ def _figure(result: Result) -> Any:
         axis.set(title=f"|{row.short} - truth|", xticks=[], yticks=[])
     images.colorbar(shown, ax=last, label="absolute error", shrink=0.9, pad=0.01, extend="max")
 
-    # RED in a broad pale line under ODER's: the two often lie on each other.
     styles: tuple[dict[str, Any], ...] = (
-        {"color": "tab:orange", "linewidth": 6, "alpha": 0.45},
+        {"color": "tab:orange", "marker": ".", "linewidth": 1.8},
         {"color": "tab:blue", "linewidth": 1.8},
     )
     for row, style in zip((red, oder), styles, strict=True):
         name = row.name if row.converged else f"{row.name} (not converged)"
         quality.plot(range(len(row.trace)), row.trace, label=name, **style)
-        convergence.semilogy(*row.residuals, label=name, **style)
-        # Steps are of different lengths, and residuals are as long as a step.
-        convergence.axhline(row.tolerance, color=style["color"], linestyle=":")
+        convergence.semilogy(range(len(row.distances)), row.distances, label=name, **style)
     quality.axhline(direct.psnr, color="gray", linestyle=":", label=direct.name)
     quality.set(
-        xlabel="iteration",
+        xlabel="denoiser calls",
         ylabel="PSNR (dB)",
-        title="Quality along the iterations (it may peak before the fixed point)",
+        title="Quality (it may peak before the fixed point)",
     )
     convergence.set(
-        xlabel="iteration",
-        ylabel="|T(x) - x| / |T(x)|",
-        title="Distance from the fixed point, all measurements (dotted: wanted)",
+        xlabel="denoiser calls",
+        ylabel="|x - fixed point| / |fixed point|",
+        title="Distance from the fixed point (dotted: wanted)",
     )
+    convergence.axhline(TOLERANCE, color="gray", linestyle=":")
     for axis in (quality, convergence):
         axis.grid(alpha=0.3)
         axis.legend()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..data import add_gaussian_noise, psnr
 from ..denoisers import DnCNN
-from ..deqred import DEQRED
-from ..fixed_point import Nesterov
 from ..operators import ParallelBeamCT
 from . import common
 
@@ -23,9 +21,6 @@ RECIPE = common.Recipe(
 # Weight of the prior at 50 dB for each view (the normal operator grows with their number); it follows the
 # amplitude of the noise.
 TAU_PER_VIEW = 1.0
-SOLVER = Nesterov(max_iterations=300, tolerance=1e-5)
-TRAINING_SOLVER = Nesterov(max_iterations=100, tolerance=3e-5)
-ADJOINT_SOLVER = Nesterov(max_iterations=60, tolerance=1e-2)
 
 
 @dataclass(frozen=True)
@@ -60,38 +55,20 @@ def _read_truth(settings: Settings) -> tuple[Tensor, str]:
     return common.scaled(common.read_slice(path, settings.array), path), source
 
 
-def _model(
-    settings: Settings, ct: ParallelBeamCT, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
-) -> DEQRED:
-    return common.build_model(
-        settings,
-        ct,
-        denoiser,
-        tau=TAU_PER_VIEW * ct.n_blocks * 10 ** ((50 - settings.snr) / 20),
-        minibatch=minibatch,
-        solver=solver,
-        adjoint_solver=ADJOINT_SOLVER,
-        nonnegative=True,
-    )
+def _tau(settings: Settings, ct: ParallelBeamCT) -> float:
+    return TAU_PER_VIEW * ct.n_blocks / ct.norm_squared() * 10 ** ((50 - settings.snr) / 20)
 
 
-def _train(settings: Settings, truth: Tensor, minibatch: int) -> DnCNN:
+def _train(settings: Settings, truth: Tensor) -> DnCNN:
     """Train on small images seen from proportionally fewer views: the streaks are those of the scan."""
     images = common.training_images(truth)
     views = max(1, round(settings.views * common.PATCH / max(truth.shape)))
-    ct = ParallelBeamCT(common.PATCH, views)
-    size = max(1, round(minibatch * views / settings.views))
-
-    def scans(n: int, g: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        drawn = common.draw_images(n, images, g)
-        return add_gaussian_noise(ct(drawn), settings.snr, g), drawn
-
     return common.train(
         settings,
         RECIPE,
-        lambda n, g: common.draw_images(n, images, g)[:, None],
-        lambda denoiser: _model(settings, ct, denoiser, size, TRAINING_SOLVER),
-        scans,
+        {"kind": "ct", "angles": views, "snr": settings.snr},
+        lambda g: common.draw_image(images, g),
+        _tau(settings, ParallelBeamCT(common.PATCH, views)),
     )
 
 
@@ -105,19 +82,18 @@ def _compute(settings: Settings, truth: Tensor, source: str, minibatch: int) -> 
     common.say(
         "The denoiser learns from random ellipses, photographs (scikit-image) and an MR slice (pydicom)."
     )
-    denoiser = _train(settings, truth, minibatch)
-    common.say("3/3 Reconstructing")
+    denoiser = _train(settings, truth)
+    common.say("Reconstructing")
 
     def fbp(name: Any) -> Tensor:
         return ct.fbp(sinogram, filter=name)[0].clamp(min=0)
 
     rows = [common.direct_row(f"FBP, {name}", partial(fbp, name), truth) for name in FILTERS]
-    for name, size in (
-        (f"RED, all {views} views a step", None),
-        (f"ODER, {minibatch} of {views} views a step", minibatch),
-    ):
-        model = _model(settings, ct, denoiser, size, SOLVER)
-        rows.append(common.solved_row(name, model, sinogram, truth))
+    names = (f"RED, all {views} views a step", f"ODER, {minibatch} of {views} views a step")
+    models = common.build_models(
+        settings, denoiser, tau=_tau(settings, ct), minibatch=minibatch, nonnegative=True
+    )
+    rows += common.solved_rows(names, models, ct, sinogram, truth)
     return _result(setting, rows, truth, sinogram[0], denoiser)
 
 

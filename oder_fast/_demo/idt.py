@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..data import add_gaussian_noise, beam_propagation, cell_like, led_ring, psnr
 from ..denoisers import DnCNN
-from ..deqred import DEQRED, as_channels
-from ..fixed_point import Nesterov
 from ..operators import DiffractionTomography
 from . import common
 
@@ -39,10 +37,6 @@ WEIGHTS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
 START = 1e-3
 # The share of |A|^2 that the prior's weight is at 10 dB; it follows the amplitude of the noise.
 TAU = 0.006
-# The prior goes on at the expense of what is out of focus long after: training and use stop at the same distance.
-SOLVER = Nesterov(max_iterations=300, tolerance=1e-4, check_every=5)
-TRAINING_SOLVER = Nesterov(max_iterations=100, tolerance=1e-4)
-ADJOINT_SOLVER = Nesterov(max_iterations=80, tolerance=1e-2)
 TRAINING_VOLUMES = 100
 LARGEST_TRAINING_SIZE = 128
 
@@ -107,27 +101,41 @@ def _recipe(slices: int) -> common.Recipe:
         sigma=(0.0, 0.1),
         learning_rates=(1.5e-3, 1e-4),
         kind=AboveBackground,
-        batches=(4, 1),
+        batches=(2, 1),
     )
 
 
-def _illuminations(number: int) -> Tensor:
-    """Spread illuminations evenly over the aperture: rings, as many on each as its radius says."""
+def _rings(number: int) -> list[tuple[int, float, float]]:
+    """Spread illuminations evenly over the aperture: of each ring how many, its share of the radius, and its turn."""
     rings = max(1, round(math.sqrt(number / 3)))
-    parts, left = [], number
+    found, left = [], number
     for k in range(rings, 0, -1):
         n = round(2 * left / (k + 1))
         left -= n
-        # Turned against each other, or rings would repeat each other's directions.
-        parts.append(led_ring(n, OPTICS["numerical_aperture"] * k / rings, start=0.5 * k) if n else None)
-    return torch.cat([part for part in parts if part is not None])
+        if n:
+            # Turned against each other, or rings would repeat each other's directions.
+            found.append((n, k / rings, 0.5 * k))
+    return found
 
 
-def _microscope(settings: Settings, size: int, gram: Any) -> Microscope:
+def _illuminations(number: int) -> Tensor:
+    radius = OPTICS["numerical_aperture"]
+    return torch.cat([led_ring(n, radius * share, start=turn) for n, share, turn in _rings(number)])
+
+
+def _depths(settings: Settings) -> list[float]:
     middle = (settings.slices - 1) / 2
-    depths = [SPACING * (k - middle) for k in range(settings.slices)]
+    return [SPACING * (k - middle) for k in range(settings.slices)]
+
+
+def _microscope(settings: Settings, gram: Any) -> Microscope:
     return Microscope(
-        size, depths, _illuminations(settings.illuminations), thickness=SPACING, gram=gram, **OPTICS
+        settings.size,
+        _depths(settings),
+        _illuminations(settings.illuminations),
+        thickness=SPACING,
+        gram=gram,
+        **OPTICS,
     )
 
 
@@ -158,60 +166,42 @@ def _measure(settings: Settings, idt: Microscope, truth: Tensor) -> tuple[Tensor
     return add_gaussian_noise(measured, settings.snr, settings.generator(0))[0], error
 
 
-def _model(
-    settings: Settings, idt: Microscope, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
-) -> DEQRED:
-    tau = TAU * idt.norm_squared() * 10 ** ((10 - settings.snr) / 20)
-    return common.build_model(
-        settings,
-        idt,
-        denoiser,
-        tau=tau,
-        minibatch=minibatch,
-        solver=solver,
-        adjoint_solver=ADJOINT_SOLVER,
-        nonnegative=False,
-    )
+def _tau(settings: Settings) -> float:
+    return TAU * 10 ** ((10 - settings.snr) / 20)
 
 
-def _cut(volumes: Tensor, n: int, size: int, g: torch.Generator | None) -> Tensor:
-    """Cut so many parts of (size, size) out of volumes, all slices, each in one of 16 orientations."""
-    parts = []
-    room = volumes.shape[-1] - size + 1
-    for k in torch.randint(len(volumes), (n,), generator=g).tolist():
-        i, j = torch.randint(room, (2,), generator=g).tolist()
-        turns, across, along = torch.randint(4, (3,), generator=g).tolist()
-        part = torch.rot90(volumes[k, :, i : i + size, j : j + size], turns, (1, 2))
-        part = part.flip(2) if across % 2 else part
-        parts.append(part.flip(0) if along % 2 else part)
-    return torch.stack(parts)
+def _turned(volumes: Tensor, g: torch.Generator) -> Tensor:
+    """Draw one of the volumes, in one of 16 orientations."""
+    k = int(torch.randint(len(volumes), (), generator=g))
+    turns, across, along = torch.randint(4, (3,), generator=g).tolist()
+    volume = torch.rot90(volumes[k], turns, (1, 2))
+    volume = volume.flip(2) if across % 2 else volume
+    return volume.flip(0) if along % 2 else volume
 
 
 def _train(settings: Settings) -> DnCNN:
-    """Train on other phantoms, through the fixed point on whole ones: parts have another background."""
+    """Train on other phantoms, whole ones: parts have another background."""
     size = min(settings.size, LARGEST_TRAINING_SIZE)
-    volumes = _phantoms(settings, TRAINING_VOLUMES, size, settings.generator(6))
-    idt = _microscope(settings, size, gram="auto")
-    patch = min(size, common.PATCH)
-
-    def scans(n: int, g: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        drawn = _cut(volumes, n, size, g)
-        return add_gaussian_noise(idt(drawn), settings.snr, g), drawn
-
-    # All illuminations a step: through Gram matrices that is as cheap as a minibatch, and gradients are exact.
+    volumes = UNIT * _phantoms(settings, TRAINING_VOLUMES, size, settings.generator(6))
+    rings = [[n, OPTICS["numerical_aperture"] * share] for n, share, _ in _rings(settings.illuminations)]
+    operator = {
+        "kind": "idt",
+        "depths": _depths(settings),
+        "rings": rings,
+        "thickness": SPACING,
+        "contrast_unit": UNIT,
+        "snr": settings.snr,
+        **OPTICS,
+    }
     return common.train(
-        settings,
-        _recipe(settings.slices),
-        lambda n, g: as_channels(_cut(volumes, n, patch, g)),
-        lambda denoiser: _model(settings, idt, denoiser, None, TRAINING_SOLVER),
-        scans,
+        settings, _recipe(settings.slices), operator, lambda g: _turned(volumes, g), _tau(settings)
     )
 
 
 def _compute(settings: Settings, minibatch: int) -> common.Result:
     number = settings.illuminations
     truth = _phantoms(settings, 1, settings.size, settings.generator(4))[0]
-    idt = _microscope(settings, settings.size, gram=False)
+    idt = _microscope(settings, gram=False)
     intensities, error = _measure(settings, idt, truth)
     setting = (
         f"{settings.size} x {settings.size} pixels, {settings.slices} slices, {number} illuminations, "
@@ -223,18 +213,17 @@ def _compute(settings: Settings, minibatch: int) -> common.Result:
     )
     common.say("The denoiser learns from other such phantoms, measured by the linear model.")
     denoiser = _train(settings)
-    common.say("3/3 Reconstructing")
+    common.say("Reconstructing")
     shown, y = idt.above_medium(truth), intensities[None]
     rows = []
     for share in WEIGHTS:
         reconstruct = partial(lambda share: idt.direct(y, share)[0], share)
         rows.append(common.direct_row(f"Tikhonov, {share:g}", reconstruct, shown, idt.above_medium))
-    for name, size in (
-        (f"RED, all {number} illuminations a step", None),
-        (f"ODER, {minibatch} of {number} illuminations a step", minibatch),
-    ):
-        model = _model(settings, idt, denoiser, size, SOLVER)
-        rows.append(common.solved_row(name, model, y, shown, idt.above_medium))
+    names = (f"RED, all {number} illuminations a step", f"ODER, {minibatch} of {number} illuminations a step")
+    models = common.build_models(
+        settings, denoiser, tau=_tau(settings), minibatch=minibatch, nonnegative=False, check_every=5
+    )
+    rows += common.solved_rows(names, models, idt, y, shown, idt.above_medium)
     remarks = [*_compare(rows, truth), *_time_gradients(settings, idt, y, minibatch)]
     if settings.beam_propagation:
         remarks.append(
@@ -258,26 +247,25 @@ def _compare(rows: list[common.Row], truth: Tensor) -> list[str]:
 def _time_gradients(settings: Settings, idt: Microscope, y: Tensor, minibatch: int) -> list[str]:
     """Say what a minibatch saves, and what Gram matrices would."""
     x, number = idt.initial(y), idt.n_blocks
-    everything = _microscope(settings, settings.size, gram="auto")
+    everything = _microscope(settings, gram="auto")
 
-    def seconds(operator: Microscope, data: Tensor, blocks: Tensor | None) -> float:
-        taken = []
+    def seconds(operator: Microscope, blocks: Tensor | None) -> float:
+        taken, data_fidelity = [], operator.least_squares(y)
         for _ in range(50):
             start = time.perf_counter()
-            operator.gradient(x, data, blocks, prepared=True)
+            data_fidelity.gradient(x, blocks)
             taken.append(time.perf_counter() - start)
         return min(taken)
 
     few, one = (idt.draw_blocks(size, settings.generator(7)) for size in (minibatch, 1))
-    data = idt.prepare(y)
-    full, part, single = (seconds(idt, data, blocks) for blocks in (None, few, one))
+    full, part, single = (seconds(idt, blocks) for blocks in (None, few, one))
     text = (
         f"A gradient of the data fidelity takes {1e3 * part:.2f} ms with {minibatch} illuminations, "
         f"{1e3 * full:.2f} ms with all {number}"
     )
     if not everything.gram:
         return [f"{text}; Gram matrices do not pay: {everything.gram_reason}."]
-    gram = seconds(everything, everything.prepare_full_batch(y), None)
+    gram = seconds(everything, None)
     each = max((full - single) / max(number - 1, 1), 1e-9)
     as_many = min(max(round(1 + (gram - single) / each), 1), number)
     return [

@@ -18,8 +18,6 @@ from ..data import (
     smooth_phase,
 )
 from ..denoisers import DnCNN
-from ..deqred import DEQRED
-from ..fixed_point import Nesterov
 from ..operators import CartesianMRI
 from . import common
 
@@ -35,9 +33,6 @@ RECIPE = common.Recipe(
 TAU = 0.02
 # A coil sees a part of the image only: its minibatches need the full gradient more often than those of views.
 CHECK_EVERY = 3
-SOLVER = Nesterov(max_iterations=400, tolerance=1e-5, check_every=CHECK_EVERY)
-TRAINING_SOLVER = Nesterov(max_iterations=100, tolerance=1e-5)
-ADJOINT_SOLVER = Nesterov(max_iterations=100, tolerance=1e-2)
 
 
 @dataclass(frozen=True)
@@ -168,52 +163,22 @@ def _maps(settings: Settings, kspace: Tensor, mask: Tensor) -> Tensor:
         ) from error
 
 
-def _model(
-    settings: Settings, mri: CartesianMRI, denoiser: DnCNN, minibatch: int | None, solver: Nesterov
-) -> DEQRED:
-    tau = TAU * 10 ** ((30 - settings.snr) / 20)
-    return common.build_model(
-        settings,
-        mri,
-        denoiser,
-        tau=tau,
-        minibatch=minibatch,
-        solver=solver,
-        adjoint_solver=ADJOINT_SOLVER,
-        nonnegative=False,
-    )
+def _tau(settings: Settings) -> float:
+    return TAU * 10 ** ((30 - settings.snr) / 20)
 
 
-def _train(settings: Settings, truth: Slice, sigma: float) -> DnCNN:
-    """Train on small images with smooth phases, measured by the same coils with the same noise.
-
-    All coils a step: the shorter steps of minibatches end too far from the fixed point, where gradients mislead.
-    """
+def _train(settings: Settings, truth: Slice) -> DnCNN:
+    """Train on small images with smooth phases, measured by the same coils with as much noise."""
     images = common.training_images(truth.stored)
-    patch = (common.PATCH, common.PATCH)
-
-    def draw(n: int, g: torch.Generator | None) -> Tensor:
-        return torch.polar(common.draw_images(n, images, g), smooth_phase(n, patch, g))
-
-    g = settings.generator(5)
-    # A mask for each image of a batch.
-    masks = torch.stack(
-        [_mask(common.PATCH, settings.acceleration, g) for _ in range(common.FIXED_POINT_BATCH)]
-    )[:, None]
-    maps = birdcage_maps(COILS, patch)
-    everything, mri = CartesianMRI(maps, torch.ones_like(masks[0, 0])), CartesianMRI(maps, masks)
-
-    def scans(n: int, g: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        drawn = draw(n, g)
-        return _noisy(everything(drawn), sigma, g) * masks[:, None], drawn
-
-    return common.train(
-        settings,
-        RECIPE,
-        lambda n, g: torch.view_as_real(draw(n, g)).movedim(-1, 1),
-        lambda denoiser: _model(settings, mri, denoiser, None, TRAINING_SOLVER),
-        scans,
-    )
+    operator = {
+        "kind": "mri",
+        "coils": COILS,
+        "mask": "gaussian_lines",
+        "acceleration": settings.acceleration,
+        "center_fraction": CENTER_TIMES_ACCELERATION / settings.acceleration,
+        "snr": settings.snr,
+    }
+    return common.train(settings, RECIPE, operator, lambda g: common.draw_image(images, g), _tau(settings))
 
 
 def _compute(
@@ -233,17 +198,20 @@ def _compute(
         "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
         "an MR slice (pydicom), with random smooth phases."
     )
-    denoiser = _train(settings, truth, sigma)
-    common.say("3/3 Reconstructing")
+    denoiser = _train(settings, truth)
+    common.say("Reconstructing")
     mri, shown = CartesianMRI(maps, mask), truth.image.abs()
     rows = [common.direct_row("Zero-filled", lambda: mri.adjoint(kspace[None])[0], shown)]
-    for name, size in (
-        (f"RED, all {COILS} coils a step", None),
-        (f"ODER, {minibatch} of {COILS} coils a step", minibatch),
-    ):
-        rows.append(
-            common.solved_row(name, _model(settings, mri, denoiser, size, SOLVER), kspace[None], shown)
-        )
+    names = (f"RED, all {COILS} coils a step", f"ODER, {minibatch} of {COILS} coils a step")
+    models = common.build_models(
+        settings,
+        denoiser,
+        tau=_tau(settings),
+        minibatch=minibatch,
+        nonnegative=False,
+        check_every=CHECK_EVERY,
+    )
+    rows += common.solved_rows(names, models, mri, kspace[None], shown)
     zero_filled, red, oder = rows
 
     def draw_data(axis: Any) -> None:

@@ -17,6 +17,8 @@ from .solvers import Anderson, Solver
 
 Fallback = Literal["raise", "warn", "jacobian_free"]
 FALLBACKS = ("raise", "warn", "jacobian_free")
+# Of adjoint equations.
+ADJOINT_SOLVER = Anderson(100, 1e-2, memory=8)
 
 
 class Differentiation(ABC):
@@ -82,7 +84,7 @@ class Implicit(Differentiation):
         linearization = _linearize(fixed_point_map, solution, start)
         chosen = self.solver
         if chosen is None:
-            chosen = solver if fixed_point_map.stochastic else Anderson(100, 1e-2, memory=8)
+            chosen = solver if fixed_point_map.stochastic else ADJOINT_SOLVER
 
         def adjoint(gradient: Tensor) -> Tensor:
             first = linearization.jacobian_free(gradient) if adjoint_start is None else adjoint_start

@@ -3,28 +3,82 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from ..data import atomic
+from .configuration import (
+    MOST_PIXELS,
+    Configuration,
+    ConfigurationError,
+    CountFrom0,
+    Side,
+    as_configuration,
+    explain,
+)
 from .processes import rank
 
 NAME = re.compile(r"checkpoint-(\d+)-(\d+)\.pt")
-FORMAT = 1
+FORMAT = 2
+"""Of the checkpoints that are written; 1 is that of version 0.1."""
+
+KEPT = ("tau", "train_tau", "differentiation", "nonnegative")
+"""Settings of the fixed point in format 1 that mean the same here."""
+
+HALVINGS = 4
+"""How many batches are left out, and the learning rate halved after each, before a run ends."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, of another kind, or does not fit."""
+
+
+class Position(BaseModel):
+    """Where a run is."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    stage: Annotated[int, Field(ge=0, le=1)] = 0
+    step: CountFrom0 = 0
+    halvings: Annotated[int, Field(ge=0, le=HALVINGS)] = 0
+    best: float = -math.inf
+    best_stage: Annotated[int, Field(ge=-1, le=1)] = -1
+    waiting: CountFrom0 = 0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    reason: str | None = None
+
+
+class _Content(BaseModel):
+    """What a checkpoint holds; the optimizer's state and that of random numbers are checked where they are restored."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    position: Position
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    random: dict[str, Any]
+    image_shape: Annotated[list[Side], Field(min_length=2, max_length=3)]
+    processes: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> _Content:
+        if math.prod(self.image_shape) > MOST_PIXELS:
+            raise ValueError(f"image_shape must have at most {MOST_PIXELS} pixels, got {self.image_shape}")
+        return self
 
 
 def checkpoint_path(folder: Path, stage: int, step: int) -> Path:
@@ -57,34 +111,89 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, and check every byte of it; no code in it is run (``weights_only=True``).
+    """Read a checkpoint, and check all of it; no code in it is run (``weights_only=True``).
+
+    The fixed point's settings of version 0.1 are brought to those of this one. Numbers have the bounds of
+    `Configuration`, so a file from elsewhere cannot ask for work without end.
 
     Raises:
         OSError: Where the file is missing or unreadable.
-        CheckpointError: For a file that is damaged, or not a checkpoint of this package.
+        CheckpointError: For a file that is damaged, or not a checkpoint of this package, or a number out of range.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, as best.pt")
-    with path.open("rb"):
-        pass
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged at {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
+    state = read_tensors(path)
     if not isinstance(state, dict) or "format" not in state or "configuration" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of oder-fast train")
-    if state["format"] > FORMAT:
+    number = state["format"]
+    if not isinstance(number, int) or number < 1:
+        raise CheckpointError(f"{path}: not a checkpoint of oder-fast train: its format is no number")
+    if number > FORMAT:
         raise CheckpointError(
-            f"{path}: written by a newer version of oder_fast ({state.get('versions', {}).get('oder_fast')})"
+            f"{path}: of format {number}, and this version of oder_fast reads up to {FORMAT}"
         )
-    return state
+    content: dict[str, Any] = _of_this_format(state) if number == 1 else state
+    try:
+        _Content.model_validate(content)
+        configuration_of(content, path)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {explain(error).splitlines()[0]}") from error
+    except ConfigurationError as error:
+        raise CheckpointError(str(error).splitlines()[0]) from error
+    return content
+
+
+def _of_this_format(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of format 1 with the fixed point's settings of this one.
+
+    The fixed points are the same. Solvers, iterations and tolerances were those of gradient steps, and are left out.
+    """
+    tree = state["configuration"]
+    red = tree.get("red") if isinstance(tree, Mapping) else None
+    if not isinstance(red, Mapping):
+        return state  # refused like any other
+    kept = {name: red[name] for name in KEPT if name in red}
+    if red.get("minibatch_size") is not None:
+        names = ("minibatch_size", "variance_reduction")
+        kept |= {"step": "gradient"} | {name: red[name] for name in names if name in red}
+    return state | {"configuration": {**tree, "red": kept}}
+
+
+def configuration_of(state: Mapping[str, Any], path: Path) -> Configuration:
+    """Return the configuration in a checkpoint.
+
+    Raises:
+        ConfigurationError: For one that is none.
+    """
+    return as_configuration(state["configuration"], f"{path}: configuration")
+
+
+def read_tensors(path: Path) -> Any:
+    """Read what `torch.save` wrote, and check every byte of it; no code in it is run.
+
+    Raises:
+        OSError: Where the file is missing or unreadable.
+        CheckpointError: For a file that is damaged, or asks for more memory than it stores.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, as best.pt")
+    try:
+        # Formats before torch 1.6 are no archives.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                    raise CheckpointError(f"{path}: unpacks to more than it stores")
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"{path}: damaged at {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({error})") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:

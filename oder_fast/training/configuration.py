@@ -5,25 +5,74 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     FiniteFloat,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
+
+def _named(name: str) -> str:
+    if not name or "\0" in name:
+        raise ValueError("must be a name, which is not empty and holds no NUL")
+    return name
+
+
+# Every number that becomes work or memory has a bound: a configuration may come from elsewhere, in a checkpoint.
 Share = Annotated[float, Field(gt=0, lt=1)]
-Source = str | list[str]
+Length = Annotated[float, Field(ge=1e-12, le=1e12)]
+Decibels = Annotated[float, Field(ge=-300, le=300)]
+Side = Annotated[int, Field(ge=1, le=2**14)]
+Blocks = Annotated[int, Field(ge=1, le=2**16)]
+Coils = Annotated[int, Field(ge=1, le=2**10)]
+Iterations = Annotated[int, Field(ge=1, le=100_000)]
+Threads = Annotated[int, Field(ge=1, le=2**10)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountFrom0 = Annotated[int, Field(ge=0, le=10**9)]
+Name = Annotated[str, AfterValidator(_named)]
+Source = Name | Annotated[list[Name], Field(min_length=1)]
+
+MOST_VALUES = 100_000
+"""Values in a configuration."""
+
+DEEPEST = 32
+"""Sections within sections of a configuration."""
+
+MOST_KEYS = 1000
+"""Keys of a section."""
+
+MOST_PROBLEMS = 20
+"""Problems that a message lists."""
+
+MOST_PIXELS = 2**26
+"""Of an image or volume."""
+
+LARGEST_OPTIONS: Mapping[str, int] = {
+    "depth": 256,
+    "blocks": 64,
+    "width": 4096,
+    "channels": 4096,
+    "in_channels": 4096,
+    "out_channels": 4096,
+}
+"""Largest numbers in the options of the denoisers of this package."""
+
+MOST_LEVELS = 8
+"""Of the denoisers of this package: each halves the image."""
+
+DENOISER_KINDS = ("unet", "dncnn", "drunet")
+"""Denoisers of this package."""
 
 
 class ConfigurationError(ValueError):
@@ -48,13 +97,13 @@ class CT(_Section):
     """
 
     kind: Literal["ct"] = "ct"
-    angles: PositiveInt | list[FiniteFloat] = 90
-    n_bins: PositiveInt | None = None
-    bin_spacing: PositiveFloat | None = None
-    pixel_size: PositiveFloat = 1.0
+    angles: Blocks | Annotated[list[FiniteFloat], Field(min_length=1, max_length=2**16)] = 90
+    n_bins: Blocks | None = None
+    bin_spacing: Length | None = None
+    pixel_size: Length = 1.0
     sampling: Literal["uniform", "stratified"] = "stratified"
-    snr: FiniteFloat | None = 50.0
-    photons: PositiveFloat | None = None
+    snr: Decibels | None = 50.0
+    photons: Annotated[float, Field(gt=0, le=1e12)] | None = None
 
 
 class MRI(_Section):
@@ -70,14 +119,14 @@ class MRI(_Section):
     """
 
     kind: Literal["mri"] = "mri"
-    coils: PositiveInt = 8
+    coils: Coils = 8
     mask: Literal["random_lines", "equispaced_lines", "gaussian_lines", "poisson_disc", "radial"] = (
         "random_lines"
     )
-    acceleration: Annotated[float, Field(ge=1)] = 4.0
+    acceleration: Annotated[float, Field(ge=1, le=2**10)] = 4.0
     center_fraction: Share = 0.08
-    spokes: PositiveInt = 32
-    snr: FiniteFloat | None = 30.0
+    spokes: Blocks = 32
+    snr: Decibels | None = 30.0
 
 
 class IDT(_Section):
@@ -98,17 +147,17 @@ class IDT(_Section):
     """
 
     kind: Literal["idt"] = "idt"
-    depths: list[FiniteFloat]
-    rings: list[tuple[PositiveInt, PositiveFloat]]
-    pixel_size: PositiveFloat
-    wavelength: PositiveFloat
-    numerical_aperture: PositiveFloat
-    medium_index: PositiveFloat
-    magnification: PositiveFloat = 1.0
-    thickness: PositiveFloat | None = None
+    depths: Annotated[list[FiniteFloat], Field(min_length=1, max_length=2**10)]
+    rings: Annotated[list[tuple[Coils, Length]], Field(min_length=1, max_length=2**6)]
+    pixel_size: Length
+    wavelength: Length
+    numerical_aperture: Length
+    medium_index: Length
+    magnification: Length = 1.0
+    thickness: Length | None = None
     axial: Literal["exact", "vacuum"] = "exact"
-    contrast_unit: PositiveFloat = 0.01
-    snr: FiniteFloat | None = 20.0
+    contrast_unit: Length = 0.01
+    snr: Decibels | None = 20.0
 
 
 class PhantomsSection(_Section):
@@ -122,8 +171,8 @@ class PhantomsSection(_Section):
     """
 
     kind: Literal["ellipses", "shepp-logan", "shepp-logan-random", "brain", "cells"]
-    n: PositiveInt = 1000
-    size: PositiveInt = 128
+    n: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    size: Side = 128
     options: dict[str, Any] = {}
 
 
@@ -150,11 +199,11 @@ class Data(_Section):
     phantoms: PhantomsSection | None = None
     kspace: bool = False
     scale: Literal["slice", "none"] | tuple[FiniteFloat, FiniteFloat] = "slice"
-    array: str | None = None
-    patch: PositiveInt | None = None
+    array: Name | None = None
+    patch: Side | None = None
     augment: bool = True
-    cache: str | None = None
-    workers: NonNegativeInt = 2
+    cache: Name | None = None
+    workers: Annotated[int, Field(ge=0, le=2**10)] = 2
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -172,51 +221,82 @@ class DenoiserSection(_Section):
 
     Attributes:
         kind: ``"unet"``, ``"dncnn"``, ``"drunet"``, or the class ``"module:Name"`` of one's own.
-        options: Of its class; the channels are set to those of the images.
+        options: Of its class; the channels are set to those of the images. Those of this package take at most 256
+            layers, 64 blocks, 8 levels and 4096 channels.
         weights: File of a `state_dict`, or of a run of this package, to begin from.
     """
 
     kind: str = "unet"
     options: dict[str, Any] = {}
-    weights: str | None = None
+    weights: Name | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> DenoiserSection:
+        for name, value in self.options.items() if self.kind in DENOISER_KINDS else ():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if len(numbers) > MOST_LEVELS:
+                raise ValueError(f"options.{name} must name at most {MOST_LEVELS} levels, got {len(numbers)}")
+            most = LARGEST_OPTIONS.get(name)
+            if most is None:
+                continue
+            for number in numbers:
+                if not isinstance(number, int) or number > most:
+                    raise ValueError(f"options.{name} must be whole and at most {most}, got {_shown(number)}")
+        return self
 
 
 class RED(_Section):
-    r"""The fixed point.
+    r"""The fixed point (`oder_fast.DEQRED`).
 
     Attributes:
         tau: Weight of the prior, in units of :math:`\|A\|^2`.
         train_tau: Whether it is trained with the denoiser.
-        minibatch_size: Blocks a step (views, coils, illuminations); None is RED, a number ODER.
-        variance_reduction: See `oder_fast.DEQRED`.
-        solver: ``"nesterov"``, ``"picard"`` or ``"anderson"``.
-        max_iterations: Of the forward solve.
-        tolerance: Of the forward solve.
-        adjoint_iterations: Of the adjoint solve.
-        adjoint_tolerance: Of the adjoint solve.
+        step: ``"proximal"``, which converges in about ten calls of the denoiser, or ``"gradient"``, the form in which
+            RED and ODER were published.
+        step_size: Of gradient steps, in units of :math:`1 / \|A\|^2`; by default that of `oder_fast.GradientStep`.
+        minibatch_size: Blocks a step (views, coils, illuminations): of the inner solve in the proximal form, of each
+            iteration in the gradient form; None for all.
+        variance_reduction: Of the minibatches of gradient steps: true by default; false is ODER as published.
+        solver: ``"anderson"``, ``"nesterov"`` or ``"picard"``; by default Picard's iteration where gradient steps take
+            minibatches, Anderson's elsewhere.
+        max_iterations: Of the forward solve; by default 100, and 1000 where gradient steps take minibatches.
+        tolerance: Largest relative distance from the fixed point, estimated; by default 3e-3.
+        adjoint_iterations: Of the adjoint solve; by default 100, and those of the forward solve where gradient steps
+            take minibatches.
+        adjoint_tolerance: Of the adjoint solve; by default 1e-2, and that of the forward solve where gradient steps
+            take minibatches.
         differentiation: ``"implicit"``, ``"jacobian_free"`` or ``"unrolled"``.
-        nonnegative: Project on images of at least 0; by default for CT alone.
-        cuda_graph: Replay the iterations on a GPU as CUDA graphs (see `oder_fast.DEQRED`); minibatches are then drawn
-            there, and are others than without.
+        nonnegative: Keep images at 0 or above; by default for CT alone.
     """
 
-    tau: NonNegativeFloat = 0.002
+    tau: PositiveFloat = 0.002
     train_tau: bool = False
-    minibatch_size: PositiveInt | None = None
-    variance_reduction: bool = True
-    solver: Literal["nesterov", "picard", "anderson"] = "nesterov"
-    max_iterations: PositiveInt = 180
-    tolerance: PositiveFloat = 1e-4
-    adjoint_iterations: PositiveInt = 100
-    adjoint_tolerance: PositiveFloat = 1e-3
+    step: Literal["proximal", "gradient"] = "proximal"
+    step_size: PositiveFloat | None = None
+    minibatch_size: Blocks | None = None
+    variance_reduction: bool | None = None
+    solver: Literal["anderson", "nesterov", "picard"] | None = None
+    max_iterations: Iterations | None = None
+    tolerance: PositiveFloat | None = None
+    adjoint_iterations: Iterations | None = None
+    adjoint_tolerance: PositiveFloat | None = None
     differentiation: Literal["implicit", "jacobian_free", "unrolled"] = "implicit"
     nonnegative: bool | None = None
-    cuda_graph: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> RED:
-        if self.train_tau and self.tau == 0:
-            raise ValueError("train_tau needs a tau above 0 to begin with")
+    def _go_together(self) -> RED:
+        for names, key, wanted in (
+            (("step_size", "variance_reduction"), "step", "gradient"),
+            (("adjoint_iterations", "adjoint_tolerance"), "differentiation", "implicit"),
+        ):
+            there = getattr(self, key)
+            for name in names:
+                if there != wanted and getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for {key}: {wanted}, got {key}: {there}")
+        if self.solver == "anderson" and self.step == "gradient" and self.minibatch_size is not None:
+            raise ValueError(
+                "solver: anderson takes no minibatches of gradient steps; take nesterov or picard"
+            )
         return self
 
 
@@ -236,8 +316,8 @@ class Stage(_Section):
         loss: ``"mse"``, ``"l1"`` or ``"ssim"``, or weights of several.
     """
 
-    steps: NonNegativeInt
-    batch_size: PositiveInt = 8
+    steps: CountFrom0
+    batch_size: Blocks = 8
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: PositiveFloat | None = 1.0
@@ -260,7 +340,7 @@ class Pretraining(Stage):
         sigma: Standard deviation of the noise, or its least and largest, drawn evenly; in the unit of the images.
     """
 
-    steps: NonNegativeInt = 10_000
+    steps: CountFrom0 = 10_000
     sigma: PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] = 5 / 255
 
     @model_validator(mode="after")
@@ -273,8 +353,8 @@ class Pretraining(Stage):
 class Training(Stage):
     """Stage 2: through the fixed point."""
 
-    steps: NonNegativeInt = 10_000
-    batch_size: PositiveInt = 1
+    steps: CountFrom0 = 10_000
+    batch_size: Blocks = 1
 
 
 class Validation(_Section):
@@ -287,10 +367,10 @@ class Validation(_Section):
         patience: Validations without a better PSNR after which stage 2 ends; None for no end before the last step.
     """
 
-    every: PositiveInt = 500
-    samples: PositiveInt = 20
-    images: NonNegativeInt = 4
-    patience: PositiveInt | None = None
+    every: Count = 500
+    samples: Count = 20
+    images: Annotated[int, Field(ge=0, le=100)] = 4
+    patience: Count | None = None
 
 
 class Checkpoints(_Section):
@@ -301,8 +381,8 @@ class Checkpoints(_Section):
         keep: Checkpoints kept, the newest; besides, the best.
     """
 
-    every: PositiveInt = 200
-    keep: Annotated[int, Field(ge=2)] = 3
+    every: Count = 200
+    keep: Annotated[int, Field(ge=2, le=10_000)] = 3
 
 
 class Configuration(_Section):
@@ -332,11 +412,11 @@ class Configuration(_Section):
     training: Training = Training()
     validation: Validation = Validation()
     checkpoints: Checkpoints = Checkpoints()
-    output: str = "oder-fast-run"
-    seed: NonNegativeInt = 0
+    output: Name = "oder-fast-run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
-    threads: PositiveInt | None = None
-    timeout: PositiveFloat = 1800.0
+    threads: Threads | None = None
+    timeout: Annotated[float, Field(gt=0, le=1e7)] = 1800.0
 
     @model_validator(mode="after")
     def _kspace_is_of_mri(self) -> Configuration:
@@ -381,65 +461,112 @@ def read_configuration(
         (30, 0.0001)
     """
     name = "the configuration" if isinstance(source, Mapping) else str(source)
-    tree: dict[str, Any] = _with_numbers(
-        dict(source) if isinstance(source, Mapping) else _parse(Path(source))
-    )
+    tree = dict(source) if isinstance(source, Mapping) else _parse(Path(source))
     for override in overrides:
         _override(tree, override)
+    return as_configuration(tree, name)
+
+
+def as_configuration(tree: Any, name: str) -> Configuration:
+    """Return the configuration of a tree, with messages that begin with a name.
+
+    Raises:
+        ConfigurationError: As `read_configuration` does.
+    """
     try:
-        return Configuration.model_validate(tree)
+        return Configuration.model_validate(_plain(tree, name))
     except ValidationError as error:
         raise ConfigurationError(
             "\n".join(f"{name}: {line}" for line in explain(error).split("\n"))
         ) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and aliases do not multiply."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_KEYS:
+            raise yaml.MarkedYAMLError(problem=f"over {MOST_KEYS} keys", problem_mark=node.start_mark)
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _parse(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    tree: Any
     if path.suffix == ".toml":
         if sys.version_info >= (3, 11):
             import tomllib
         else:
             import tomli as tomllib
-        try:
-            tree = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigurationError(f"{path}: not TOML: {error}") from error
+        parse: Callable[[str], Any] = tomllib.loads
     elif path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"{path}: not YAML: {error}") from error
+        parse = _from_yaml
     else:
         raise ConfigurationError(f"{path}: must end in .yaml, .yml or .toml")
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{path}: not {'TOML' if path.suffix == '.toml' else 'YAML'}: {error}"
+        ) from error
     if not isinstance(tree, dict):
         raise ConfigurationError(f"{path}: must hold settings by name, got {type(tree).__name__}")
     return tree
 
 
-def _with_numbers(value: Any) -> Any:
-    """Return what was read with numbers such as 1e-4, which YAML 1.1 takes for text without a point."""
-    if isinstance(value, Mapping):
-        return {name: _with_numbers(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(inner) for inner in value]
-    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-    return float(value) if is_number else value
+def _plain(tree: Any, name: str) -> Any:
+    """Return a copy of what was read, with numbers such as 1e-4, which YAML 1.1 takes for text without a point.
+
+    Raises:
+        ConfigurationError: For what holds itself, or more than any configuration does.
+    """
+    left = MOST_VALUES
+
+    def copy(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > DEEPEST:
+            raise ConfigurationError(
+                f"{name}: must hold at most {MOST_VALUES} values, at most {DEEPEST} deep"
+            )
+        if isinstance(value, Mapping):
+            return {key: copy(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [copy(inner, depth + 1) for inner in value]
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigurationError(f"{name}: holds a whole number of more than 64 bits")
+        is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+        return float(value) if is_number else value
+
+    return copy(tree, 0)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
-    import yaml
-
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigurationError(f"{override!r} must be written key=value, as training.steps=500")
     try:
-        value = _with_numbers(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{override!r}: not a YAML value: {error}") from error
+        value = _from_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{_shown(override)}: not a YAML value: {error}") from error
     *sections, last = key.split(".")
     for section in sections:
         inner = tree.get(section)
@@ -452,7 +579,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def explain(error: ValidationError) -> str:
     """Say in a line for each setting what is wrong."""
     # A value of none of several types is told once.
-    return "\n".join(dict.fromkeys(_explain(problem) for problem in error.errors()))
+    lines = [*dict.fromkeys(_explain(problem) for problem in error.errors())]
+    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+    return "\n".join(lines[:MOST_PROBLEMS] + more)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _explain(problem: Any) -> str:
@@ -483,7 +617,7 @@ def _explain(problem: Any) -> str:
     said = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = "must hold settings by name"
-    got = "" if isinstance(problem["input"], Mapping | BaseModel) else f", got {problem['input']!r}"
+    got = "" if isinstance(problem["input"], Mapping | BaseModel) else f", got {_shown(problem['input'])}"
     return f"{key}: {said[:1].lower()}{said[1:]}{got}" if key else said
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..data import atomic
 
+SOLVED = ("iterations", "denoiser_calls", "operator_calls", "converged")
 TRAINING = (
     "stage",
     "step",
@@ -20,10 +21,11 @@ TRAINING = (
     "loss",
     "gradient_norm",
     "learning_rate",
-    "iterations",
     "residual",
-    "converged",
+    *SOLVED,
     "adjoint_iterations",
+    "adjoint_denoiser_calls",
+    "adjoint_operator_calls",
     "tau",
     "halvings",
 )
@@ -36,8 +38,7 @@ VALIDATION = (
     "ssim",
     "psnr_start",
     "ssim_start",
-    "iterations",
-    "converged",
+    *SOLVED,
 )
 
 Value = float | int | str | None
@@ -128,9 +129,9 @@ class Logs:
         """Tell of a step."""
         self._add("training", self.training, overall, row)
         if self.bar is not None:
-            shown: dict[str, str] = {"loss": f"{row['loss']:.2e}"}
-            if row.get("iterations") is not None:
-                shown["iterations"] = f"{row['iterations']:.0f}"
+            shown = {"loss": f"{row['loss']:.2e}"} if "loss" in row else {}
+            if "denoiser_calls" in row:
+                shown["denoiser calls"] = f"{row['denoiser_calls']}"
                 shown["residual"] = f"{row['residual']:.1e}"
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()

@@ -1,4 +1,4 @@
-"""The denoiser and the weight of its prior, for operators that change from batch to batch."""
+"""The denoiser and the fixed point that a configuration describes, and those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..denoisers import DnCNN, DRUNet, UNet, frozen
+from ..denoisers.call import memory_format
 from ..deqred import DEQRED
 from ..fixed_point import (
     Anderson,
-    Differentiation,
     Implicit,
     JacobianFree,
     Nesterov,
@@ -29,12 +30,14 @@ from ..fixed_point import (
     Solver,
     Unrolled,
 )
+from ..fixed_point.differentiation import ADJOINT_SOLVER
+from ..red import GradientStep, ProximalStep
 from . import configuration as settings
-from .checkpoints import load_checkpoint
-from .configuration import Configuration, ConfigurationError
-from .scans import Scan, make_scan
+from .checkpoints import CheckpointError, configuration_of, load_checkpoint, read_tensors
+from .configuration import DENOISER_KINDS, Configuration, ConfigurationError
+from .scans import Measured, Scan, make_scan
 
-DENOISERS: dict[str, type[nn.Module]] = {"unet": UNet, "dncnn": DnCNN, "drunet": DRUNet}
+DENOISERS: dict[str, type[nn.Module]] = dict(zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet), strict=True))
 OWN = "own"
 """Kind of a denoiser that was given to `Trainer` as a module."""
 
@@ -84,8 +87,10 @@ def _import_class(kind: str) -> type[nn.Module]:
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"denoiser.kind: cannot import {kind!r}: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"denoiser.kind: cannot import {kind!r}: {error}; a module in the working folder is found with PYTHONPATH=."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigurationError(f"denoiser.kind: {kind!r} is no class of torch.nn.Module")
     return found
@@ -95,25 +100,28 @@ def _load_weights(denoiser: nn.Module, file: str) -> None:
     """Load a plain `state_dict`, that of a run, of the demo, or of the official code."""
     path = Path(file)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_tensors(path)
     except OSError as error:
         raise ConfigurationError(f"denoiser.weights: cannot read {path}: {error.strerror}") from error
-    except Exception as error:
-        raise ConfigurationError(f"denoiser.weights: {path} is damaged, or holds no weights") from error
+    except CheckpointError as error:
+        raise ConfigurationError(f"denoiser.weights: {error}") from error
     if isinstance(saved, dict) and "configuration" in saved:
-        whole = averaged_weights(saved)
+        whole = averaged_weights(load_checkpoint(path))
         saved = {k.removeprefix("denoiser."): v for k, v in whole.items() if k.startswith("denoiser.")}
     elif isinstance(saved, dict) and "state_dict" in saved:
         saved = saved["state_dict"]
     elif (
-        isinstance(denoiser, UNet) and isinstance(saved, dict) and not set(saved) & set(denoiser.state_dict())
+        isinstance(denoiser, UNet)
+        and isinstance(saved, dict)
+        and all(isinstance(name, str) for name in saved)
+        and not set(saved) & set(denoiser.state_dict())
     ):
         try:
             denoiser.load_official_state_dict(saved)
         except ValueError as error:
             raise ConfigurationError(f"denoiser.weights: {path}: {error}") from error
         return
-    problem = misfit(denoiser, saved)
+    problem = misfit(denoiser.state_dict(), saved)
     if problem:
         raise ConfigurationError(
             f"denoiser.weights: {path} does not fit {type(denoiser).__name__}: {problem}"
@@ -121,11 +129,10 @@ def _load_weights(denoiser: nn.Module, file: str) -> None:
     denoiser.load_state_dict(saved)
 
 
-def misfit(module: nn.Module, weights: Any) -> str:
-    """Return in a few words why weights do not fit a module; nothing where they do."""
+def misfit(wanted: Mapping[str, Tensor], weights: Any) -> str:
+    """Return in a few words why weights do not fit those that are wanted; nothing where they do."""
     if not isinstance(weights, Mapping):
         return f"it holds a {type(weights).__name__}, not weights by name"
-    wanted = module.state_dict()
     missing = [name for name in wanted if name not in weights]
     unknown = [name for name in weights if name not in wanted]
     problems = [
@@ -135,94 +142,107 @@ def misfit(module: nn.Module, weights: Any) -> str:
     ]
     for name in wanted.keys() & weights.keys():
         there = weights[name]
-        if not isinstance(there, Tensor) or there.shape != wanted[name].shape:
-            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
-            problems.append(f"{name} is {shape}, not {tuple(wanted[name].shape)}")
-            break
+        if not _is_plain(there):
+            problems.append(f"{name} is no dense tensor")
+        elif there.shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(there.shape)}, not {tuple(wanted[name].shape)}")
+        elif there.is_complex() and not wanted[name].is_complex():
+            problems.append(f"{name} is complex")
+        else:
+            continue
+        break
     return "; ".join(problems)
 
 
-class FixedPointModel(nn.Module):
-    r"""Reconstruct by the fixed point of `DEQRED`, with an operator given at each call.
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+    )
 
-    The prior's weight is kept in units of :math:`\|A\|^2`, so that one model serves scans of other sizes.
 
-    Args:
-        denoiser: Module from ``(B, C, H, W)`` to the same.
-        section: The fixed point's part of the configuration.
-        nonnegative: Whether to project on images of at least 0.
-    """
-
-    def __init__(self, denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> None:
-        super().__init__()
-        # Convolutions are faster so, on CPUs by a tenth to a quarter.
-        self.denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.section = section
-        self.nonnegative = nonnegative if section.nonnegative is None else section.nonnegative
-        self._told: set[str] = set()
-        self.log_tau = nn.Parameter(torch.tensor(math.log(section.tau))) if section.train_tau else None
+class TrainedTau(DEQRED):
+    r"""`DEQRED` with a trained :math:`\tau`, kept above 0 by its logarithm."""
 
     @property
-    def tau(self) -> float | Tensor:
+    def tau(self) -> Tensor:
         r"""The prior's weight, in units of :math:`\|A\|^2`."""
-        return self.section.tau if self.log_tau is None else self.log_tau.exp()
+        return self.log_tau.exp()
 
-    def solver(self, halvings: int = 0) -> Solver[Any]:
-        """Return the forward solver, with more iterations for shorter steps."""
-        s = self.section
-        return SOLVERS[s.solver](max_iterations=s.max_iterations * 2**halvings, tolerance=s.tolerance)
+    @tau.setter
+    def tau(self, value: float | Tensor) -> None:
+        self.log_tau = nn.Parameter(torch.tensor(math.log(value)))
 
-    def _differentiation(self, halvings: int) -> Differentiation:
-        s = self.section
-        if s.differentiation == "jacobian_free":
-            return JacobianFree()
-        if s.differentiation == "unrolled":
-            return Unrolled()
-        adjoint = SOLVERS[s.solver](s.adjoint_iterations * 2**halvings, s.adjoint_tolerance)
-        return Implicit(solver=adjoint)
 
-    def build(self, operator: Any, generator: torch.Generator | None = None, halvings: int = 0) -> DEQRED:
-        """Return the `DEQRED` of an operator.
+def make_model(denoiser: nn.Module, section: settings.RED, nonnegative: bool) -> DEQRED:
+    """Build the fixed point that the configuration describes, for images in the denoiser's unit.
 
-        Args:
-            operator: The measurement.
-            generator: Of the minibatches.
-            halvings: How many times the step is halved, and the iterations doubled.
-        """
-        size = self.section.minibatch_size
-        norm = float(operator.norm_squared())
-        model = DEQRED(
-            operator,
-            self.denoiser,
-            tau=self.tau * norm,
-            minibatch_size=None if size is None else min(size, operator.n_blocks),
-            variance_reduction=self.section.variance_reduction,
-            solver=self.solver(halvings),
-            differentiation=self._differentiation(halvings),
-            nonnegative=self.nonnegative,
-            generator=generator,
-            on_failure="ignore",
-            cuda_graph=self.section.cuda_graph,
-        )
-        # Each call builds one anew; what was told is not told again.
-        model._told = self._told
-        if halvings:
-            model.step_size = model.current_step_size() * 0.5**halvings
-        return model
+    Args:
+        denoiser: Module from ``(B, C, H, W)`` to the same; brought to the memory layout that it is fast in.
+        section: Its part of the configuration.
+        nonnegative: Whether images are kept at 0 or above where the section does not say.
+    """
+    layout = memory_format(denoiser)
+    if layout is not None:
+        denoiser.to(memory_format=layout)  # type: ignore[call-overload]
+    step: ProximalStep | GradientStep = ProximalStep(section.minibatch_size)
+    if section.step == "gradient":
+        reduced = section.variance_reduction is not False
+        step = GradientStep(section.step_size, section.minibatch_size, reduced)
+    kind = TrainedTau if section.train_tau else DEQRED
+    model = kind(
+        denoiser,
+        tau=section.tau,
+        step=step,
+        solver=None if section.solver is None else SOLVERS[section.solver](),
+        nonnegative=nonnegative if section.nonnegative is None else section.nonnegative,
+        normalize=False,
+    )
+    model.solver = _limited(model.solver, section.max_iterations, section.tolerance)
+    if section.differentiation == "jacobian_free":
+        model.differentiation = JacobianFree()
+    elif section.differentiation == "unrolled":
+        model.differentiation = Unrolled()
+    elif section.adjoint_iterations is not None or section.adjoint_tolerance is not None:
+        stochastic = isinstance(step, GradientStep) and step.minibatch_size is not None
+        adjoint = model.solver if stochastic else ADJOINT_SOLVER
+        adjoint = _limited(adjoint, section.adjoint_iterations, section.adjoint_tolerance)
+        model.differentiation = Implicit(adjoint)
+    return model
 
-    def forward(
-        self, operator: Any, y: Tensor, generator: torch.Generator | None = None, halvings: int = 0
-    ) -> Solution:
-        """Solve for measurements ``(B, *operator.data_shape)``; a solve that did not converge tells so itself."""
-        if self.section.cuda_graph and generator is not None and y.device != generator.device:
-            # A graph draws on the GPU, from numbers that follow from the same seed.
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            generator = torch.Generator(y.device).manual_seed(seed)
+
+def _limited(solver: Solver[Any], max_iterations: int | None, tolerance: float | None) -> Solver[Any]:
+    return replace(
+        solver,
+        max_iterations=max_iterations or solver.max_iterations,
+        tolerance=tolerance or solver.tolerance,
+    )
+
+
+def solve(model: DEQRED, measured: Measured, generator: torch.Generator) -> Solution:
+    """Solve for what was measured, without warnings: how far a solve came stands in the solution.
+
+    Args:
+        model: The fixed point.
+        measured: Of one or several images.
+        generator: Of the minibatches.
+
+    Raises:
+        DivergenceError: Where the solves of all images diverge.
+    """
+    step, most = model.step, measured.operator.n_blocks
+    model.generator = generator
+    if step.minibatch_size is not None and step.minibatch_size > most:
+        # Scans of fewer coils.
+        model.step = replace(step, minibatch_size=most)
+    try:
         with warnings.catch_warnings():
-            # A gradient good to a few per cent is good enough for Adam; how far it is stands in the solution.
             warnings.simplefilter("ignore", NotConvergedWarning)
-            solution: Solution = self.build(operator, generator, halvings)(y, return_solution=True)
-        return solution
+            solution: Solution = model(measured.data, measured.operator, return_solution=True)
+    finally:
+        model.step = step
+    return solution
 
 
 def autocast(stage: settings.Stage, device: torch.device) -> AbstractContextManager[Any]:
@@ -253,36 +273,78 @@ def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_model(
-    path: str | Path, denoiser: nn.Module | None = None
-) -> tuple[FixedPointModel, Scan, Configuration, dict[str, Any]]:
+    path: str | Path, denoiser: nn.Module | str | None = None
+) -> tuple[DEQRED, Scan, Configuration, dict[str, Any]]:
     """Return what a checkpoint of `oder-fast train` reconstructs with.
+
+    A checkpoint imports nothing: only the denoisers of this package are built from its name for them.
 
     Args:
         path: The checkpoint, such as ``best.pt`` in the run's folder.
-        denoiser: Where `Trainer` was given a module: one of the same architecture; its weights are replaced.
+        denoiser: Where the denoiser is not of this package: the class ``"module:Name"`` that the run's configuration
+            named, which is imported; or a module of the same architecture, whose weights are replaced.
 
     Returns:
         The model in evaluation mode, the scan, the configuration, and the checkpoint's other contents.
 
     Raises:
         OSError: Where the file is missing.
-        CheckpointError: For a damaged file.
+        CheckpointError: For a damaged file, or one that asks for more memory than it stores.
         ConfigurationError: For a denoiser that cannot be built here, or weights of another architecture.
     """
+    path = Path(path)
     state = load_checkpoint(path)
-    configuration = Configuration.model_validate(state["configuration"])
+    configuration = configuration_of(state, path)
     scan = make_scan(configuration.operator)
-    # The weights come from the checkpoint.
-    section = configuration.denoiser.model_copy(update={"weights": None})
-    if denoiser is None:
-        if section.kind == OWN:
-            raise ConfigurationError(
-                f"{path}: its denoiser is a module that Trainer was given; give load_model one of the same architecture"
-            )
-        denoiser = make_denoiser(section, scan.channels)
-    model = FixedPointModel(denoiser, configuration.red, scan.nonnegative)
-    problem = misfit(model, averaged_weights(state))
+    try:
+        scan.check(tuple(state["image_shape"]), scan.is_complex)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: image_shape: {error}") from error
+    if not isinstance(denoiser, nn.Module):
+        denoiser = _own_denoiser(path, configuration.denoiser, scan.channels, denoiser)
+    model = make_model(denoiser, configuration.red, scan.nonnegative)
+    problem = misfit(model.state_dict(), averaged_weights(state))
     if problem:
         raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
     load_weights(model, averaged_weights(state))
     return model.eval(), scan, configuration, state
+
+
+def _own_denoiser(
+    path: Path, section: settings.DenoiserSection, channels: int, named: str | None
+) -> nn.Module:
+    """Return a checkpoint's denoiser, without its weights; the class of a user's own where it is named."""
+    # The weights come from the checkpoint.
+    section = section.model_copy(update={"weights": None})
+    if section.kind in DENOISERS and named is None:
+        _require_stored(path, section, channels)
+    elif named is None and section.kind == OWN:
+        raise ConfigurationError(
+            f"{path}: its denoiser is a module that Trainer was given; give load_model one of the same architecture, "
+            "or name the class to import (--denoiser module:Name)"
+        )
+    elif named is None:
+        raise ConfigurationError(
+            f"{path}: its denoiser, {section.kind}, is not of this package, and a checkpoint imports nothing; name the "
+            f"class to import it (--denoiser {section.kind}), or give load_model a module"
+        )
+    elif section.kind not in (OWN, named):
+        raise ConfigurationError(f"{path}: its denoiser is {section.kind!r}, not {named!r}")
+    else:
+        section = section.model_copy(update={"kind": named})
+    return make_denoiser(section, channels)
+
+
+def _require_stored(path: Path, section: settings.DenoiserSection, channels: int) -> None:
+    """Check that a file is as large as the weights that its configuration asks for."""
+    options = section.options
+    if "spectral_norm" in inspect.signature(DENOISERS[section.kind]).parameters:
+        # Its vectors are small against the weights, and take time.
+        options = options | {"spectral_norm": False}
+    with torch.device("meta"):
+        bare = make_denoiser(section.model_copy(update={"options": options}), channels)
+    size = sum(p.numel() * p.element_size() for p in bare.parameters())
+    if size > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its configuration asks for a denoiser of {size / 2**20:.0f} MiB, which it does not store"
+        )

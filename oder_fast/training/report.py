@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import atomic
+from .logs import SOLVED
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
@@ -40,7 +41,8 @@ def write_report(
     """
     parts = ["<h1>Training through a fixed point</h1>", _table([("", ""), *summary.items()])]
     for stage, name in enumerate(STAGES):
-        rows = [row for row in training if row["stage"] == stage]
+        # Batches that were left out have no loss.
+        rows = [row for row in training if row["stage"] == stage and "loss" in row]
         seen = [row for row in validation if row["stage"] == stage]
         if rows:
             parts += [f"<h2>{name.capitalize()}</h2>", _image(_curves(rows, seen))]
@@ -53,9 +55,11 @@ def write_report(
                 "PSNR of the start",
                 "SSIM of the start",
                 "iterations",
+                "denoiser calls",
+                "operator calls",
                 "converged",
             )
-            keys = ("step", "loss", "psnr", "ssim", "psnr_start", "ssim_start", "iterations", "converged")
+            keys = ("step", "loss", "psnr", "ssim", "psnr_start", "ssim_start", *SOLVED)
             parts.append(_table([header, *[tuple(_number(row.get(k)) for k in keys) for row in seen]]))
     if picture is not None and picture.exists():
         parts += ["<h2>Images</h2>", _image(picture.read_bytes())]
@@ -88,7 +92,7 @@ def _curves(training: Sequence[Mapping[str, float]], validation: Sequence[Mappin
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    solved = [row for row in training if "iterations" in row]
+    solved = [row for row in training if "denoiser_calls" in row]
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, quality, work = figure.subplots(1, 3)
@@ -106,11 +110,15 @@ def _curves(training: Sequence[Mapping[str, float]], validation: Sequence[Mappin
     quality.set(title="PSNR of the validation images (dB)", xlabel="step")
     if solved:
         where = [row["step"] for row in solved]
-        work.plot(where, [row["iterations"] for row in solved], label="forward")
-        adjoint = [(row["step"], row["adjoint_iterations"]) for row in solved if "adjoint_iterations" in row]
-        if adjoint:
-            work.plot(*zip(*adjoint, strict=True), label="adjoint")
-        work.set(title="Iterations of the solver", xlabel="step", ylim=(0, None))
+        for key, name in (
+            ("denoiser_calls", "denoiser"),
+            ("operator_calls", "operator"),
+            ("adjoint_denoiser_calls", "denoiser, adjoint"),
+            ("adjoint_operator_calls", "operator, adjoint"),
+        ):
+            if key in solved[0]:
+                work.plot(where, [row[key] for row in solved], label=name)
+        work.set(title="Calls in a solve", xlabel="step", ylim=(0, None))
         work.legend()
     else:
         work.plot(steps, [row["gradient_norm"] for row in training])

@@ -28,6 +28,9 @@ from . import configuration as settings
 
 Generators = Sequence[torch.Generator]
 
+MOST_VALUES = 2**31
+"""Largest number of values of what is measured of an image, or of an operator."""
+
 
 class Measured(NamedTuple):
     """What a model is given.
@@ -106,6 +109,11 @@ def make_scan(section: settings.CT | settings.MRI | settings.IDT) -> Scan:
     return IDTScan(section)
 
 
+def _require_bounded(what: str, sizes: tuple[int, ...]) -> None:
+    if math.prod(sizes) > MOST_VALUES:
+        raise ValueError(f"{what}: must have at most {MOST_VALUES} values, got {' x '.join(map(str, sizes))}")
+
+
 def _noisy(y: Tensor, snr: float | None, generators: Generators) -> Tensor:
     if snr is None:
         return y
@@ -130,7 +138,7 @@ class CTScan(Scan):
         """Return the operator of images of this shape."""
         if shape not in self._operators:
             s = self.section
-            self._operators[shape] = ParallelBeamCT(
+            operator = ParallelBeamCT(
                 (shape[0], shape[1]),
                 s.angles,
                 s.n_bins,
@@ -138,6 +146,8 @@ class CTScan(Scan):
                 pixel_size=s.pixel_size,
                 sampling=s.sampling,
             )
+            _require_bounded("CT: sinograms (V, D)", operator.data_shape)
+            self._operators[shape] = operator
         return self._operators[shape]
 
     def measure(self, batch: Batch, generators: Generators) -> Measured:
@@ -179,6 +189,7 @@ class MRIScan(Scan):
     def birdcage(self, shape: tuple[int, ...]) -> Tensor:
         """Return the maps of images without their own, ``(C, H, W)``."""
         if shape not in self._maps:
+            _require_bounded("MRI: coil maps (C, H, W)", (self.section.coils, *shape))
             self._maps[shape] = birdcage_maps(self.section.coils, (shape[0], shape[1]))
         return self._maps[shape]
 
@@ -246,6 +257,8 @@ class IDTScan(Scan):
         if shape[0] != len(s.depths):
             raise ValueError(f"IDT: images have {shape[0]} slices, and depths name {len(s.depths)}")
         if shape not in self._operators:
+            number = sum(n for n, _ in s.rings)
+            _require_bounded("IDT: transfer functions (L, Z, H, W)", (number, *shape))
             leds = torch.cat([led_ring(n, sine) for n, sine in s.rings])
             thickness = s.thickness
             if thickness is None and len(s.depths) > 1:

@@ -19,13 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._torch import Autocast
 from ..data import psnr, ssim
 from ..data.samples import Batch, Sample, collate
-from ..deqred import as_channels, from_channels
+from ..denoisers.call import ImageDenoiser, as_channels, from_channels
 from ..fixed_point import FixedPointError, NotConvergedWarning
 from . import configuration as settings
 from .checkpoints import (
+    FORMAT,
+    HALVINGS,
+    CheckpointError,
+    Position,
     checkpoint_path,
+    configuration_of,
     list_checkpoints,
     locked,
     newest_checkpoint,
@@ -36,9 +42,9 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .configuration import Configuration, ConfigurationError, differences
-from .logs import Logs, Silence, draw_images
+from .logs import SOLVED, Logs, Silence, draw_images
 from .losses import total_loss
-from .model import OWN, FixedPointModel, autocast, load_weights, make_denoiser, misfit
+from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
 from .processes import (
     any_process,
     average_gradients,
@@ -54,9 +60,6 @@ from .report import STAGES, write_report
 from .scans import make_scan
 from .sets import make_sets, training_transform
 from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
-
-HALVINGS = 4
-"""How many times a solver that diverges gets shorter steps before the run ends."""
 
 SMALLEST = 7
 """Rows and columns that the structural similarity of validation images needs."""
@@ -86,20 +89,6 @@ class Outcome(NamedTuple):
     last: Path
     psnr: float
     reason: str
-
-
-@dataclass
-class _Position:
-    """Where a run is."""
-
-    stage: int = 0
-    step: int = 0
-    halvings: int = 0
-    best: float = -math.inf
-    best_stage: int = -1
-    waiting: int = 0
-    seconds: float = 0.0
-    reason: str | None = None
 
 
 @dataclass
@@ -199,12 +188,12 @@ class Trainer:
             configuration.training,
         )
         self.folder = Path(configuration.output)
-        self.model = FixedPointModel(denoiser, configuration.red, self.scan.nonnegative).to(self.device)
+        self.model = make_model(denoiser, configuration.red, self.scan.nonnegative).to(self.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigurationError("denoiser: has no parameter that requires a gradient: nothing to train")
         self.progress = progress
-        self.position = _Position()
+        self.position = Position()
         self.ema: dict[str, Tensor] | None = None
         self.optimizer = self._new_optimizer()
         self._check_samples()
@@ -217,8 +206,6 @@ class Trainer:
             if len(samples) == 0:  # type: ignore[arg-type]
                 raise ConfigurationError(f"data: the {name} set is empty")
         red = self.configuration.red
-        if red.solver == "anderson" and red.minibatch_size is not None:
-            raise ConfigurationError("red.solver: anderson takes no minibatches; take nesterov or picard")
         try:
             whole = self.scan.prepare(checked(self.validation_set[0]), torch.Generator()).image
             self.image_shape = tuple(whole.shape)
@@ -341,7 +328,7 @@ class Trainer:
 
         return {
             "configuration": self.configuration.model_dump(mode="json"),
-            "position": vars(self.position),
+            "position": self.position.model_dump(),
             "model": self.model.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
@@ -357,7 +344,12 @@ class Trainer:
         }
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        saved = Configuration.model_validate(state["configuration"])
+        if state["format"] < FORMAT:
+            raise ConfigurationError(
+                f"{path}: belongs to a run of version 0.1, which solved in another way: begin another run, in another "
+                f"output, with its weights (denoiser.weights={path})"
+            )
+        saved = configuration_of(state, path)
         changed = differences(saved, self.configuration)
         if changed:
             raise ConfigurationError(
@@ -368,16 +360,35 @@ class Trainer:
                 f"{path}: belongs to a run of {state['processes']} processes, and here are {world_size()}: each step "
                 "takes a batch from every one; go on with as many"
             )
-        problem = misfit(self.model, state["model"])
+        problem = misfit(self.model.state_dict(), state["model"])
         if problem:
             raise ConfigurationError(f"{path}: its weights do not fit the denoiser: {problem}")
+        averaged = self.stages[state["position"]["stage"]].ema is not None
+        problem = misfit(dict(self._trained()) if averaged else {}, state["ema"] or {})
+        if problem:
+            raise CheckpointError(f"{path}: its moving average does not fit the denoiser: {problem}")
         self.model.load_state_dict(state["model"])
-        self.position = _Position(**state["position"])
+        self.position = Position(**state["position"])
         self.position.reason = None
-        self.optimizer = self._new_optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
         self.ema = state["ema"] and {k: v.to(self.device) for k, v in state["ema"].items()}
-        restore_random_states(state["random"])
+        try:
+            self._restore_optimizer(state["optimizer"]["state"])
+            restore_random_states(state["random"])
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: its optimizer or its random numbers are not of this run: {error}"
+            ) from error
+
+    def _restore_optimizer(self, moments: dict[int, Any]) -> None:
+        """Take the moments of a checkpoint, and all else from the configuration."""
+        self.optimizer = self._new_optimizer()
+        for number, of_one in moments.items():
+            p = self.parameters[number]
+            problem = misfit({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}, of_one)
+            if problem:
+                raise ValueError(problem)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _save(self, path: Path | None = None) -> Path:
         position = self.position
@@ -427,10 +438,9 @@ class Trainer:
         for g in generators:
             level = low + (high - low) * float(torch.rand((), generator=g))
             noise.append(level * torch.randn(clean.shape[1:], generator=g, dtype=clean.dtype))
-        noisy = clean + torch.stack(noise).to(clean.device)
+        noisy = from_channels(clean + torch.stack(noise).to(clean.device), image)
         with self._autocast():
-            denoised = self.model.denoiser(noisy)
-        return from_channels(noisy, image), from_channels(denoised.to(clean.dtype), image)
+            return noisy, ImageDenoiser(self.model.denoiser, Autocast(self.device))(noisy)
 
     def _compute(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Any], Any]:
         """Return the loss, what the log tells of the solve, and its solution."""
@@ -442,9 +452,11 @@ class Trainer:
         measured = self.scan.measure(batch, generators)
         minibatches = torch.Generator().manual_seed(self._minibatch_seed())
         with self._autocast():
-            solution = self.model(measured.operator, measured.data, minibatches, self.position.halvings)
+            solution = solve(self.model, measured, minibatches)
         row = {
             "iterations": float(solution.iterations.double().mean()),
+            "denoiser_calls": solution.denoiser_calls,
+            "operator_calls": solution.operator_calls,
             "residual": float(solution.residual.max()),
             "converged": float(solution.converged.double().mean()),
         }
@@ -454,24 +466,20 @@ class Trainer:
         # All processes draw the same minibatches: so each image sees what it would see in one process.
         return seed_of(self.configuration.seed, "minibatches", self.position.step)
 
-    def _step(self, batch: Batch, seeds: list[int], stop: _Stop) -> dict[str, Any]:
-        """Take one step of the optimizer; return what the log tells of it."""
+    def _step(self, batch: Batch, seeds: list[int]) -> dict[str, Any]:
+        """Take one step of the optimizer, or leave a batch out that has no gradient; return what the log tells."""
         position, section = self.position, self.stages[self.position.stage]
         batch = batch.to(self.device)
         # What dropout draws follows from the position too, in every process.
         seed_generators(self.configuration.seed, "global", position.stage, position.step, rank())
-        while True:
-            failed = self._try_gradient(batch, seeds)
-            if isinstance(failed, dict):
-                row = failed
-                break
-            self._back_off(failed)
-            if stop.name is not None:
-                raise RunError(f"stopped by {stop.name} while the solver diverged")
+        row = self._try_gradient(batch, seeds)
+        if isinstance(row, str):
+            self._back_off(row)
+            return {"halvings": position.halvings}
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, math.inf if section.clip_norm is None else section.clip_norm
         )
-        rate = section.learning_rate
+        rate = section.learning_rate * 0.5**position.halvings
         if section.schedule == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * position.step / section.steps))
         for group in self.optimizer.param_groups:
@@ -519,11 +527,14 @@ class Trainer:
         average_gradients(self.parameters, self.model.buffers())
         mean = sum_over_processes(loss.detach().clone().reshape(1)) / world_size()
         if solution is not None and solution.adjoint:
-            row["adjoint_iterations"] = float(solution.adjoint[-1].iterations.double().mean())
+            adjoint = solution.adjoint[-1]
+            row["adjoint_iterations"] = float(adjoint.iterations.double().mean())
+            row["adjoint_denoiser_calls"] = adjoint.denoiser_calls
+            row["adjoint_operator_calls"] = adjoint.operator_calls
         return row | {"loss": float(mean)}
 
     def _back_off(self, reason: str) -> None:
-        """Take shorter steps from now on, or give up."""
+        """Halve the learning rate from now on, or give up."""
         if self.position.stage == 0:
             raise RunError(
                 f"pre-training, step {self.position.step}: {reason}; lower pretraining.learning_rate "
@@ -531,13 +542,13 @@ class Trainer:
             )
         if self.position.halvings == HALVINGS:
             raise RunError(
-                f"training, step {self.position.step}: {reason}. The step was halved {HALVINGS} times, with twice the "
-                "iterations each time, and that did not help: the denoiser does not contract. Pre-train it longer, "
-                "take spectral norms, lower red.tau or training.learning_rate, or take solver: anderson"
+                f"training, step {self.position.step}: {reason}. Before, {HALVINGS} batches were left out and the "
+                "learning rate halved after each, which did not help: the denoiser does not contract. Pre-train it "
+                "longer, take spectral norms, or lower red.tau or training.learning_rate"
             )
         self.position.halvings += 1
         self.logs.say(
-            f"step {self.position.step}: {reason}; backs off: the step is halved, the iterations are doubled "
+            f"step {self.position.step}: {reason}; backs off: the batch is left out, and the learning rate is halved "
             f"({self.position.halvings} of {HALVINGS} times)"
         )
 
@@ -560,7 +571,7 @@ class Trainer:
         """Compare reconstructions with truths, keep the best weights, draw some."""
         position, section = self.position, self.configuration.validation
         count = min(section.samples, len(self.validation_set))  # type: ignore[arg-type]
-        sums = torch.zeros(9, dtype=torch.float32, device=self.device)
+        sums = torch.zeros(11, dtype=torch.float32, device=self.device)
         shown = []
         failed = None
         with self._evaluating(), torch.no_grad():
@@ -585,7 +596,7 @@ class Trainer:
                 f"step {position.step}: no validation image could be solved for: {failed or 'all are uniform'}"
             )
             return
-        loss, quality, similarity, quality_0, similarity_0, iterations, converged = (sums[:-2] / n).tolist()
+        loss, quality, similarity, quality_0, similarity_0, *solved = (sums[:-2] / n).tolist()
         row = {
             "stage": position.stage,
             "step": position.step,
@@ -595,14 +606,13 @@ class Trainer:
             "ssim": similarity,
             "psnr_start": quality_0,
             "ssim_start": similarity_0,
-            "iterations": iterations if position.stage else None,
-            "converged": converged if position.stage else None,
+            **(dict(zip(SOLVED, solved, strict=True)) if position.stage else {}),
         }
         self.logs.validated(self._overall(), row)
         self.logs.say(
             f"{STAGES[position.stage]}, step {position.step}: PSNR {quality:.2f} dB (start {quality_0:.2f}), "
             f"SSIM {similarity:.3f} (start {similarity_0:.3f})"
-            + (f"; {1 - converged:.0%} of the solves did not converge" if converged < 1 else "")
+            + (f"; {1 - solved[-1]:.0%} of the solves did not converge" if solved[-1] < 1 else "")
         )
         if rank() == 0 and shown:
             path = self._picture_path()
@@ -625,7 +635,7 @@ class Trainer:
         truth = self.scan.show(batch.image[0]).cpu()
         if truth.min() == truth.max():
             return None, (batch.names[0], truth, truth, truth)
-        iterations, converged = 0.0, 1.0
+        solved = [0.0, 0.0, 0.0, 1.0]
         if self.position.stage == 0:
             start, image = self._denoise(batch.image, [g])
         else:
@@ -633,9 +643,14 @@ class Trainer:
             start = measured.operator.initial(measured.data)
             minibatches = torch.Generator().manual_seed(seed_of(seed, "validation minibatches", k))
             with self._autocast():
-                solution = self.model(measured.operator, measured.data, minibatches, self.position.halvings)
-            image, iterations = solution.value, float(solution.iterations.double().mean())
-            converged = float(solution.converged.double().mean())
+                solution = solve(self.model, measured, minibatches)
+            image = solution.value
+            solved = [
+                float(solution.iterations[0]),
+                solution.denoiser_calls,
+                solution.operator_calls,
+                float(solution.converged[0]),
+            ]
         loss = float(total_loss(self.stages[self.position.stage].loss, image, batch.image))
         first, result = (self.scan.show(v[0]).cpu() for v in (start, image))
         quality = [
@@ -645,7 +660,7 @@ class Trainer:
             ssim(first, truth),
         ]
         truth, first, result = (v if v.ndim == 2 else v[len(v) // 2] for v in (truth, first, result))
-        return [loss, *quality, iterations, converged], (batch.names[0], truth, first, result)
+        return [loss, *quality, *solved], (batch.names[0], truth, first, result)
 
     # -------------------------------------------------------------- the run
 
@@ -733,7 +748,7 @@ class Trainer:
         try:
             while position.step < section.steps:
                 start = time.perf_counter()
-                row = self._step(*self._load(loader), stop)
+                row = self._step(*self._load(loader))
                 position.step += 1
                 position.seconds += time.perf_counter() - start
                 where = {"stage": position.stage, "step": position.step, "seconds": position.seconds}
@@ -782,7 +797,7 @@ class Trainer:
             summary["Best validation"] = f"{position.best:.2f} dB ({STAGES[position.best_stage]}), best.pt"
         if position.halvings:
             summary["Backed off"] = (
-                f"{position.halvings} times: the steps are {2**position.halvings} times shorter"
+                f"{position.halvings} batches were left out; the learning rate is {2**position.halvings} times lower"
             )
         pictures = sorted((self.folder / "images").glob("validation-*.png"))
         write_report(

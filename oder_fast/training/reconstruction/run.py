@@ -21,11 +21,11 @@ from ...data.datasets import Scale
 from ...data.files import first_bad
 from ...data.images import NoImageError
 from ...data.writers import HOLD_VOLUMES
-from ...deqred import as_channels
+from ...denoisers.call import as_channels
 from ...operators import CartesianMRI
 from .. import configuration as settings
 from ..configuration import ConfigurationError, explain
-from ..model import autocast, load_model
+from ..model import autocast, load_model, make_model, solve
 from ..processes import pick_device
 from ..scans import Measured
 from ..stream import seed_of
@@ -75,7 +75,7 @@ class Report:
         done: Names of files that were reconstructed, below the folders given.
         skipped: Of those that an earlier run had finished.
         failed: Of those that could not be, with the reasons.
-        not_converged: Of those of `done` with an image whose residual stayed above the tolerance.
+        not_converged: Of those of `done` with an image that is not within the tolerance.
         quality: With `simulate` the mean ``psnr``, ``ssim``, ``psnr_start`` and ``ssim_start`` over all files.
     """
 
@@ -104,7 +104,7 @@ def reconstruct_files(
     minibatch: int | None = None,
     batch: int = 4,
     device: str = "auto",
-    denoiser: nn.Module | None = None,
+    denoiser: nn.Module | str | None = None,
     threads: int | None = None,
     workers: int = 2,
     overwrite: bool = False,
@@ -148,7 +148,7 @@ def reconstruct_files(
         minibatch: Blocks a step, in place of the run's; 0 for all.
         batch: Images of equal shape that are solved for together.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``...
-        denoiser: Where `Trainer` was given a module: one of the same architecture; see `load_model`.
+        denoiser: Where the denoiser is not of this package: its class ``"module:Name"``, or a module; see `load_model`.
         threads: Of the CPU; None for torch's default.
         workers: Threads that read ahead.
         overwrite: Do again what is done, and replace what another checkpoint or other settings made.
@@ -212,13 +212,11 @@ class _Run(Task):
         choices: Choices,
         solver: Mapping[str, float | None],
         device: str,
-        denoiser: nn.Module | None,
+        denoiser: nn.Module | str | None,
     ) -> None:
         self.device = pick_device(device)
         self.model, self.scan, configuration, state = load_model(checkpoint, denoiser)
-        self.model.to(self.device)
         self.configuration, self.choices = configuration, choices
-        self.halvings = int(state.get("position", {}).get("halvings", 0))
         self._override(solver)
         shape = tuple(state["image_shape"])
         self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
@@ -227,7 +225,7 @@ class _Run(Task):
         self.mri, self.idt = self.source.mri, self.source.idt
 
     def _override(self, solver: Mapping[str, float | None]) -> None:
-        section = self.model.section
+        section = self.configuration.red
         update = {name: value for name, value in solver.items() if value is not None}
         if update.get("minibatch_size") == 0:
             update["minibatch_size"] = None  # type: ignore[assignment]
@@ -235,25 +233,26 @@ class _Run(Task):
             section = settings.RED.model_validate(section.model_dump() | update)
         except ValidationError as error:
             raise ConfigurationError(f"red: {explain(error)}") from error
-        if section.solver == "anderson" and section.minibatch_size is not None:
-            raise ConfigurationError("minibatch: the run's solver, anderson, takes no minibatches")
-        self.model.section = section
+        denoiser = self.model.denoiser
+        assert isinstance(denoiser, nn.Module)
+        model = make_model(denoiser, section, self.scan.nonnegative).to(self.device).eval()
+        model.load_state_dict(self.model.state_dict())
+        self.model = model
 
     def settings(self) -> dict[str, Any]:
         """Return what results depend on besides the checkpoint."""
         chosen = asdict(self.choices)
         if self.choices.maps is not None:
             chosen["maps"] = digest_of(Path(self.choices.maps))
-        red = self.model.section
         chosen |= {
             "scale": self.source.scale,
             "image_size": self.image_shape[-2:],
             "array": self.source.array,
         }
         solver = {
-            "tolerance": red.tolerance,
-            "max_iterations": red.max_iterations,
-            "minibatch": red.minibatch_size,
+            "tolerance": self.model.solver.tolerance,
+            "max_iterations": self.model.solver.max_iterations,
+            "minibatch": self.model.step.minibatch_size,
         }
         plain: dict[str, Any] = json.loads(json.dumps(chosen | solver))
         return plain
@@ -325,7 +324,7 @@ class _Run(Task):
         try:
             self.scan.check(shape, self.scan.is_complex)
             operator = self.scan.operator(shape)
-            size = self.model.section.minibatch_size
+            size = self.model.step.minibatch_size
             if size is not None and size > operator.n_blocks and not self.mri:
                 return f"minibatch: must be at most the {operator.n_blocks} blocks, got {size}"
             kind = torch.complex64 if self.scan.is_complex else torch.float32
@@ -399,7 +398,7 @@ class _Run(Task):
         minibatches = torch.Generator().manual_seed(seed_of(self.configuration.seed, "reconstruction"))
         with torch.no_grad():
             with autocast(self.configuration.training, self.device):
-                solution = self.model(measured.operator, measured.data, minibatches, self.halvings)
+                solution = solve(self.model, measured, minibatches)
             start = measured.operator.initial(measured.data) if self.choices.simulate else None
         images = solution.value.cpu()
         if first_bad(images) is not None:
