@@ -112,7 +112,7 @@ class LeastSquares:
     def adjoint_data(self) -> Tensor:
         r"""Return :math:`A^H y`, kept; differentiable in `y`."""
         if self._adjoint_data is None or (self.y.requires_grad and torch.is_grad_enabled()):
-            self._adjoint_data = self._adjoint()
+            self._adjoint_data = self.operator.adjoint(self.y)
         return self._adjoint_data
 
     def gradient(self, x: Tensor, blocks: Tensor | None = None) -> Tensor:
@@ -173,9 +173,6 @@ class LeastSquares:
 
     def _count(self, blocks: Tensor | None) -> None:
         self.calls += 1.0 if blocks is None else len(blocks) / self.operator.n_blocks
-
-    def _adjoint(self) -> Tensor:
-        return self.operator.adjoint(self.y)
 
     def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
         return self._normal(x, blocks) - self.adjoint_data()

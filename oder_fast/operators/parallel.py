@@ -404,9 +404,6 @@ class ParallelLeastSquares(LeastSquares):
         agree = self.operator.agree
         return super().solve_nonnegative(agree(rhs), weight, agree(start), agree(tolerance))
 
-    def _adjoint(self) -> Tensor:
-        return self.operator._sum(self.local.adjoint_data())
-
     def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
         return self.operator._sum(self.local.gradient(self.operator._share(x), blocks))
 
