@@ -138,7 +138,7 @@ def test_a_truncated_file_is_named(tmp_path, kind, kept):
         (np.zeros((0, 3)), r"an array of shape \(0, 3\)"),
         (np.zeros((2, 3), complex), "its values are complex128, not real numbers"),
         (np.array([["a"]]), "its values are <U1"),
-        (np.array([[object()]]), "allow_pickle"),
+        (np.array([[object()]]), "it holds Python objects, not numbers"),
         (np.array([[1.0, 2.0], [np.nan, 4.0]]), r"pixel \(1, 0\) is nan"),
         (np.array([[1.0, -np.inf]]), r"pixel \(0, 1\) is -inf"),
         (np.array([[1e300]]), r"pixel \(0, 0\) is inf"),

@@ -16,8 +16,12 @@ from torch import Tensor
 from .files import PathLike
 from .images import read_image
 
-LED_NAME = r"(?P<row>\d+)\D+(?P<col>\d+)\.tiff?$"
-"""Names of images of LEDs: they end in two numbers, the row and the column on the board."""
+_SIGNED = r"(?:\+|(?<![^\W_])-)?\d+"
+LED_NAME = rf"(?P<row>{_SIGNED})\D+?(?P<col>{_SIGNED})\.tiff?$"
+"""Names of images of LEDs: they end in two numbers, the row and the column on the board.
+
+A ``-`` after a letter or a digit is no sign: ``led-3-4.tif`` is row 3, column 4.
+"""
 
 APERTURE_TOLERANCE = 1 + 1e-9
 """An LED on the edge of the aperture is kept, whatever the rounding of its sines."""
@@ -151,7 +155,8 @@ def read_led_stack(source: PathLike | Iterable[PathLike], pattern: str = LED_NAM
     Args:
         source: A folder, whose files of other names are left out; or the files themselves.
         pattern: Regular expression to be found in the name of a file (not of its folder), with the groups ``row`` and
-            ``col``; upper and lower case are the same. As given, names end in two numbers, as in ``y16_x12.tif``.
+            ``col``; upper and lower case are the same. As given, names end in two numbers, as in ``y16_x12.tif`` or
+            ``led_-3_+4.tif``; a ``-`` right after a letter or a digit is no sign.
 
     Returns:
         Images as stored, shape ``(L, H, W)``, float32; and the row and column of the LED of each, as the names say,

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .dicom import WATER_ATTENUATION, dicom_header, pixel_spacing
 from .files import PathLike, atomic, first_bad, is_hdf5, naming
-from .images import WATER_ATTENUATION, format_of
+from .images import format_of
 from .kspace import read_kspace
-from .nifti import Size, is_nifti, nifti_affine, save_nifti
+from .nifti import Size, is_nifti, nifti_affine, nifti_voxel_size, save_nifti
 
 DESCRIPTION = "Regularization by denoising (oder_fast)"
 
@@ -287,22 +288,20 @@ def writer_suffix(path: PathLike) -> str:
 
 def _voxel_size(like: Path) -> Size | None:
     """Return the size of voxels (slice, row, column) in mm that a file tells of."""
-    import pydicom
-
     with naming(like):
         if is_nifti(like):
-            column, row, between = (math.hypot(*axis) for axis in nifti_affine(like)[1][:3, :3].T)
-            return between, row, column
+            return nifti_voxel_size(like)
         if is_hdf5(like):
             size: Size | None = read_kspace(like, 0).metadata.get("voxel_size")
             return size
         if format_of(like) != "DICOM":
             return None
-        header = pydicom.dcmread(like, force=True, stop_before_pixels=True)
-        if "PixelSpacing" not in header:
+        header = dicom_header(like)[0]
+        spacing = pixel_spacing(header)
+        if spacing is None:
             return None
-        row, column = (float(value) for value in header.PixelSpacing)
-        return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1), row, column
+        between = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1))
+        return between, *spacing
 
 
 def _check(values: Tensor, voxel_size: Size | None, window: tuple[float, float] | None, bits: int) -> None:
