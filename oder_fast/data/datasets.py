@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -141,11 +142,14 @@ class ImageFolder(Samples):
 
     Read are DICOM (one frame or several), TIFF (each page), PNG, NPY and NPZ (``(H, W)`` or slices first), and NIfTI
     (each slice of a volume), real or complex. CT slices in DICOM are linear attenuation coefficients in 1/mm as
-    `read_image` returns them; other values are as stored. Only headers are read to begin with; a file that is
-    damaged further down is an error when its sample is asked for.
+    `read_image` returns them; other values are as stored. Only headers are read to begin with, and of colours whether
+    they are grey; a file that is damaged further down is an error when its sample is asked for.
 
-    Of a folder, hidden files and other kinds of files are left out, DICOM files that hold no image, and CT localizers;
-    ``left_out`` says how many. A list of files is taken as it is.
+    Of a folder, hidden files and other kinds of files are left out, and DICOM files that hold no image, CT localizers,
+    captures of the screen among slices, and DICOM images in colours. Of a TIFF file, reduced copies and masks of other
+    pages are; pages of other sizes are samples of their own, and so are the planes of each file of an OME-TIFF set.
+    ``left_out`` says how many. A list of files is taken as it is. A warning tells of CT files that are not in
+    Hounsfield units.
 
     Args:
         source: A folder, a file, or a list of files.
@@ -200,6 +204,7 @@ class ImageFolder(Samples):
         self._files: list[tuple[Path, ImageHeader]] = []
         # Number of the file, and of the frame in it.
         self._where: list[tuple[int, int | None]] = []
+        doubts: dict[str, list[Path]] = {}
         for path in files.paths:
             try:
                 with naming(path):
@@ -222,6 +227,10 @@ class ImageFolder(Samples):
             for reason, count in header.left_out.items():
                 self.left_out[reason] = self.left_out.get(reason, 0) + count
             self._files.append((path, header))
+            if header.warning is not None:
+                doubts.setdefault(header.warning, []).append(path)
+        for doubt, paths in doubts.items():
+            warnings.warn(f"ImageFolder: {len(paths)} of {doubt}; the first is {paths[0]}", stacklevel=2)
         if not self.groups:
             found = ", ".join(f"{count} of {reason}" for reason, count in self.left_out.items()) or "nothing"
             where = files.root if files.from_folder else "ImageFolder: source"

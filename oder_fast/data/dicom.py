@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,19 @@ HEADER = [
     "Columns",
     "ImageType",
     "Modality",
+    "ModalityLUTSequence",
     "NumberOfFrames",
     "PatientID",
+    "PerFrameFunctionalGroupsSequence",
     "PhotometricInterpretation",
     "PixelRepresentation",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "RescaleType",
     "Rows",
     "SOPClassUID",
     "SamplesPerPixel",
+    "SharedFunctionalGroupsSequence",
     "StudyInstanceUID",
 ]
 
@@ -58,6 +65,19 @@ class _Pixels(NamedTuple):
     length: int | None
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is asked for no more than it holds, whatever length an element says that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = max(0, min(size, self.size - self.tell()))
+        return super().read(size)
+
+
 def looks_like_dicom(head: bytes) -> bool:
     """Tell whether the first 132 bytes of a file are those of a DICOM file, with its preamble or without."""
     if head[128:132] == b"DICM":
@@ -86,7 +106,7 @@ def dicom_header(path: Path, tags: list[str] | None = None) -> tuple[Any, _Pixel
             found.append(_Pixels(tag, None if length == 0xFFFFFFFF else length))
         return bool(found)
 
-    with path.open("rb") as file:
+    with _Bounded(path) as file:
         dataset = read_partial(
             file, at_pixels, force=True, specific_tags=tags and [tag_for_keyword(tag) for tag in tags]
         )
@@ -129,11 +149,7 @@ def check_dicom(path: Path) -> Any:
         raise ValueError("it holds no image size (not an image, or truncated)")
     if pixels is None:
         raise ValueError("it holds no pixel data (not an image, or truncated)")
-    for element in NEEDED[:3] if pixels.tag in FLOATS else NEEDED:
-        if dataset.get(element) in (None, ""):
-            raise ValueError(f"its header has no {element}")
-    _check_decoder(dataset.file_meta.TransferSyntaxUID)
-    _check_length(dataset, pixels)
+    _check_pixels(dataset, pixels)
     if dataset.SamplesPerPixel != 1 or dataset.PhotometricInterpretation == "PALETTE COLOR":
         try:
             for frame in range(frames_of(dataset) or 1):
@@ -143,30 +159,35 @@ def check_dicom(path: Path) -> Any:
     return dataset
 
 
-def _check_decoder(syntax: Any) -> None:
+def _check_pixels(dataset: Any, pixels: _Pixels) -> None:
+    """Raise where pixels cannot be decoded here, or are fewer frames than the header says, or more."""
     from pydicom.pixels import get_decoder
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    if not syntax.is_compressed or syntax == DeflatedExplicitVRLittleEndian:
-        return
-    decoder = get_decoder(syntax)
+    for element in NEEDED[:3] if pixels.tag in FLOATS else NEEDED:
+        if dataset.get(element) in (None, ""):
+            raise ValueError(f"its header has no {element}")
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise ValueError(f"its pixels are stored in a way that no decoder knows ({syntax.name})") from None
     if not decoder.is_available:
         needed = "; ".join(decoder.missing_dependencies)
         raise ValueError(f"its pixels are compressed ({syntax.name}), which needs another package: {needed}")
-
-
-def _check_length(dataset: Any, pixels: _Pixels) -> None:
-    """Raise where the pixels stored are fewer frames than the header says, or more."""
-    syntax = dataset.file_meta.TransferSyntaxUID
+    # Compressed ones are counted when they are decoded.
     if pixels.length is None or syntax.is_encapsulated or "422" in dataset.PhotometricInterpretation:
         return
-    values = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel)
-    frames, bits = frames_of(dataset) or 1, values * int(dataset.BitsAllocated)
-    if not 8 * pixels.length >= frames * bits:
+    frames = frames_of(dataset) or 1
+    bits = math.prod(
+        int(dataset[name].value) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
+    )
+    excess = pixels.length - math.ceil(frames * bits / 8)
+    if excess < 0:
         raise ValueError(
-            f"its pixels are {pixels.length} bytes, and {math.ceil(frames * bits / 8)} are needed"
+            f"its pixels are {pixels.length} bytes, {-excess} fewer than its header says (truncated)"
         )
-    if 8 * pixels.length >= (frames + 1) * bits + 16:
+    # One byte makes lengths even.
+    if excess > 1 and 8 * excess >= bits:
         raise ValueError(f"its header says {frames} frames, and its pixels are {8 * pixels.length // bits}")
 
 
@@ -200,11 +221,12 @@ def read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, A
     dataset, pixels = dicom_header(path)
     if pixels is None:
         raise ValueError("it holds no pixel data (not an image, or truncated)")
+    _check_pixels(dataset, pixels)
     frames = frames_of(dataset)
     if frame is not None:
         check_frame(frames, frame)
     values = _stored(path, dataset, frame)
-    is_attenuation = all(_is_hounsfield(dataset, k) for k in range(frames or 1))
+    is_attenuation = is_hounsfield(dataset)
     if frames and frame is None:
         values = np.stack([_meant(one, dataset, k, is_attenuation) for k, one in enumerate(values)])
     else:
@@ -232,11 +254,12 @@ def _stored(path: Path, dataset: Any, frame: int | None) -> NDArray[Any]:
     from pydicom.pixels import apply_color_lut, pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
-    values: NDArray[Any]
-    if syntax.is_deflated:
-        values = pixel_array(pydicom.dcmread(path), index=frame)
-    else:
-        values = pixel_array(path, index=frame, transfer_syntax_uid=syntax)
+    with _Bounded(path) as file:
+        values: NDArray[Any]
+        if syntax.is_deflated:
+            values = pixel_array(pydicom.dcmread(file), index=frame)
+        else:
+            values = pixel_array(file, index=frame, transfer_syntax_uid=syntax)
     if dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
         return values
     every = np.arange(2 ** int(dataset.BitsStored), dtype=values.dtype)
@@ -249,14 +272,18 @@ def _number(dataset: Any, name: str) -> float | None:
     return None if value is None or value == "" else float(value)
 
 
-def _is_hounsfield(dataset: Any, frame: int) -> bool:
-    """Tell whether the values of a frame, rescaled, are Hounsfield units.
+def is_hounsfield(dataset: Any) -> bool:
+    """Tell whether the values of all frames, rescaled, are Hounsfield units.
 
     They are where a CT image has a rescale to them. One that changes nothing, of unsigned values, says nothing.
     """
-    rescale = _functional(dataset, "PixelValueTransformationSequence", frame)
-    if dataset.get("Modality") != "CT":
-        return False
+    return dataset.get("Modality") == "CT" and all(
+        _to_hounsfield(dataset, _functional(dataset, "PixelValueTransformationSequence", frame))
+        for frame in range(frames_of(dataset) or 1)
+    )
+
+
+def _to_hounsfield(dataset: Any, rescale: Any) -> bool:
     tables = rescale.get("ModalityLUTSequence")
     if tables:
         return bool(tables[0].get("ModalityLUTType") == "HU")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .colours import grey
-from .dicom import check_dicom, check_frame, frames_of, looks_like_dicom, read_dicom
+from .dicom import check_dicom, check_frame, frames_of, is_hounsfield, looks_like_dicom, read_dicom
 from .files import TIFF_SIGNATURES, PathLike, first_bad, map_npy, naming, npz_layout, npz_name, read_npz
 from .tiff import read_tiff, tiff_layout
 
@@ -43,6 +43,7 @@ class ImageHeader(NamedTuple):
         shapes: Rows and columns of each image.
         patient: Whom it shows, or else the study it belongs to, where the file says so.
         left_out: Numbers of images left out, by reason.
+        warning: What is unusual about its values, if anything.
     """
 
     format: str
@@ -50,6 +51,7 @@ class ImageHeader(NamedTuple):
     shapes: list[tuple[int, int]]
     patient: str | None = None
     left_out: dict[str, int] = {}  # noqa: RUF012
+    warning: str | None = None
 
     @property
     def frames(self) -> int | None:
@@ -176,7 +178,13 @@ def read_header(path: Path, array: str | None = None) -> ImageHeader:
         dataset = check_dicom(path)
         frames, shape = frames_of(dataset), (int(dataset.Rows), int(dataset.Columns))
         patient = str(dataset.get("PatientID") or dataset.get("StudyInstanceUID") or "") or None
-        return ImageHeader(kind, () if frames is None else (frames,), [shape] * (frames or 1), patient)
+        of_frames = () if frames is None else (frames,)
+        warning = None
+        if dataset.get("Modality") == "CT" and not is_hounsfield(dataset):
+            warning = (
+                "a CT image without a rescale to Hounsfield units: its values are as stored, not in 1/mm"
+            )
+        return ImageHeader(kind, of_frames, [shape] * (frames or 1), patient, warning=warning)
     if kind == "PNG":
         with _open_png(path) as image:
             shape, coloured = (image.height, image.width), image.mode not in ("1", "L", "I", "I;16", "I;16B")

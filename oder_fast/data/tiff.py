@@ -123,10 +123,8 @@ class _Directories:
         n = self._unpack(counter, self._at(offset, width, what))
         link = struct.calcsize(self.order + self.offset)
         content = self._at(offset + width, n * entry + link, what)
-        fields = {}
-        for k in range(n):
-            code, kind, count = struct.unpack_from(self.order + "HH" + self.offset, content, k * entry)
-            fields[code] = kind, count, content[(k + 1) * entry - link : (k + 1) * entry]
+        entries = struct.iter_unpack(f"{self.order}HH{self.offset}{link}s", content[: n * entry])
+        fields = {code: (kind, count, value) for code, kind, count, value in entries}
 
         def numbers(code: int, default: int) -> tuple[int, ...]:
             if code not in fields:
@@ -262,8 +260,6 @@ def _layout(path: Path, stamp: Stamp) -> TiffLayout:
         first, size = _directory(file, pages[0].offset), math.prod(pages[0].shape)
         banded = first.planarconfig == 2 and first.photometric not in COLOURS
         samples = 1 if banded else first.samplesperpixel
-        if samples > 4:
-            raise ValueError(f"it holds {samples} values a pixel, neither grey nor colours")
         by_offset = {page.offset: page for page in pages}
         series = [one for one in file.series if one.keyframe.offset in by_offset]
         planes = [page for one in series for page in one]
@@ -335,6 +331,9 @@ def read_tiff(path: Path, frame: int | None) -> NDArray[Any]:
         ValueError: For a damaged file, or images that differ in shape where all are wanted.
     """
     layout = tiff_layout(path)
+    samples = max(page.samples for page in layout.pages)
+    if samples > 4:
+        raise ValueError(f"it holds {samples} values a pixel, neither grey nor colours")
     if len(layout.pages) == 1 and math.prod(layout.stack) > 1:
         values = _packed(path, layout)
         return values if frame is None else np.array(values[frame])
