@@ -31,9 +31,10 @@ def grey(values: NDArray[Any]) -> NDArray[Any]:
         return values
     if values.shape[2] in (2, 4):
         if values.dtype.kind != "u":
+            parts = "; real and imaginary part must be stored as one complex number"
             raise ValueError(
-                f"it holds an array of shape {values.shape} of {values.dtype}, neither grey nor RGB; real and "
-                "imaginary part must be stored as one complex number"
+                f"it holds an array of shape {values.shape} of {values.dtype}, neither grey nor RGB"
+                + (parts if values.shape[2] == 2 else "")
             )
         if np.any(values[..., -1] != np.iinfo(values.dtype).max):
             raise ValueError("it has transparent pixels")

@@ -20,7 +20,7 @@ from .colours import grey
 from .dicom import NoImageError, looks_like_dicom
 from .files import PathLike, Stamp, first_bad, naming, read_npz, stamp
 from .images import DICOM_SUFFIXES, ImageHeader, pick, read_header, read_values
-from .nifti import NIFTI_SUFFIXES, is_nifti, nifti_layout, nifti_slice, read_nifti
+from .nifti import NIFTI_SUFFIXES, is_nifti, nifti_layout, nifti_slice, nifti_values
 from .phantoms import brain_like, cell_like, random_ellipses, random_shepp_logan, shepp_logan
 from .samples import Sample, Samples, seeded_generator
 
@@ -114,7 +114,7 @@ def _header(path: Path, array: str | None) -> ImageHeader:
 @lru_cache(maxsize=1)
 def _volume(path: Path, stamp: Stamp, array: str | None) -> NDArray[Any]:
     """Read a volume that can be read only as a whole; the last one is kept, as its slices are often read in turn."""
-    return read_nifti(path)[0].numpy() if is_nifti(path) else read_npz(path, array)
+    return nifti_values(path) if is_nifti(path) else read_npz(path, array)
 
 
 def _check_volume(header: ImageHeader) -> None:

@@ -54,17 +54,20 @@ def map_npy(path: Path) -> NDArray[Any]:
     """Return the array of an NPY file, of which only what is used is read.
 
     Raises:
-        ValueError: For a file that is truncated, or holds no numbers.
+        ValueError: For a file that is truncated, holds more than one array, or no numbers.
     """
     try:
-        values: NDArray[Any] = np.load(path, allow_pickle=False, mmap_mode="r")
+        values: Any = np.load(path, allow_pickle=False, mmap_mode="r")
     except ValueError as error:
         if "mmap length" in str(error):
             raise ValueError("it is truncated") from error
         if "Python objects" in str(error):
             raise ValueError("it holds Python objects, not numbers") from error
         raise
-    return values
+    if isinstance(values, np.memmap) and values.offset + values.nbytes < path.stat().st_size:
+        raise ValueError(f"more follows its array of shape {values.shape}, such as a second one")
+    mapped: NDArray[Any] = values
+    return mapped
 
 
 def is_hdf5(path: Path) -> bool:
@@ -158,6 +161,6 @@ def npz_layout(path: Path, choose: Callable[[list[str]], str]) -> tuple[tuple[in
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(file)
             stored, needed = member.file_size - file.tell(), math.prod(shape) * dtype.itemsize
-            if needed > stored and not dtype.hasobject:
+            if needed != stored and not dtype.hasobject:
                 raise ValueError(f"its array of shape {shape} takes {needed} bytes, and {stored} are stored")
             return shape, dtype

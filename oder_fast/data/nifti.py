@@ -113,16 +113,17 @@ class _Header(NamedTuple):
 
 
 @contextmanager
-def _stream(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """Give the content of a file, and whether it is compressed."""
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], _Header, bool]]:
+    """Give the content of a file, its header, and whether it is compressed."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if compressed:
-            with gzip.open(file) as stream:
-                yield stream, True  # type: ignore[misc]
+            with gzip.open(file) as unpacked:
+                stream: Any = unpacked
+                yield stream, _read_header(stream, None), True
         else:
-            yield file, False
+            yield file, _read_header(file, path.stat().st_size), False
 
 
 @lru_cache(maxsize=1)
@@ -137,8 +138,8 @@ def _kinds() -> tuple[Any, Any]:
     )
 
 
-def _read_header(stream: IO[bytes]) -> _Header:
-    """Read the header at the beginning of a stream."""
+def _read_header(stream: IO[bytes], size: int | None) -> _Header:
+    """Read the header at the beginning of a stream, of which the size is known or not."""
     content = stream.read(540)
     if content[344:347] == b"n+1":
         kind, length = _kinds()[0], 348
@@ -151,6 +152,8 @@ def _read_header(stream: IO[bytes]) -> _Header:
     else:
         raise ValueError("not a NIfTI file")
     header = kind.from_fileobj(io.BytesIO(content[:length]))
+    # Some leave the offset at 0, and before its least value is the header itself.
+    start = int(header["vox_offset"]) or length + 4
     shape = header.get_data_shape()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -159,13 +162,20 @@ def _read_header(stream: IO[bytes]) -> _Header:
         raise ValueError(f"it holds an array of shape {shape}, not (W, H) or (W, H, S)")
     if dtype.kind not in "biufc":
         raise ValueError(f"its values are {dtype}, not numbers")
-    return _Header(header, shape, int(header.get_data_offset()), math.prod(shape) * dtype.itemsize)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if size is not None and start + nbytes > size:
+        raise ValueError(f"it is truncated: it has {size} bytes, and its voxels end at {start + nbytes}")
+    return _Header(header, shape, start, nbytes)
 
 
 def _affine(header: Any) -> NDArray[Any]:
     """Return the map from voxels (column, row, slice) to mm; without a unit that is known, they are taken for mm."""
     unit = {1: 1000.0, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
-    affine: NDArray[Any] = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+    try:
+        affine: NDArray[Any] = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+    except ValueError as error:
+        quaternion = tuple(float(header[f"quatern_{part}"]) for part in "bcd")
+        raise ValueError(f"its quaternion {quaternion} is no rotation") from error
     return affine
 
 
@@ -178,25 +188,23 @@ def _voxel_size(header: Any) -> Size:
 
 def nifti_affine(path: Path) -> tuple[tuple[int, ...], NDArray[Any]]:
     """Read the shape of a NIfTI file, slices first, and its map from voxels to mm."""
-    with _stream(path) as (stream, _):
-        header = _read_header(stream)
-    return header.shape[::-1], _affine(header.header)
+    with _opened(path) as (_, header, _):
+        return header.shape[::-1], _affine(header.header)
 
 
 def nifti_voxel_size(path: Path) -> Size:
     """Read the size of voxels (slice, row, column) in mm."""
-    with _stream(path) as (stream, _):
-        return _voxel_size(_read_header(stream).header)
+    with _opened(path) as (_, header, _):
+        return _voxel_size(header.header)
 
 
 def nifti_layout(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Read the shape of an image ``(H, W)`` or a volume ``(S, H, W)``, and the kind of numbers stored."""
-    with _stream(path) as (stream, _):
-        header = _read_header(stream)
-    return header.shape[::-1], header.header.get_data_dtype()
+    with _opened(path) as (_, header, _):
+        return header.shape[::-1], header.header.get_data_dtype()
 
 
-def _values(header: _Header, content: bytes, shape: tuple[int, ...]) -> NDArray[Any]:
+def _values(header: _Header, content: bytes | bytearray, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return what the voxels stored mean, slices first."""
     from nibabel.volumeutils import apply_read_scaling
 
@@ -209,13 +217,31 @@ def _values(header: _Header, content: bytes, shape: tuple[int, ...]) -> NDArray[
 
 def nifti_slice(path: Path, number: int) -> NDArray[Any] | None:
     """Read one slice ``(H, W)`` of a volume, or None where the file is compressed and must be read as a whole."""
-    with _stream(path) as (stream, compressed):
+    with _opened(path) as (stream, header, compressed):
         if compressed:
             return None
-        header = _read_header(stream)
         one = header.size // header.shape[2]
         stream.seek(header.start + number * one)
         return _values(header, stream.read(one), header.shape[:2])
+
+
+def _read(path: Path) -> tuple[NDArray[Any], Any]:
+    """Read all values of a file, slices first, and its header."""
+    with _opened(path) as (stream, header, compressed):
+        stream.seek(header.start)
+        # In parts: memory is taken for what is there, not for what the header says.
+        content = bytearray()
+        while part := stream.read(min(2**24, header.size - len(content))):
+            content += part
+        # The checksum is at the end.
+        while compressed and stream.read(2**20):
+            pass
+    return _values(header, content, header.shape), header.header
+
+
+def nifti_values(path: Path) -> NDArray[Any]:
+    """Read all values of a file, slices first."""
+    return _read(path)[0]
 
 
 def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
@@ -238,19 +264,10 @@ def read_nifti(path: PathLike) -> tuple[Tensor, Size]:
     """
     path = Path(path)
     with naming(path):
-        with _stream(path) as (stream, compressed):
-            header = _read_header(stream)
-            if not compressed and header.start + header.size > path.stat().st_size:
-                raise ValueError(f"it is truncated: it must have {header.start + header.size} bytes")
-            stream.seek(header.start)
-            content = stream.read(header.size)
-            # The checksum is at the end.
-            while compressed and stream.read(2**20):
-                pass
-        stored = _values(header, content, header.shape)
+        stored, header = _read(path)
         dtype = np.complex64 if stored.dtype.kind == "c" else np.float32
         with np.errstate(over="ignore"):
             values = torch.from_numpy(np.array(stored, dtype, order="C"))
-        size = _voxel_size(header.header)
+        size = _voxel_size(header)
     _check_values(f"{path}:", values)
     return values, size
