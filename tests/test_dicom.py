@@ -283,3 +283,12 @@ def test_values_of_examples_are_those_of_pydicom():
     for name in ("MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_RLE.dcm", "image_dfl.dcm"):
         path = get_testdata_file(name)
         np.testing.assert_array_equal(data.read_image(path).image, pydicom.dcmread(path).pixel_array)
+
+
+def test_ct_in_other_units_is_written_as_it_is(tmp_path):
+    source = write(tmp_path / "a.dcm", RescaleSlope="2", RescaleType="Z_EFF")
+    image = data.read_image(source).image
+    data.write_image(tmp_path / "b.dcm", image, like=source)
+    written, metadata = data.read_image(tmp_path / "b.dcm")
+    np.testing.assert_allclose(written, image, atol=0.02)
+    assert metadata["unit"] == "as stored"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dicom import WATER_ATTENUATION, dicom_header, pixel_spacing
+from .dicom import WATER_ATTENUATION, dicom_header, is_hounsfield, pixel_spacing
 from .files import PathLike, atomic, first_bad, is_hdf5, naming
 from .images import format_of
 from .kspace import read_kspace
@@ -161,8 +161,8 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
         with naming(how.like):
             source = _source_header(how.like, values.shape)
     header = _captured(how) if source is None else _derived(source, how)
-    is_ct = header.Modality == "CT"
-    if is_ct:
+    to_hounsfield = source is not None and is_hounsfield(source)
+    if to_hounsfield:
         values = 1000 * (values / WATER_ATTENUATION - 1)
     low, high = float(values.min()), float(values.max())
     # Numbers as they will be read, not as they were before they were cut to 16 characters.
@@ -185,10 +185,11 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
     header.BitsAllocated = header.BitsStored = 16
     header.HighBit, header.PixelRepresentation = 15, 0
     header.RescaleSlope, header.RescaleIntercept = slope, intercept
-    header.RescaleType = "HU" if is_ct else "US"
+    # Of CT, an unspecified unit would be taken for Hounsfield.
+    header.RescaleType = "HU" if to_hounsfield else "AS STORED" if header.Modality == "CT" else "US"
     if how.voxel_size is not None:
         header.PixelSpacing = [_decimal(size) for size in how.voxel_size[1:]]
-    if how.window is not None or not (is_ct and "WindowCenter" in header):
+    if how.window is not None or not (to_hounsfield and "WindowCenter" in header):
         window = how.window or (low, high if high > low else low + 1)
         header.WindowCenter, header.WindowWidth = _decimal(sum(window) / 2), _decimal(window[1] - window[0])
         # The usual function is not for widths below 1.
@@ -339,9 +340,9 @@ def write_image(
     - ``.dcm``, ``.dicom``: one slice in 16 bits, over a rescale slope and intercept that span its values. With a DICOM
       file `like`, its header is carried over (patient, study, frame of reference, geometry; without private elements
       and overlays), as a derived image in a new series; slices of one source series, written by one `run` with
-      one `description`, are one series again. Where that is CT, the image is taken to be the linear attenuation
-      coefficient in 1/mm that `read_image` returns, and becomes Hounsfield units. Without one, it is a Secondary
-      Capture with values as they are.
+      one `description`, are one series again. Where that is CT in Hounsfield units, the image is taken to be the linear
+      attenuation coefficient in 1/mm that `read_image` returns, and becomes Hounsfield units. Without one, it is a
+      Secondary Capture with values as they are.
     - ``.tif``, ``.tiff``: float32, a page for each slice, with the resolution where the pixel spacing is known.
     - ``.png``: one slice in grey, the `window` brought to all grey values; it is told in the text chunk ``Window``.
     - ``.npy``, ``.npz`` (the array ``image``): as it is.
