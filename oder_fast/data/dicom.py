@@ -91,13 +91,12 @@ def looks_like_dicom(head: bytes) -> bool:
 
 
 def dicom_header(path: Path, tags: list[str] | None = None) -> tuple[Any, _Pixels | None]:
-    """Read the header of a DICOM file, or the elements named, and where its pixels begin.
+    """Read the header of a DICOM file, or the elements named, and what is said of its pixels.
 
     A file without a transfer syntax gets the one that it was read with: little endian, unless it looks otherwise.
     """
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_partial
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     found: list[_Pixels] = []
 
@@ -110,11 +109,29 @@ def dicom_header(path: Path, tags: list[str] | None = None) -> tuple[Any, _Pixel
         dataset = read_partial(
             file, at_pixels, force=True, specific_tags=tags and [tag_for_keyword(tag) for tag in tags]
         )
+    return _with_syntax(dataset), found[0] if found else None
+
+
+def _whole(path: Path) -> tuple[Any, _Pixels | None]:
+    """Read all of a DICOM file, and what is said of its pixels."""
+    import pydicom
+
+    dataset = _with_syntax(pydicom.dcmread(io.BytesIO(path.read_bytes()), force=True))
+    for tag in (PIXEL_DATA, *FLOATS):
+        if tag in dataset:
+            element = dataset[tag]
+            return dataset, _Pixels(tag, None if element.is_undefined_length else len(element.value or b""))
+    return dataset, None
+
+
+def _with_syntax(dataset: Any) -> Any:
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    return dataset, found[0] if found else None
+    return dataset
 
 
 def frames_of(dataset: Any) -> int | None:
@@ -218,7 +235,7 @@ def read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, A
         OSError: Where the file is missing or unreadable.
         ValueError: For a file that is damaged, or pixels that cannot be decoded here.
     """
-    dataset, pixels = dicom_header(path)
+    dataset, pixels = _whole(path) if frame is None else dicom_header(path)
     if pixels is None:
         raise ValueError("it holds no pixel data (not an image, or truncated)")
     _check_pixels(dataset, pixels)
@@ -250,15 +267,16 @@ def check_frame(frames: int | None, frame: int) -> None:
 
 def _stored(path: Path, dataset: Any, frame: int | None) -> NDArray[Any]:
     """Return the values of one frame or all, or the colours that they stand for in a palette."""
-    import pydicom
     from pydicom.pixels import apply_color_lut, pixel_array
 
+    values: NDArray[Any]
     syntax = dataset.file_meta.TransferSyntaxUID
-    with _Bounded(path) as file:
-        values: NDArray[Any]
-        if syntax.is_deflated:
-            values = pixel_array(pydicom.dcmread(file), index=frame)
-        else:
+    if frame is None:
+        values = pixel_array(dataset)
+    elif syntax.is_deflated:
+        values = pixel_array(_whole(path)[0], index=frame)
+    else:
+        with _Bounded(path) as file:
             values = pixel_array(file, index=frame, transfer_syntax_uid=syntax)
     if dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
         return values
