@@ -19,11 +19,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark", action="store_true", help="run benches/ in place of tests/ and print throughput"
     )
+    parser.addoption("--all", action="store_true", help="run the exhaustive tests, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--benchmark") and config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / "benches")]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def _cpu_faces() -> list[str]:

@@ -2,6 +2,7 @@ import io
 import math
 import os
 import stat
+import zipfile
 
 import numpy as np
 import pydicom
@@ -138,7 +139,7 @@ def test_a_truncated_file_is_named(tmp_path, kind, kept):
         (np.zeros((0, 3)), r"an array of shape \(0, 3\)"),
         (np.zeros((2, 3), complex), "its values are complex128, not real numbers"),
         (np.array([["a"]]), "its values are <U1"),
-        (np.array([[object()]]), "allow_pickle"),
+        (np.array([[object()]]), "it holds Python objects, not numbers"),
         (np.array([[1.0, 2.0], [np.nan, 4.0]]), r"pixel \(1, 0\) is nan"),
         (np.array([[1.0, -np.inf]]), r"pixel \(0, 1\) is -inf"),
         (np.array([[1e300]]), r"pixel \(0, 0\) is inf"),
@@ -151,6 +152,84 @@ def test_arrays_that_are_no_image(tmp_path, values, message):
     np.save(path, values, allow_pickle=True)
     with pytest.raises(ValueError, match=f"array.npy: .*{message}"):
         data.read_image(path)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 1), (1, 4, 5), (1, 4, 5, 1), (1, 1, 4, 5), (4, 5, 1, 1)])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_axes_of_length_one_carry_nothing(tmp_path, shape, suffix):
+    values = np.arange(20.0).reshape(4, 5)
+    path = tmp_path / f"image.{suffix}"
+    np.save(path, values.reshape(shape)) if suffix == "npy" else np.savez(path, values.reshape(shape))
+    np.testing.assert_array_equal(data.read_image(path).image, values)
+    (sample,) = data.ImageFolder(path, scale="none")
+    np.testing.assert_array_equal(sample.image, values)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 1), (3, 1, 4, 5), (1, 3, 4, 5)])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_axes_of_length_one_in_stacks(tmp_path, shape, suffix):
+    values = np.arange(60.0).reshape(3, 4, 5)
+    path = tmp_path / f"images.{suffix}"
+    np.save(path, values.reshape(shape)) if suffix == "npy" else np.savez(path, values.reshape(shape))
+    images = [sample.image for sample in data.ImageFolder(path, scale="none")]
+    np.testing.assert_array_equal(torch.stack(images), values)
+    np.testing.assert_array_equal(data.read_image(path, frame=2).image, values[2])
+    (volume,) = data.ImageFolder(path, scale="none", volumes=True)
+    np.testing.assert_array_equal(volume.image.real, values)
+
+
+@pytest.mark.parametrize("stored", [">u2", ">f4", ">f8", "<i8", "f2", "?"])
+def test_any_order_of_bytes_and_axes(tmp_path, stored):
+    values = np.asfortranarray((np.arange(20).reshape(4, 5) % 2).astype(stored))
+    np.save(tmp_path / "image.npy", values)
+    np.savez(tmp_path / "image.npz", values)
+    for name in ("image.npy", "image.npz"):
+        np.testing.assert_array_equal(data.read_image(tmp_path / name).image, values.astype(np.float32))
+        np.testing.assert_array_equal(data.read_array(tmp_path / name), values.astype(np.float32))
+
+
+def test_a_second_array_behind_the_first(tmp_path, ramp):
+    path = tmp_path / "two.npy"
+    with path.open("wb") as file:
+        np.save(file, ramp)
+        np.save(file, ramp)
+    for read in (data.read_image, data.read_array, data.ImageFolder):
+        with pytest.raises(ValueError, match=r"two\.npy: more follows its array of shape \(3, 4\)"):
+            read(path)
+
+
+def test_an_array_that_asks_for_more_than_is_stored(tmp_path, ramp):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (3, 9999)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", header.getvalue() + ramp.tobytes())
+    for read in (data.read_image, data.read_array, data.ImageFolder):
+        with pytest.raises(
+            ValueError, match=r"a\.npz: its array of shape \(3, 9999\) takes 59994 bytes, and 24 are"
+        ):
+            read(tmp_path / "a.npz")
+
+
+def test_real_and_imaginary_part_are_no_alpha(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((4, 5, 2), np.float32))
+    with pytest.raises(
+        ValueError, match=r"a\.npy: .* neither grey nor RGB; real and imaginary part must be stored"
+    ):
+        data.read_image(tmp_path / "a.npy")
+
+
+def test_png_with_transparent_colours_and_animations(tmp_path, ramp):
+    grey = Image.fromarray((ramp // 250).astype(np.uint8))
+    grey.save(tmp_path / "opaque.png", transparency=7)
+    np.testing.assert_array_equal(data.read_image(tmp_path / "opaque.png").image, ramp // 250)
+    for mode in ("L", "P"):
+        grey.convert(mode).save(tmp_path / "holes.png", transparency=0)
+        with pytest.raises(ValueError, match=r"holes\.png: it has transparent pixels"):
+            data.read_image(tmp_path / "holes.png")
+    grey.save(tmp_path / "two.png", save_all=True, append_images=[grey.rotate(180)])
+    for read in (data.read_image, data.ImageFolder):
+        with pytest.raises(ValueError, match=r"two\.png: it is an animation of 2 images"):
+            read(tmp_path / "two.png")
 
 
 def test_other_files_are_named(tmp_path):

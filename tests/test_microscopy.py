@@ -136,6 +136,29 @@ def test_a_folder_of_leds_is_sorted_by_their_numbers(tmp_path):
     torch.testing.assert_close(by_name, (images, index))
 
 
+def test_signs_in_names(tmp_path):
+    write_scan(tmp_path, ["led_-3_+4.tif", "led_3_4.tif", "led_-3_-4.tif", "led_0_-12.tif"])
+    images, index = data.read_led_stack(tmp_path)
+    assert index.tolist() == [[-3, -4], [-3, 4], [0, -12], [3, 4]]
+    np.testing.assert_array_equal(images, np.stack([frame(k) for k in (2, 0, 3, 1)]))
+
+
+@pytest.mark.parametrize("name", ["led-3-4.tif", "scan-3_4.tif", "2024-3-4.tif", "C03-R04.tif", "3-4.tif"])
+def test_hyphens_that_are_no_signs(tmp_path, name):
+    write_scan(tmp_path, [name])
+    assert data.read_led_stack(tmp_path)[1].tolist() == [[3, 4]]
+
+
+def test_hyphens_that_may_be_signs(tmp_path):
+    write_scan(tmp_path, ["x-3_y+4.tif"])
+    with pytest.raises(
+        ValueError, match=r"x-3_y\+4\.tif: a - in its name may be a sign or not; give a pattern"
+    ):
+        data.read_led_stack(tmp_path)
+    pattern = r"x(?P<col>[-+]?\d+)_y(?P<row>[-+]?\d+)"
+    assert data.read_led_stack(tmp_path, pattern)[1].tolist() == [[4, -3]]
+
+
 def test_names_of_another_pattern(tmp_path):
     write_scan(tmp_path, ["C03-R11.tif", "C04-R10.tif"])
     images, index = data.read_led_stack(tmp_path, r"^C(?P<col>\d+)-R(?P<row>\d+)")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from oder_fast import data
 from oder_fast.data import nifti
 
 
@@ -54,6 +55,114 @@ def test_we_read_the_nifti_of_others(tmp_path):
         np.testing.assert_array_equal(values, nibabel.load(tmp_path / "volume.nii").get_fdata().T)
         assert values.dtype == torch.float32
         assert size == pytest.approx((2.5e-3, 0.5e-3, 1.5e-3))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("ones", [1, 2, 4])
+def test_axes_of_length_one_after_the_third_carry_nothing(tmp_path, suffix, ones):
+    import nibabel
+
+    values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    path = tmp_path / f"a{suffix}"
+    nibabel.save(nibabel.Nifti1Image(values.reshape(4, 3, 2, *[1] * ones), np.diag([1, 2, 3, 1])), path)
+    found, size = nifti.read_nifti(path)
+    np.testing.assert_array_equal(found, values.T)
+    assert size == (3, 2, 1)
+    for sample, expected in zip(data.ImageFolder(path, scale="none"), values.T, strict=True):
+        np.testing.assert_array_equal(sample.image, expected)
+    data.write_image(tmp_path / "like.nii", found, like=path)
+    np.testing.assert_array_equal(nibabel.load(tmp_path / "like.nii").affine, np.diag([1, 2, 3, 1]))
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """A file with the values 0, 1, ... and voxels of 2, 3 and 4 mm, and the function that writes it with other bytes."""
+    import nibabel
+
+    path = tmp_path / "a.nii"
+    nibabel.save(
+        nibabel.Nifti1Image(np.arange(24, dtype=np.float32).reshape(4, 3, 2), np.diag([2, 3, 4, 1])), path
+    )
+    content = path.read_bytes()
+
+    def write(**fields):
+        header = nibabel.Nifti1Header(content[:348], check=False)
+        for name, value in fields.items():
+            header[name] = value
+        path.write_bytes(header.binaryblock + content[348:])
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "fields, size, scale",
+    [
+        ({"xyzt_units": 5}, (4, 3, 2), 1),
+        ({"xyzt_units": 7}, (4, 3, 2), 1),
+        ({"xyzt_units": 3}, (4e-3, 3e-3, 2e-3), 1),
+        ({"scl_slope": np.nan}, (4, 3, 2), 1),
+        ({"scl_slope": 0, "scl_inter": 7}, (4, 3, 2), 1),
+        ({"scl_slope": 2, "scl_inter": 0}, (4, 3, 2), 2),
+        ({"vox_offset": 0}, (4, 3, 2), 1),
+        # A turn whose quaternion, rounded, is a little longer than 1.
+        (
+            {"sform_code": 0, "qform_code": 1, "quatern_b": 0.58, "quatern_c": 0.58, "quatern_d": 0.58},
+            (4, 3, 2),
+            1,
+        ),
+        (
+            {"sform_code": 0, "qform_code": 1, "quatern_b": 1.0001, "quatern_c": 0, "quatern_d": 0},
+            (4, 3, 2),
+            1,
+        ),
+    ],
+)
+def test_headers_of_other_programs(volume, fields, size, scale):
+    path = volume(**fields)
+    expected = scale * np.arange(24, dtype=np.float32).reshape(4, 3, 2).T
+    values, found = nifti.read_nifti(path)
+    np.testing.assert_array_equal(values, expected)
+    assert found == pytest.approx(size)
+    images = [sample.image for sample in data.ImageFolder(path, scale="none")]
+    np.testing.assert_array_equal(torch.stack(images), expected)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"dim": [3, 9999, 9999, 9999, 1, 1, 1, 1]},
+            "it is truncated: it has 448 bytes, and its voxels end at 39988",
+        ),
+        ({"vox_offset": 400}, "it is truncated"),
+        ({"magic": b"ni1"}, r"a NIfTI header whose voxels are in another file \(\.img\)"),
+        (
+            {"srow_x": 0, "srow_y": 0, "srow_z": 0},
+            r"its voxel size is \(0\.0, 0\.0, 0\.0\) mm, which must be above 0",
+        ),
+        (
+            {"sform_code": 0, "qform_code": 1, "quatern_b": 9},
+            r"its quaternion \(9\.0, 0\.0, 0\.0\) is no rotation",
+        ),
+        ({"scl_slope": 2, "scl_inter": np.nan}, "."),
+    ],
+)
+def test_headers_that_are_wrong(volume, fields, message):
+    path = volume(**fields)
+    with pytest.raises(ValueError, match=rf"a\.nii: {message}"):
+        nifti.read_nifti(path)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_big_endian(tmp_path, name):
+    import nibabel
+
+    values = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    header = nibabel.Nifti1Image(values, np.eye(4)).header.as_byteswapped(">")
+    nibabel.save(nibabel.Nifti1Image(values.astype(">f4"), np.eye(4), header), tmp_path / name)
+    np.testing.assert_array_equal(nifti.read_nifti(tmp_path / name)[0], values.T)
+    np.testing.assert_array_equal(data.ImageFolder(tmp_path, scale="none")[1].image, values.T[1])
 
 
 def test_nifti_files_that_are_wrong(tmp_path):

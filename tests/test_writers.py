@@ -400,7 +400,7 @@ def test_arrays_that_are_wrong(tmp_path):
         (np.zeros((3, 0)), r"it holds an array of shape \(3, 0\), without values"),
         (np.array([[0, 1], [np.nan, 0]]), r"value \(1, 0\) is nan"),
         (np.array([1e300]), r"value \(0,\) is inf"),
-        (np.array([object()]), "allow_pickle"),
+        (np.array([object()]), "it holds Python objects, not numbers"),
     ):
         np.save(tmp_path / "a.npy", values, allow_pickle=True)
         with pytest.raises(ValueError, match=rf"a\.npy: .*{message}"):

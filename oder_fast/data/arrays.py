@@ -24,6 +24,7 @@ from .files import (
     read_npz,
 )
 from .images import format_of
+from .tiff import read_tiff_array, tiff_array_shape
 
 
 @contextmanager
@@ -65,18 +66,18 @@ def array_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
         shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
         return shape, dtype.kind == "c"
     if kind == "TIFF":
-        import tifffile
-
-        with tifffile.TiffFile(path) as tiff:
-            return tuple(tiff.series[0].shape), np.dtype(tiff.series[0].dtype).kind == "c"
+        shape, dtype = tiff_array_shape(path)
+        return shape, dtype.kind == "c"
     raise ValueError(f"a {kind} file, which holds images and no measurements")
 
 
 def read_array(path: PathLike, array: str | None = None) -> Tensor:
     """Read an array of numbers from an NPY, NPZ, TIFF or HDF5 file.
 
-    The kind of file is told from its content. The pages of a TIFF file are the first axis. Arrays that MATLAB wrote to
-    HDF5 (version 7.3) have their axes in the order that MATLAB shows.
+    The kind of file is told from its content. The pages of a TIFF file are the first axis, or those of time, slice and
+    channel; an OME-TIFF set of several files is read as a whole. Smaller pages beside the others, such as previews, are
+    left out with a warning. Arrays that MATLAB wrote to HDF5 (version 7.3) have their axes in the order that MATLAB
+    shows.
 
     Args:
         path: The file.
@@ -112,12 +113,10 @@ def read_array(path: PathLike, array: str | None = None) -> Tensor:
         else:
             named = False
             if head.startswith(b"\x93NUMPY"):
-                values = np.load(path, allow_pickle=False)
+                values = map_npy(path)
             # DICOM files may begin as TIFF ones do.
             elif head[:4] in TIFF_SIGNATURES and head[128:] != b"DICM":
-                import tifffile
-
-                values = np.asarray(tifffile.imread(path))
+                values = read_tiff_array(path)
             else:
                 raise ValueError("not an NPY, NPZ, TIFF or HDF5 file")
         if array is not None and not named:

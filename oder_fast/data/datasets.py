@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .coils import one_thread
-from .files import PathLike, first_bad, naming, read_npz
-from .images import DICOM_SUFFIXES, ImageHeader, NoImageError, grey, read_header, read_values
-from .nifti import NIFTI_SUFFIXES, is_nifti, nifti_shape, nifti_slice, read_nifti
+from .colours import grey
+from .dicom import NoImageError, looks_like_dicom
+from .files import PathLike, Stamp, first_bad, naming, read_npz, stamp
+from .images import DICOM_SUFFIXES, ImageHeader, pick, read_header, read_values
+from .nifti import NIFTI_SUFFIXES, is_nifti, nifti_layout, nifti_slice, nifti_values
 from .phantoms import brain_like, cell_like, random_ellipses, random_shepp_logan, shepp_logan
 from .samples import Sample, Samples, seeded_generator
 
@@ -79,12 +83,6 @@ class Files:
         return self.name(path).split("/")[0]
 
 
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Return what tells a file from others and from what it was before: path, size, time of its last change."""
-    status = path.stat()
-    return os.path.realpath(path), status.st_size, status.st_mtime_ns
-
-
 def group_of(
     path: Path, files: Files, patient: str | None, group: Callable[[Path], str] | None, what: str
 ) -> str:
@@ -103,20 +101,28 @@ def is_image(path: Path) -> bool:
         return True
     # Archives give DICOM files names of their own.
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return looks_like_dicom(file.read(132))
 
 
 def _header(path: Path, array: str | None) -> ImageHeader:
     if is_nifti(path):
-        *frames, height, width = nifti_shape(path)
-        return ImageHeader("NIfTI", (height, width), frames[0] if frames else None)
+        *frames, height, width = nifti_layout(path)[0]
+        return ImageHeader("NIfTI", tuple(frames), [(height, width)] * math.prod(frames))
     return read_header(path, array)
 
 
 @lru_cache(maxsize=1)
-def _volume(path: Path, stamp: tuple[str, int, int], array: str | None) -> NDArray[Any]:
+def _volume(path: Path, stamp: Stamp, array: str | None) -> NDArray[Any]:
     """Read a volume that can be read only as a whole; the last one is kept, as its slices are often read in turn."""
-    return read_nifti(path)[0].numpy() if is_nifti(path) else read_npz(path, array)
+    return nifti_values(path) if is_nifti(path) else read_npz(path, array)
+
+
+def _check_volume(header: ImageHeader) -> None:
+    if not header.stack:
+        raise ValueError(f"it holds one image of shape {header.shapes[0]}, not a volume")
+    if len(header.stack) > 1 or len(set(header.shapes)) > 1:
+        shapes = ", ".join(map(str, dict.fromkeys(header.shapes)))
+        raise ValueError(f"it holds a stack of {header.stack} images of {shapes}, not one volume")
 
 
 def _values(path: Path, header: ImageHeader, array: str | None, frame: int | None) -> NDArray[Any]:
@@ -127,7 +133,7 @@ def _values(path: Path, header: ImageHeader, array: str | None, frame: int | Non
         volume = _volume(path, stamp(path), None)
         return volume if frame is None else volume[frame]
     if header.format == "NPZ" and frame is not None:
-        return grey(_volume(path, stamp(path), array)[frame])
+        return grey(pick(_volume(path, stamp(path), array), frame))
     return read_values(path, array, frame)[0]
 
 
@@ -136,11 +142,14 @@ class ImageFolder(Samples):
 
     Read are DICOM (one frame or several), TIFF (each page), PNG, NPY and NPZ (``(H, W)`` or slices first), and NIfTI
     (each slice of a volume), real or complex. CT slices in DICOM are linear attenuation coefficients in 1/mm as
-    `read_image` returns them; other values are as stored. Only headers are read to begin with; a file that is
-    damaged further down is an error when its sample is asked for.
+    `read_image` returns them; other values are as stored. Only headers are read to begin with, and of colours whether
+    they are grey; a file that is damaged further down is an error when its sample is asked for.
 
-    Of a folder, hidden files and other kinds of files are left out, DICOM files that hold no image, and CT localizers;
-    ``left_out`` says how many. A list of files is taken as it is.
+    Of a folder, hidden files and other kinds of files are left out, and DICOM files that hold no image, CT localizers,
+    captures of the screen among slices, and DICOM images in colours. Of a TIFF file, reduced copies and masks of other
+    pages are; pages of other sizes are samples of their own, and so are the planes of each file of an OME-TIFF set.
+    ``left_out`` says how many. A list of files is taken as it is. A warning tells of CT files that are not in
+    Hounsfield units.
 
     Args:
         source: A folder, a file, or a list of files.
@@ -195,12 +204,13 @@ class ImageFolder(Samples):
         self._files: list[tuple[Path, ImageHeader]] = []
         # Number of the file, and of the frame in it.
         self._where: list[tuple[int, int | None]] = []
+        doubts: dict[str, list[Path]] = {}
         for path in files.paths:
             try:
                 with naming(path):
                     header = _header(path, array if path.suffix.lower() == ".npz" else None)
-                    if volumes and header.frames is None:
-                        raise ValueError(f"it holds one image of shape {header.shape}, not a volume")
+                    if volumes:
+                        _check_volume(header)
             except ValueError as error:
                 if not (files.from_folder and isinstance(error.__cause__, NoImageError)):
                     raise
@@ -213,9 +223,14 @@ class ImageFolder(Samples):
                 self.names.append(name if frame is None else f"{name}[{frame}]")
                 self._where.append((len(self._files), frame))
             self.groups += [member] * len(frames)
-            depth = (header.frames,) if volumes and header.frames is not None else ()
-            self.shapes += [depth + header.shape] * len(frames)
+            self.shapes += [header.stack + header.shapes[0]] if volumes else header.shapes
+            for reason, count in header.left_out.items():
+                self.left_out[reason] = self.left_out.get(reason, 0) + count
             self._files.append((path, header))
+            if header.warning is not None:
+                doubts.setdefault(header.warning, []).append(path)
+        for doubt, paths in doubts.items():
+            warnings.warn(f"ImageFolder: {len(paths)} of {doubt}; the first is {paths[0]}", stacklevel=2)
         if not self.groups:
             found = ", ".join(f"{count} of {reason}" for reason, count in self.left_out.items()) or "nothing"
             where = files.root if files.from_folder else "ImageFolder: source"

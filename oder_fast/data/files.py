@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 import zipfile
@@ -18,6 +19,8 @@ from torch import Tensor
 PathLike = str | os.PathLike[str]
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+Stamp = tuple[str, int, int]
+
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -41,21 +44,30 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def stamp(path: Path) -> Stamp:
+    """Return what tells a file from others and from what it was before: path, size, time of its last change."""
+    status = path.stat()
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns
+
+
 def map_npy(path: Path) -> NDArray[Any]:
     """Return the array of an NPY file, of which only what is used is read.
 
     Raises:
-        ValueError: For a file that is truncated, or holds no numbers.
+        ValueError: For a file that is truncated, holds more than one array, or no numbers.
     """
     try:
-        values: NDArray[Any] = np.load(path, allow_pickle=False, mmap_mode="r")
+        values: Any = np.load(path, allow_pickle=False, mmap_mode="r")
     except ValueError as error:
         if "mmap length" in str(error):
             raise ValueError("it is truncated") from error
         if "Python objects" in str(error):
             raise ValueError("it holds Python objects, not numbers") from error
         raise
-    return values
+    if isinstance(values, np.memmap) and values.offset + values.nbytes < path.stat().st_size:
+        raise ValueError(f"more follows its array of shape {values.shape}, such as a second one")
+    mapped: NDArray[Any] = values
+    return mapped
 
 
 def is_hdf5(path: Path) -> bool:
@@ -130,6 +142,8 @@ def npz_name(names: list[str], array: str | None) -> str:
 
 def read_npz(path: Path, array: str | None) -> NDArray[Any]:
     """Read the array asked for, or the only one, of an NPZ file."""
+    if npz_layout(path, lambda names: npz_name(names, array))[1].hasobject:
+        raise ValueError("it holds Python objects, not numbers")
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         values: NDArray[Any] = archive[npz_name(archive.files, array)]
         return values
@@ -139,10 +153,14 @@ def npz_layout(path: Path, choose: Callable[[list[str]], str]) -> tuple[tuple[in
     """Read the shape and the kind of numbers of one array of an NPZ file, chosen from their names."""
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        with archive.open(choose(names) + ".npy") as file:
+        member = archive.getinfo(choose(names) + ".npy")
+        with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
             if version == (1, 0):
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+            stored, needed = member.file_size - file.tell(), math.prod(shape) * dtype.itemsize
+            if needed != stored and not dtype.hasobject:
+                raise ValueError(f"its array of shape {shape} takes {needed} bytes, and {stored} are stored")
             return shape, dtype

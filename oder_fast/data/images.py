@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,25 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .colours import grey
+from .dicom import check_dicom, check_frame, frames_of, is_hounsfield, looks_like_dicom, read_dicom
 from .files import TIFF_SIGNATURES, PathLike, first_bad, map_npy, naming, npz_layout, npz_name, read_npz
-
-WATER_ATTENUATION = 0.02
-"""Linear attenuation coefficient of water in 1/mm, at about 66 keV."""
+from .tiff import read_tiff, tiff_layout
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-
-# What the header of a slice is read for.
-DICOM_TAGS = [
-    "ImageType",
-    "Modality",
-    "NumberOfFrames",
-    "PatientID",
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "SOPClassUID",
-    "StudyInstanceUID",
-]
 
 
 class ImageFile(NamedTuple):
@@ -37,7 +25,9 @@ class ImageFile(NamedTuple):
     Attributes:
         image: Shape ``(H, W)``, float32.
         metadata: ``format``, ``unit`` (of the values), and where the file says so ``pixel_spacing``, the
-            distance of rows and of columns in mm.
+            distance of rows and of columns in mm, ``inverted``, True where low values are to be shown bright
+            (MONOCHROME1, MinIsWhite), and ``left_out``, the numbers of pages of a TIFF file that are reduced copies or
+            masks of others.
     """
 
     image: Tensor
@@ -49,19 +39,24 @@ class ImageHeader(NamedTuple):
 
     Attributes:
         format: Kind of the file.
-        shape: Rows and columns of an image.
-        frames: Number of images, None for one alone.
+        stack: Lengths of the axes before rows and columns, none for one image alone.
+        shapes: Rows and columns of each image.
         patient: Whom it shows, or else the study it belongs to, where the file says so.
+        left_out: Numbers of images left out, by reason.
+        warning: What is unusual about its values, if anything.
     """
 
     format: str
-    shape: tuple[int, int]
-    frames: int | None
+    stack: tuple[int, ...]
+    shapes: list[tuple[int, int]]
     patient: str | None = None
+    left_out: dict[str, int] = {}  # noqa: RUF012
+    warning: str | None = None
 
-
-class NoImageError(ValueError):
-    """A file in good order that is made to hold no image to learn from."""
+    @property
+    def frames(self) -> int | None:
+        """Number of images, None for one alone."""
+        return math.prod(self.stack) if self.stack else None
 
 
 def format_of(path: Path) -> str:
@@ -80,209 +75,136 @@ def format_of(path: Path) -> str:
         return "NPY"
     if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
         return "NPZ"
-    if path.suffix.lower() in DICOM_SUFFIXES:
+    if path.suffix.lower() in DICOM_SUFFIXES or looks_like_dicom(head):
         return "DICOM"
     raise ValueError("not a DICOM, TIFF, PNG, NPY or NPZ file")
 
 
-def _layout(shape: tuple[int, ...]) -> tuple[int | None, tuple[int, int]]:
-    """Return the number of frames, None for one image alone, and the rows and columns of stored values."""
-    grey = shape[:-1] if len(shape) > 2 and shape[-1] in (2, 3, 4) else shape
-    if len(grey) not in (2, 3) or 0 in grey:
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of an array of images without axes of length one that carry nothing.
+
+    Those are the last ones, of channels, and more than one before rows and columns.
+    """
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    colours = 1 if len(shape) > 2 and shape[-1] in (2, 3, 4) else 0
+    before, image = shape[: len(shape) - 2 - colours], shape[len(shape) - 2 - colours :]
+    if len(before) > 1:
+        before = tuple(n for n in before if n != 1) or (1,)
+    return before + image
+
+
+def _stack_of(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return the lengths of the axes before rows and columns of an array of images, at most one, and these."""
+    plain = _without_ones(shape)
+    grey_shape = plain[:-1] if len(plain) > 2 and plain[-1] in (2, 3, 4) else plain
+    if len(grey_shape) not in (2, 3) or 0 in grey_shape:
         raise ValueError(f"it holds an array of shape {shape}, not images")
-    return (grey[0] if len(grey) == 3 else None), (grey[-2], grey[-1])
+    return grey_shape[:-2], (grey_shape[-2], grey_shape[-1])
 
 
-def _check_frame(frames: int | None, frame: int) -> None:
-    if frames is None:
-        raise ValueError(f"it holds one image alone, no frame {frame}")
-    if not 0 <= frame < frames:
-        raise ValueError(f"it holds {frames} frames, frame {frame} is not among them")
-
-
-def _pick(values: NDArray[Any], frame: int | None) -> NDArray[Any]:
+def pick(values: NDArray[Any], frame: int | None) -> NDArray[Any]:
+    """Return one image of an array of them, or all, without axes of length one that carry nothing."""
+    values = values.reshape(_without_ones(values.shape))
     if frame is None:
         return values
-    _check_frame(_layout(values.shape)[0], frame)
+    stack = _stack_of(values.shape)[0]
+    check_frame(stack[0] if stack else None, frame)
     picked: NDArray[Any] = values[frame]
     return picked
 
 
-def _functional(dataset: Any, group: str, frame: int) -> Any:
-    """Return the part of a DICOM header that speaks of a frame's `group`: its own, the shared one, or the header."""
-    for name, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        groups = dataset.get(name)
-        if groups and index < len(groups) and groups[index].get(group):
-            return groups[index][group][0]
-    return dataset
+def _open_png(path: Path) -> Any:
+    from PIL import Image
 
-
-def _read_dicom(path: Path, frame: int | None) -> tuple[NDArray[Any], dict[str, Any]]:
-    import pydicom
-    from pydicom.pixels import pixel_array
-
-    dataset = pydicom.dcmread(path, force=True, stop_before_pixels=frame is not None)
-    if frame is None:
-        if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-            raise ValueError("it holds no pixel data (not an image, or truncated)")
-        values = dataset.pixel_array
-    else:
-        _check_frame(_dicom_frames(dataset), frame)
-        values = pixel_array(path, index=frame)
-    rescale = _functional(dataset, "PixelValueTransformationSequence", frame or 0)
-    is_ct = dataset.get("Modality") == "CT"
-    metadata: dict[str, Any] = {"unit": "1/mm" if is_ct else "as stored"}
-    measures = _functional(dataset, "PixelMeasuresSequence", frame or 0)
-    if "PixelSpacing" in measures:
-        metadata["pixel_spacing"] = tuple(float(s) for s in measures.PixelSpacing)
-    return _rescaled(values, rescale, is_ct), metadata
-
-
-def _rescaled(values: NDArray[Any], rescale: Any, is_ct: bool) -> NDArray[Any]:
-    """Return what stored values mean, of CT the attenuation, with few arrays in between: each takes its time."""
-    from pydicom.pixels import apply_modality_lut
-
-    slope, intercept = 1.0, 0.0
-    if "ModalityLUTSequence" in rescale:
-        values = apply_modality_lut(values, rescale)
-    elif "RescaleSlope" in rescale and "RescaleIntercept" in rescale:
-        slope, intercept = float(rescale.RescaleSlope), float(rescale.RescaleIntercept)
-    if is_ct:
-        slope, intercept = WATER_ATTENUATION * slope / 1000, WATER_ATTENUATION * (1 + intercept / 1000)
-    elif (slope, intercept) == (1, 0):
-        return values
-    values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
-    values *= slope
-    values += intercept
-    return np.maximum(values, 0, out=values) if is_ct else values
-
-
-def _dicom_frames(dataset: Any) -> int | None:
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    return frames if frames > 1 else None
-
-
-def _dicom_header(path: Path) -> ImageHeader:
-    import pydicom
-
-    dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=DICOM_TAGS)
-    patient = str(dataset.get("PatientID") or dataset.get("StudyInstanceUID") or "") or None
-    kind = dataset.get("SOPClassUID") or getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID")
-    name = pydicom.uid.UID(str(kind or "")).name
-    # An unknown kind is named by its number.
-    if name != kind and name and "Image" not in name:
-        raise NoImageError(f"a DICOM file of the kind {name}, not an image")
-    if "LOCALIZER" in (dataset.get("ImageType") or ()) and dataset.get("Modality") == "CT":
-        raise NoImageError("a CT localizer: a projection, not a slice")
-    if not (dataset.get("Rows") and dataset.get("Columns")):
-        raise ValueError("it holds no image size (not an image, or truncated)")
-    _check_decoder(dataset.file_meta.get("TransferSyntaxUID"))
-    shape = (int(dataset.Rows), int(dataset.Columns))
-    return ImageHeader("DICOM", shape, _dicom_frames(dataset), patient)
-
-
-def _check_decoder(syntax: Any) -> None:
-    from pydicom.pixels import get_decoder
-
-    if syntax is None or not syntax.is_compressed or syntax.name == "Deflated Explicit VR Little Endian":
-        return
-    decoder = get_decoder(syntax)
-    if not decoder.is_available:
-        needed = "; ".join(decoder.missing_dependencies)
-        raise ValueError(f"its pixels are compressed ({syntax.name}), which needs another package: {needed}")
+    image = Image.open(path, formats=["PNG"])
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        image.close()
+        raise ValueError(f"it is an animation of {frames} images")
+    return image
 
 
 def _read_png(path: Path) -> NDArray[Any]:
-    from PIL import Image
-
-    with Image.open(path, formats=["PNG"]) as image:
+    with _open_png(path) as image:
         with path.open("rb") as file:
             depth, colour = file.read(26)[24:26]
-        if depth == 16 and colour != 0:
+        if depth == 16 and (colour != 0 or "transparency" in image.info):
             raise ValueError("a PNG of 16 bits with colours or transparency; convert it to greyscale")
+        # Before that, chunks further down are not known.
+        image.load()
+        if "transparency" in image.info:
+            return np.asarray(image.convert("RGBA"))
         return np.asarray(image.convert("RGB") if image.mode == "P" else image)
 
 
-def _read_tiff(path: Path, frame: int | None) -> NDArray[Any]:
-    import tifffile
-
-    if frame is None:
-        return np.asarray(tifffile.imread(path))
-    with tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        frames = _layout(series.shape)[0]
-        _check_frame(frames, frame)
-        # Some stacks are described as one page.
-        if len(series.pages) != frames:
-            return _pick(series.asarray(), frame)
-        try:
-            return np.asarray(file.asarray(key=frame, series=0))
-        except IndexError:
-            raise ValueError(f"its pages end before frame {frame} (truncated)") from None
-
-
 def read_values(path: Path, array: str | None, frame: int | None) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Read what an image file holds, or one of several frames, colours and kinds of numbers as stored."""
+    """Read what an image file holds, or one of several frames, kinds of numbers as stored, and grey ones as such."""
     kind = format_of(path)
     if array is not None and kind != "NPZ":
         raise ValueError(f"a {kind} file has no named arrays")
     metadata: dict[str, Any] = {"unit": "as stored"}
     if kind == "DICOM":
-        values, metadata = _read_dicom(path, frame)
+        values, metadata = read_dicom(path, frame)
     elif kind == "PNG":
-        values = _pick(_read_png(path), frame)
+        values = pick(_read_png(path), frame)
     elif kind == "TIFF":
-        values = _read_tiff(path, frame)
+        layout = tiff_layout(path)
+        if frame is not None:
+            check_frame(math.prod(layout.stack) if layout.stack else None, frame)
+        values = read_tiff(path, frame)
+        metadata |= {"inverted": True} if layout.inverted else {}
+        metadata |= {"left_out": dict(layout.left_out)} if layout.left_out else {}
     elif kind == "NPY":
-        values = _pick(np.load(path, allow_pickle=False) if frame is None else map_npy(path), frame)
+        values = pick(map_npy(path), frame)
     else:
-        values = _pick(read_npz(path, array), frame)
+        values = pick(read_npz(path, array), frame)
     return grey(values), {"format": kind, **metadata}
 
 
 def read_header(path: Path, array: str | None = None) -> ImageHeader:
     """Read what a DICOM, TIFF, PNG, NPY or NPZ file says of its images, not the images.
 
+    Of images stored as colours the pixels are read, too, but for arrays: only they tell whether these are grey.
+
     Raises:
         OSError: Where the file is missing or unreadable.
-        NoImageError: For a DICOM file that is made to hold no image, or a CT localizer.
-        ValueError: For a header that is damaged, or of something else than images.
+        NoImageError: For a DICOM file that is made to hold no image, a CT localizer, a capture of the screen or an
+            image in colours.
+        ValueError: For a header that is damaged, or of something else than grey images.
     """
     kind = format_of(path)
     if kind == "DICOM":
-        return _dicom_header(path)
+        dataset = check_dicom(path)
+        frames, shape = frames_of(dataset), (int(dataset.Rows), int(dataset.Columns))
+        patient = str(dataset.get("PatientID") or dataset.get("StudyInstanceUID") or "") or None
+        of_frames = () if frames is None else (frames,)
+        warning = None
+        if dataset.get("Modality") == "CT" and not is_hounsfield(dataset):
+            warning = (
+                "a CT image without a rescale to Hounsfield units: its values are as stored, not in 1/mm"
+            )
+        return ImageHeader(kind, of_frames, [shape] * (frames or 1), patient, warning=warning)
     if kind == "PNG":
-        from PIL import Image
-
-        with Image.open(path, formats=["PNG"]) as image:
-            return ImageHeader(kind, (image.height, image.width), None)
+        with _open_png(path) as image:
+            shape, coloured = (image.height, image.width), image.mode not in ("1", "L", "I", "I;16", "I;16B")
+        if coloured:
+            grey(_read_png(path))
+        return ImageHeader(kind, (), [shape])
     if kind == "TIFF":
-        import tifffile
-
-        with tifffile.TiffFile(path) as file:
-            shape, dtype = file.series[0].shape, file.series[0].dtype
-    elif kind == "NPY":
-        values = map_npy(path)
-        shape, dtype = values.shape, values.dtype
+        layout = tiff_layout(path)
+        if layout.coloured:
+            for frame in range(math.prod(layout.stack)):
+                read_values(path, None, frame if layout.stack else None)
+        return ImageHeader(kind, layout.stack, layout.shapes, None, layout.left_out)
+    if kind == "NPY":
+        axes, dtype = map_npy(path).shape, map_npy(path).dtype
     else:
-        shape, dtype = npz_layout(path, lambda names: npz_name(names, array))
-    if dtype is None or dtype.kind not in "biufc":
+        axes, dtype = npz_layout(path, lambda names: npz_name(names, array))
+    if dtype.kind not in "biufc":
         raise ValueError(f"its values are {dtype}, not numbers")
-    frames, (height, width) = _layout(shape)
-    return ImageHeader(kind, (height, width), frames)
-
-
-def grey(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the one channel of a grey image that is stored as RGB, or with an opaque alpha channel."""
-    if values.ndim != 3 or values.shape[2] not in (2, 3, 4):
-        return values
-    if values.shape[2] in (2, 4):
-        if values.dtype.kind != "u" or np.any(values[..., -1] != np.iinfo(values.dtype).max):
-            raise ValueError("it has transparent pixels")
-        values = values[..., :-1]
-    if np.any(values != values[..., :1]):
-        raise ValueError("it is a colour image; a grey one is needed")
-    return values[..., 0]
+    stack, shape = _stack_of(axes)
+    return ImageHeader(kind, stack, [shape] * math.prod(stack))
 
 
 def read_image(path: PathLike, array: str | None = None, frame: int | None = None) -> ImageFile:
@@ -292,14 +214,17 @@ def read_image(path: PathLike, array: str | None = None, frame: int | None = Non
 
     .. math:: \mu = \mu_w (1 + \mathrm{HU} / 1000), \quad \mu_w = 0.02 / \mathrm{mm},
 
-    clipped at 0, from its Hounsfield units (stored values times rescale slope plus intercept); other values
-    are returned as stored. A grey image stored as RGB is returned as grey.
+    clipped at 0, from its Hounsfield units (stored values times rescale slope plus intercept). A missing slope is 1, a
+    missing intercept 0. The values of a CT file without either are not converted, nor are unsigned ones that a
+    rescale leaves as they are, unless it says that they are Hounsfield units; ``metadata["unit"]`` tells. Other values
+    are returned as stored, those of DICOM rescaled. A grey image stored as RGB, or through a palette, is returned as
+    grey; one whose low values are to be shown bright is not inverted. Axes of length one are dropped.
 
     Args:
         path: The file.
         array: Which array of an NPZ file; needed only where there are several.
-        frame: Which one of several, counted from 0: frame of a DICOM file, page of a TIFF file, entry along the first
-            axis of an array. None for a file with one image alone.
+        frame: Which one of several, counted from 0: frame of a DICOM file, page of a TIFF file (of a hyperstack, the
+            last axis running fastest), entry along the first axis of an array. None for a file with one image alone.
 
     Returns:
         The image ``(H, W)``, float32, and what the file says about it.
@@ -318,6 +243,8 @@ def read_image(path: PathLike, array: str | None = None, frame: int | None = Non
     path = Path(path)
     with naming(path):
         values, metadata = read_values(path, array, frame)
+        if values.ndim == 3 and len(values) == 1:
+            values = values[0]
         if values.ndim != 2 or 0 in values.shape:
             raise ValueError(f"it holds an array of shape {values.shape}, not a two-dimensional image")
         if values.dtype.kind not in "biuf":

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .cache import Store
 from .coils import centered_fft, espirit_maps, one_thread, remove_oversampling
-from .datasets import Files, group_of, stamp
-from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name, read_npz
+from .datasets import Files, group_of
+from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name, read_npz, stamp
 from .kspace import HDF5_SUFFIXES, KSpaceHeader, read_kspace, read_kspace_header, readout_oversampling
 from .samples import Sample, Samples
 

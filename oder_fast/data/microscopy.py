@@ -16,8 +16,15 @@ from torch import Tensor
 from .files import PathLike
 from .images import read_image
 
-LED_NAME = r"(?P<row>\d+)\D+(?P<col>\d+)\.tiff?$"
-"""Names of images of LEDs: they end in two numbers, the row and the column on the board."""
+_SIGNED = r"(?:\+|(?<![^\W_])-)?\d+"
+LED_NAME = rf"(?P<row>{_SIGNED})\D+?(?P<col>{_SIGNED})\.tiff?$"
+"""Names of images of LEDs: they end in two numbers, the row and the column on the board.
+
+A ``-`` after a word or a number is no sign: ``led-3-4.tif`` is row 3, column 4.
+"""
+
+_AMBIGUOUS = re.compile(r"(?:^|[\W_])[a-z]-$", re.IGNORECASE)
+"""What comes before a number that may be signed or not, as in ``x-3_y-4.tif``."""
 
 APERTURE_TOLERANCE = 1 + 1e-9
 """An LED on the edge of the aperture is kept, whatever the rounding of its sines."""
@@ -137,6 +144,10 @@ def _led(path: Path, pattern: re.Pattern[str]) -> tuple[int, int] | None:
     match = pattern.search(path.name)
     if match is None:
         return None
+    if pattern.pattern == LED_NAME and any(
+        _AMBIGUOUS.search(path.name[: match.start(group)]) for group in ("row", "col")
+    ):
+        raise ValueError(f"{path}: a - in its name may be a sign or not; give a pattern that says which")
     try:
         return int(match["row"]), int(match["col"])
     except (TypeError, ValueError):
@@ -151,7 +162,8 @@ def read_led_stack(source: PathLike | Iterable[PathLike], pattern: str = LED_NAM
     Args:
         source: A folder, whose files of other names are left out; or the files themselves.
         pattern: Regular expression to be found in the name of a file (not of its folder), with the groups ``row`` and
-            ``col``; upper and lower case are the same. As given, names end in two numbers, as in ``y16_x12.tif``.
+            ``col``; upper and lower case are the same. As given, names end in two numbers, as in ``y16_x12.tif`` or
+            ``led_-3_+4.tif``; a ``-`` right after a word or a number is no sign, and after a single letter refused.
 
     Returns:
         Images as stored, shape ``(L, H, W)``, float32; and the row and column of the LED of each, as the names say,

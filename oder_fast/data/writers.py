@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .dicom import WATER_ATTENUATION, dicom_header, is_hounsfield, pixel_spacing
 from .files import PathLike, atomic, first_bad, is_hdf5, naming
-from .images import WATER_ATTENUATION, format_of
+from .images import format_of
 from .kspace import read_kspace
-from .nifti import Size, is_nifti, nifti_affine, save_nifti
+from .nifti import Size, is_nifti, nifti_affine, nifti_voxel_size, save_nifti
 
 DESCRIPTION = "Regularization by denoising (oder_fast)"
 
@@ -160,8 +161,8 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
         with naming(how.like):
             source = _source_header(how.like, values.shape)
     header = _captured(how) if source is None else _derived(source, how)
-    is_ct = header.Modality == "CT"
-    if is_ct:
+    to_hounsfield = source is not None and is_hounsfield(source)
+    if to_hounsfield:
         values = 1000 * (values / WATER_ATTENUATION - 1)
     low, high = float(values.min()), float(values.max())
     # Numbers as they will be read, not as they were before they were cut to 16 characters.
@@ -184,10 +185,11 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
     header.BitsAllocated = header.BitsStored = 16
     header.HighBit, header.PixelRepresentation = 15, 0
     header.RescaleSlope, header.RescaleIntercept = slope, intercept
-    header.RescaleType = "HU" if is_ct else "US"
+    # Of CT, an unspecified unit would be taken for Hounsfield.
+    header.RescaleType = "HU" if to_hounsfield else "AS STORED" if header.Modality == "CT" else "US"
     if how.voxel_size is not None:
         header.PixelSpacing = [_decimal(size) for size in how.voxel_size[1:]]
-    if how.window is not None or not (is_ct and "WindowCenter" in header):
+    if how.window is not None or not (to_hounsfield and "WindowCenter" in header):
         window = how.window or (low, high if high > low else low + 1)
         header.WindowCenter, header.WindowWidth = _decimal(sum(window) / 2), _decimal(window[1] - window[0])
         # The usual function is not for widths below 1.
@@ -287,22 +289,20 @@ def writer_suffix(path: PathLike) -> str:
 
 def _voxel_size(like: Path) -> Size | None:
     """Return the size of voxels (slice, row, column) in mm that a file tells of."""
-    import pydicom
-
     with naming(like):
         if is_nifti(like):
-            column, row, between = (math.hypot(*axis) for axis in nifti_affine(like)[1][:3, :3].T)
-            return between, row, column
+            return nifti_voxel_size(like)
         if is_hdf5(like):
             size: Size | None = read_kspace(like, 0).metadata.get("voxel_size")
             return size
         if format_of(like) != "DICOM":
             return None
-        header = pydicom.dcmread(like, force=True, stop_before_pixels=True)
-        if "PixelSpacing" not in header:
+        header = dicom_header(like)[0]
+        spacing = pixel_spacing(header)
+        if spacing is None:
             return None
-        row, column = (float(value) for value in header.PixelSpacing)
-        return float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1), row, column
+        between = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1))
+        return between, *spacing
 
 
 def _check(values: Tensor, voxel_size: Size | None, window: tuple[float, float] | None, bits: int) -> None:
@@ -340,9 +340,9 @@ def write_image(
     - ``.dcm``, ``.dicom``: one slice in 16 bits, over a rescale slope and intercept that span its values. With a DICOM
       file `like`, its header is carried over (patient, study, frame of reference, geometry; without private elements
       and overlays), as a derived image in a new series; slices of one source series, written by one `run` with
-      one `description`, are one series again. Where that is CT, the image is taken to be the linear attenuation
-      coefficient in 1/mm that `read_image` returns, and becomes Hounsfield units. Without one, it is a Secondary
-      Capture with values as they are.
+      one `description`, are one series again. Where that is CT in Hounsfield units, the image is taken to be the linear
+      attenuation coefficient in 1/mm that `read_image` returns, and becomes Hounsfield units. Without one, it is a
+      Secondary Capture with values as they are.
     - ``.tif``, ``.tiff``: float32, a page for each slice, with the resolution where the pixel spacing is known.
     - ``.png``: one slice in grey, the `window` brought to all grey values; it is told in the text chunk ``Window``.
     - ``.npy``, ``.npz`` (the array ``image``): as it is.

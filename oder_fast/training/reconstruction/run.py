@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...data import atomic, collate, psnr, ssim, write_image
 from ...data.datasets import Scale
+from ...data.dicom import NoImageError
 from ...data.files import first_bad
-from ...data.images import NoImageError
 from ...data.writers import HOLD_VOLUMES
 from ...denoisers.call import as_channels
 from ...operators import CartesianMRI

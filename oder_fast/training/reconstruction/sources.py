@@ -22,7 +22,7 @@ from ...data.datasets import Scale
 from ...data.files import is_hdf5, naming
 from ...data.images import format_of
 from ...data.kspace import read_kspace_header, readout_oversampling
-from ...data.nifti import is_nifti
+from ...data.nifti import is_nifti, nifti_layout
 from ...operators import CartesianMRI
 from ..configuration import Configuration
 from ..scans import IDTScan, MRIScan, Scan
@@ -157,10 +157,8 @@ class Source:
 
     def _holds_complex(self, path: Path) -> bool:
         if is_nifti(path):
-            import nibabel
-
             with naming(path):
-                return bool(np.dtype(nibabel.load(path).get_data_dtype()).kind == "c")
+                return nifti_layout(path)[1].kind == "c"
         return format_of(path) not in ("DICOM", "PNG") and self._layout(path)[1]
 
     def _array(self, path: Path) -> str | None:
