@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,17 +25,18 @@ from oder_fast import (
     DEQRED,
     Anderson,
     CartesianMRI,
-    DiffractionTomography,
     DnCNN,
     GradientStep,
     Implicit,
     Nesterov,
     ParallelBeamCT,
-    ProximalStep,
     TotalVariation,
     UNet,
 )
-from oder_fast.data import add_gaussian_noise, birdcage_maps, psnr, random_ellipses, random_lines, read_image
+from oder_fast._demo import ct as ct_demo
+from oder_fast._demo import idt as idt_demo
+from oder_fast._demo import mri as mri_demo
+from oder_fast.data import add_gaussian_noise, birdcage_maps, psnr, random_ellipses, random_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::oder_fast.NotConvergedWarning", "ignore::UserWarning")
 
@@ -86,12 +88,26 @@ class Case:
     nonnegative: bool = False
 
     def model(self, **options):
-        options = {"tau": self.tau, "nonnegative": self.nonnegative, "on_failure": "ignore", "normalize": False, **options}
+        options = {
+            "tau": self.tau,
+            "nonnegative": self.nonnegative,
+            "on_failure": "ignore",
+            "normalize": False,
+            **options,
+        }
         return DEQRED(self.denoiser, **options)
 
     def reference(self):
         """The fixed point in double precision, seen to be that of both forms."""
-        exact = Case(self.name, double(self.denoiser), double(self.operator), double(self.y), self.truth, self.tau, self.nonnegative)
+        exact = Case(
+            self.name,
+            double(self.denoiser),
+            double(self.operator),
+            double(self.y),
+            self.truth,
+            self.tau,
+            self.nonnegative,
+        )
         solver = Anderson(400, 1e-6, memory=10)
         with torch.no_grad():
             solution = exact.model(solver=solver)(exact.y, exact.operator, return_solution=True)
@@ -107,30 +123,205 @@ class Case:
         with torch.no_grad():
             self.model(solver=solver, **options)(self.y, self.operator)
         found = [(calls, distance(image, reference)) for calls, image in TRACE]
-        return [next(((c.denoiser, c.operator) for c, d in found if d <= wanted), None) for wanted in distances]
+        return [
+            next(((c.denoiser, c.operator) for c, d in found if d <= wanted), None) for wanted in distances
+        ]
 
 
-def trained(kind):
-    """The denoiser that a demo trains."""
-    folder = os.environ.get("ODER_FAST_DEMOS")
-    path = Path(folder or tempfile.gettempdir() + "/oder-fast-demos") / kind
-    if not (path / "denoiser.pt").exists():
-        subprocess.run([sys.executable, "-m", "oder_fast.cli", "demo", kind, "--output", str(path)], check=True)
-    return torch.load(path / "denoiser.pt", weights_only=True), path
+def demo(kind):
+    """The denoiser that a demo trained, and the arrays it wrote."""
+    folder = Path(os.environ.get("ODER_FAST_DEMOS") or Path(tempfile.gettempdir()) / "oder-fast-demos") / kind
+    if not (folder / "denoiser.pt").exists():
+        command = [sys.executable, "-m", "oder_fast.cli", "demo", kind, "--output", str(folder)]
+        subprocess.run(command, check=True)
+    saved = torch.load(folder / "denoiser.pt", weights_only=True)
+    with np.load(folder / "arrays.npz") as arrays:
+        return saved, {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-def ct_case(views=45):
-    from pydicom import examples
-
-    saved, _ = trained("ct")
-    network = DnCNN(**saved["arguments"])
+def network_of(saved, kind=DnCNN):
+    network = kind(**saved["arguments"])
     network.load_state_dict(saved["state_dict"])
-    image = read_image(examples.get_path("ct")).image
-    image = image / image.max()
-    ct = ParallelBeamCT(tuple(image.shape), views)
-    y = add_gaussian_noise(ct(image[None]), 50, torch.Generator().manual_seed(1))
-    return Case("CT 128x128, 45 views, the demo's DnCNN", network.eval(), ct, y, image[None], 1 / 124)
+    return network.eval()
+
+
+def ct_case(nonnegative=False):
+    saved, arrays = demo("ct")
+    truth, y = arrays["truth"][None], arrays["sinogram"][None]
+    ct = ParallelBeamCT(tuple(truth.shape[1:]), y.shape[1], y.shape[2])
+    tau = ct_demo.TAU_PER_VIEW * ct.n_blocks / ct.norm_squared()
+    return Case(
+        f"CT {truth.shape[1]}x{truth.shape[2]}, {y.shape[1]} views",
+        network_of(saved),
+        ct,
+        y,
+        truth,
+        tau,
+        nonnegative,
+    )
+
+
+def mri_case():
+    saved, arrays = demo("mri")
+    mri = CartesianMRI(arrays["coil_maps"], arrays["mask"])
+    truth, y = arrays["truth"][None], arrays["kspace"][None]
+    name = f"MRI {truth.shape[1]}x{truth.shape[2]}, {y.shape[1]} coils, R = 4"
+    return Case(name, network_of(saved), mri, y, truth, mri_demo.TAU)
+
+
+def idt_case():
+    saved, arrays = demo("idt")
+    settings = SimpleNamespace(
+        slices=arrays["truth"].shape[0],
+        size=arrays["truth"].shape[1],
+        illuminations=arrays["intensities"].shape[0],
+    )
+    operator = idt_demo._microscope(settings, "auto")
+    truth, y = arrays["truth"][None] / idt_demo.UNIT, arrays["intensities"][None] / idt_demo.UNIT
+    name = f"IDT {tuple(truth.shape[1:])}, {y.shape[1]} illuminations"
+    return Case(name, network_of(saved), operator, y, truth.to(torch.complex64), idt_demo.TAU)
+
+
+DEMOS = {"ct": ct_case, "ct, x >= 0": lambda: ct_case(True), "mri": mri_case, "idt": idt_case}
 
 
 def told(calls):
     return ", ".join("-" if c is None else f"{c[0]} ({c[1]:.0f})" for c in calls)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_calls(report, one_thread, name):
+    """Denoiser calls, and in brackets operator calls, to 1e-2, 3e-3 and 1e-3 of the fixed point."""
+    case = DEMOS[name]()
+    reference = case.reference()
+    report.benchmark.pedantic(lambda: None)
+    fast = case.calls(reference, Traced(60, 1e-30))
+    slow = case.calls(reference, TracedNesterov(600, 1e-30), step=GradientStep())
+    start = time.perf_counter()
+    with torch.no_grad():
+        solution = case.model()(case.y, case.operator, return_solution=True)
+    seconds = time.perf_counter() - start
+    show = torch.abs if case.truth.is_complex() else lambda image: image
+    ends = [psnr(show(image[0]), show(case.truth[0])) for image in (solution.value, reference)]
+    report.add(
+        "fixed point",
+        "cpu",
+        case.name,
+        seconds,
+        note=f"to 1e-2, 3e-3, 1e-3: {told(fast)}; gradient form, Nesterov: {told(slow)}; the default settings end after "
+        f"{solution.denoiser_calls} ({solution.operator_calls:.0f}), {distance(solution.value, reference):.1e} away (told: "
+        f"{float(solution.distance):.1e}), {ends[0] - ends[1]:+.3f} dB from the fixed point's {ends[1]:.2f} dB",
+    )
+
+
+def gradient_in_image(case, image):
+    return (image - case.truth.to(image.dtype)) / image.numel()
+
+
+def weights_gradient(case, solver, adjoint, **options):
+    model = case.model(solver=solver, differentiation=Implicit(adjoint), **options)
+    model.zero_grad()
+    solution = model(case.y, case.operator, return_solution=True)
+    (solution.value - case.truth).abs().square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in case.denoiser.parameters()]), solution
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_gradient(report, one_thread, name):
+    """Products with the denoiser's transposed derivative to 10 % and 1 %, and the error of the weights' gradient."""
+    case = DEMOS[name]()
+    exact = Case(
+        case.name,
+        double(case.denoiser),
+        double(case.operator),
+        double(case.y),
+        double(case.truth),
+        case.tau,
+        case.nonnegative,
+    )
+    precise = Anderson(400, 1e-6, memory=10)
+    reference, solution = weights_gradient(exact, precise, precise)
+    u = solution.adjoint[-1].value.to(case.truth.dtype)
+    TRACE.clear()
+    weights_gradient(case, Anderson(400, 1e-5, memory=8), Traced(80, 1e-30, memory=8))
+    found = [(calls, distance(image, u)) for calls, image in TRACE]
+    to = [next(((c.denoiser, c.operator) for c, d in found if d <= wanted), None) for wanted in (0.1, 0.01)]
+    start = time.perf_counter()
+    gradient, solution = weights_gradient(case, None, None)
+    seconds = time.perf_counter() - start
+    adjoint = solution.adjoint[-1]
+    report.benchmark.pedantic(lambda: None)
+    report.add(
+        "gradient",
+        "cpu",
+        case.name,
+        seconds,
+        note=f"products to 10 %, 1 %: {told(to)}; the default settings take {solution.denoiser_calls} + "
+        f"{adjoint.denoiser_calls} products, error of the weights' gradient {distance(gradient, reference):.1e}",
+    )
+
+
+def test_mri_total_variation(report, one_thread):
+    """160 x 160, 8 coils, R = 4, total variation."""
+    g = torch.Generator().manual_seed(0)
+    x = random_ellipses(1, 160, g).to(torch.complex64)
+    mri = CartesianMRI(
+        birdcage_maps(8, (160, 160)), random_lines(160, 4, 0.08, torch.Generator().manual_seed(0))
+    )
+    y = add_gaussian_noise(mri(x), 40, g) * mri.mask[:, None]
+    case = Case(
+        "MRI 160x160, 8 coils, R = 4, total variation", TotalVariation(0.01, 1000, 1e-4), mri, y, x, 0.02
+    )
+    reference = case.reference()
+    report.benchmark.pedantic(lambda: None)
+    note = f"to 1e-2, 3e-3, 1e-3: {told(case.calls(reference, Traced(60, 1e-30)))}"
+    report.add("fixed point", "cpu", case.name, None, note=note)
+
+
+# ------------------------------------------------------------------ seconds, against 0.1 and deepinv
+
+SIZE, VIEWS, MINIBATCH, ITERATIONS, TAU = 256, 90, 30, 30, 0.002
+
+
+def unet_case():
+    """The official U-Net, made to contract, as training makes it: an untrained one does not."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    truth = random_ellipses(1, SIZE, g)
+    ct = ParallelBeamCT(SIZE, VIEWS)
+    return Case(
+        f"CT {SIZE}x{SIZE}, {VIEWS} views, U-Net",
+        UNet(),
+        ct,
+        add_gaussian_noise(ct(truth), 50, g),
+        truth,
+        TAU,
+        True,
+    )
+
+
+def seconds_to(case, reference, solver, wanted, **options):
+    """Seconds of a solve, of as many iterations as it takes to come so near."""
+    TRACE.clear()
+    with torch.no_grad():
+        case.model(solver=solver, **options)(case.y, case.operator)
+    n = next((k for k, (_, image) in enumerate(TRACE, 1) if distance(image, reference) <= wanted), None)
+    if n is None:
+        return None, None
+    start = time.perf_counter()
+    with torch.no_grad():
+        case.model(solver=replace(solver, max_iterations=n), **options)(case.y, case.operator)
+    return time.perf_counter() - start, n
+
+
+def test_solve_seconds(report, one_thread):
+    """A solve to 1e-2: the fast form against 0.1's default, the gradient form by Nesterov."""
+    case = unet_case()
+    reference = case.reference()
+    ours, n = seconds_to(case, reference, Traced(60, 1e-30), 1e-2)
+    theirs, m = seconds_to(case, reference, TracedNesterov(2000, 1e-30), 1e-2, step=GradientStep())
+    report.benchmark.pedantic(lambda: None)
+    peers = {"0.1's default": theirs} if theirs else {}
+    report.add(
+        "solve to 1e-2", "cpu", case.name, ours, peers=peers, note=f"{n} iterations, the gradient form {m}"
+    )
