@@ -47,29 +47,38 @@ def test_demo_prints_the_table(demo):
     _, (run, _) = demo
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert lines[0].split() == ["method", "PSNR", "(dB)", "SSIM", "seconds", "iterations"]
+    assert lines[0].split() == [
+        "method",
+        "PSNR",
+        "(dB)",
+        "SSIM",
+        "seconds",
+        *["denoiser", "calls", "operator", "calls"],
+    ]
     for line, method in zip(lines[1:7], METHODS, strict=True):
         assert line.startswith(method)
-        quality, similarity, seconds, iterations = line.split()[-4:]
+        quality, similarity, seconds, *calls = line.split()[-5:]
         assert 5 < float(quality) < 60
         assert -1 <= float(similarity) <= 1
         assert float(seconds) >= 0
-        assert iterations == "-" if method.startswith("FBP") else int(iterations) > 0
+        assert calls == ["-", "-"] if method.startswith("FBP") else min(map(int, calls)) > 0
     assert "dB from the best FBP" in lines[7]
     assert "Within the largest circle" in lines[8]
     assert lines[-1].startswith("Wrote ")
     for line, name in zip(lines[5:7], ("RED", "ODER"), strict=True):
+        calls = line.split()[-2]
         cut_short = any(
-            f"{name} reached its largest number of iterations, 300," in later for later in lines[9:]
+            f"{name} ended after {calls} denoiser calls, its largest" in later for later in lines[9:]
         )
-        assert cut_short == (line.split()[-1] == "300")
+        assert cut_short == (calls == {"RED": "100", "ODER": "400"}[name])
 
 
 def test_demo_shows_its_progress(demo):
     _, (run, _) = demo
     for text in (
         "20 x 24 pixels, 9 views, 50 dB; 3 views a step",
-        "train_denoiser",
+        "pre-training",
+        "training through the fixed point",
         "2/2",
         "step/s",
         "loss=",
@@ -102,7 +111,7 @@ def test_the_same_seed_gives_the_same_numbers(demo):
     (first, second), runs = demo
 
     def numbers(run):
-        return [line.split()[:-2] + line.split()[-1:] for line in run.stdout.splitlines()[:7]]
+        return [line.split()[:-3] + line.split()[-2:] for line in run.stdout.splitlines()[:7]]
 
     assert numbers(runs[0]) == numbers(runs[1])
     with np.load(first / "arrays.npz") as a, np.load(second / "arrays.npz") as b:
@@ -143,7 +152,7 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
 def test_an_interrupt_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch, capsys):
     image = torch.rand(16, 16)
     row = common.Row("FBP, ramp", image, image, 20.0, 0.5, 0.0)
-    solved = common.Row("RED", image, image, 20.0, 0.5, 0.0, 1, (20.0,), ([1], [0.1]))
+    solved = common.Row("RED", image, image, 20.0, 0.5, 0.0, 1, 3.0, (20.0,), (0.1,))
     rows = [row] * 4 + [solved] * 2
     result = ct._result("", rows, torch.rand(16, 16), torch.rand(3, 23), DnCNN(2, 2))
     monkeypatch.setattr(ct, "_compute", lambda *_: result)
@@ -330,10 +339,10 @@ def test_mri_prints_the_table(mri_demo):
         lines = run.stdout.splitlines()
         for line, method in zip(lines[1:4], MRI_METHODS, strict=True):
             assert line.startswith(method)
-            quality, similarity, _, iterations = line.split()[-4:]
+            quality, similarity, _, *calls = line.split()[-5:]
             assert 5 < float(quality) < 60
             assert -1 <= float(similarity) <= 1
-            assert iterations == "-" if method == "Zero-filled" else int(iterations) > 0
+            assert calls == ["-", "-"] if method == "Zero-filled" else min(map(int, calls)) > 0
         assert "dB from zero filling" in lines[4]
         assert setting in lines[4]
         assert f"64 x 64 pixels, 8 coils, {setting}, 30 dB; 3 coils a step" in run.stderr
@@ -454,10 +463,10 @@ def test_idt_prints_the_table(idt_demo):
         assert [line.split(",")[0] for line in lines[1:8]] == ["Tikhonov"] * 5 + ["RED", "ODER"]
         assert lines[7].startswith("ODER, 1 of 9 illuminations")
         for line in lines[1:8]:
-            quality, similarity, _, iterations = line.split()[-4:]
+            quality, similarity, _, *calls = line.split()[-5:]
             assert -20 < float(quality) < 60
             assert -1 <= float(similarity) <= 1
-            assert iterations == "-" if line.startswith("Tikhonov") else int(iterations) > 0
+            assert calls == ["-", "-"] if line.startswith("Tikhonov") else min(map(int, calls)) > 0
         assert "dB from the best Tikhonov" in lines[8]
         assert "The absorption is at" in lines[9]
         assert "A gradient of the data fidelity takes" in lines[10]
@@ -506,18 +515,18 @@ def test_the_demo_without_a_name_is_that_of_ct(monkeypatch, arguments):
 def test_the_summary_tells_of_solves_cut_short_and_of_peaks():
     image = torch.zeros(16, 16)
     good = common.Row(
-        "RED, all", image, image, 30.0, 0.5, 0.0, 9, (20.0, 30.05), ([9], [1e-6]), tolerance=1e-5
+        "RED, all", image, image, 30.0, 0.5, 0.0, 9, 40.0, (20.0, 30.05), (0.2, 1e-4), True, 5e-4
     )
     assert common._caveats([good]) == []
     bad = common.Row(
-        "ODER, 1", image, image, 28.0, 0.5, 0.0, 9, (20.0, 29.0, 28.0), ([9], [2e-3]), False, 1e-5
+        "ODER, 1", image, image, 28.0, 0.5, 0.0, 9, 3.0, (20.0, 29.0, 28.0), (0.2, 0.1), False, 2e-3
     )
     cut_short, peak = common._caveats([good, bad])
     assert (
-        "ODER reached its largest number of iterations, 9, at a residual of 2.0e-03 (wanted: 1e-05)"
-        in cut_short
+        "ODER ended after 9 denoiser calls, its largest number, at an estimated relative distance of 2.0e-03 (wanted: "
+        "1e-03)" in cut_short
     )
-    assert "On its way ODER had 29.00 dB (iteration 1); it ends at 28.00 dB" in peak
+    assert "On its way ODER had 29.00 dB (after 1 denoiser calls); it ends at 28.00 dB" in peak
 
 
 def test_info_and_version(capsys):

@@ -370,7 +370,7 @@ FIRST = "denoiser.layers.0.weight"
         (lambda s: without(s, "image_shape"), "missing key image_shape"),
         (lambda s: s | {"format": "x"}, "its format is no number"),
         (lambda s: s | {"format": 3}, "of format 3, and this version of oder_fast reads up to 2"),
-        (lambda s: s | {"format": 1, "configuration": []}, "configuration: .* must hold settings by name"),
+        (lambda s: s | {"format": 1, "configuration": []}, "configuration: must hold settings by name"),
         (lambda s: s | {"ema": [1]}, "ema: must hold settings by name"),
         (lambda s: s | {"model": {1: torch.ones(1)}}, "model.1.*valid string"),
         (lambda s: s | {"model": {"a": 1}}, "model.a: .*Tensor"),
@@ -505,7 +505,12 @@ def test_checkpoints_of_the_first_version_reconstruct_and_are_not_resumed(whole,
         ConfigurationError, match=r"of version 0\.1, .*: begin another run, .* \(denoiser.weights="
     ):
         train(tmp_path, resume=True)
-    another = train(tmp_path / "b", f"denoiser.weights={tmp_path / whole.last.name}", "pretraining.steps=1")
+    another = train(
+        tmp_path / "b",
+        f"denoiser.weights={tmp_path / whole.last.name}",
+        "pretraining.steps=1",
+        "training.steps=0",
+    )
     assert load_checkpoint(another.last)["format"] == 2
     torch.save(with_configuration(old, "red", value=OLD | {"tau": 0.0}), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"red\.tau: input should be greater than 0, got 0"):
@@ -538,7 +543,8 @@ def test_the_fixed_point_of_a_configuration(section, step, solver, differentiati
     for trained in (False, True):
         model = make_model(DnCNN(2, 2), RED(tau=0.3, train_tau=trained, **section), True)
         assert (model.step, model.solver, model.differentiation) == (step, solver, differentiation)
-        assert (model.nonnegative, model.normalize, float(model.tau)) == (True, False, pytest.approx(0.3))
+        assert (model.nonnegative, model.normalize) == (True, False)
+        assert torch.as_tensor(model.tau).item() == pytest.approx(0.3)
         assert ("log_tau" in model.state_dict()) == trained
 
 
