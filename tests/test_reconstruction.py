@@ -653,7 +653,7 @@ def test_lines_of_a_ledger_that_are_damaged_are_done_again(tmp_path, ct, damage)
         save(tmp_path / f"in/{k}.npy", sinograms(2)[k])
     reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
     path = tmp_path / "out/reconstructed.jsonl"
-    head, first, second, _ = path.read_text().split("\n")
+    head, _, second, _ = path.read_text().split("\n")
     path.write_bytes(os.fsencode("\n".join((head, damage, second))))
     report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
     assert (report.done, report.skipped) == (["0.npy"], ["1.npy"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import math
 import os
 import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,8 +96,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: Where it cannot be written; an older file of that name stays as it was.
     """
+    # Into memory first: of a disk that is full torch tells with an error of its own.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
     with atomic(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     # The renaming too is to outlive a crash of the machine.
@@ -194,8 +199,11 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Keep other runs out of a folder, which is made; the lock ends with the process at the latest.
+
+    Yields:
+        Raises an OSError where the folder was removed since, and another run may be at work in one of its name.
 
     Raises:
         OSError: Where the folder cannot be made.
@@ -206,7 +214,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"output {folder}: cannot be made a folder: {error.strerror}") from error
     if rank() != 0:
-        yield
+        yield lambda: None
         return
     try:
         file = (folder / ".lock").open("w")
@@ -220,7 +228,12 @@ def locked(folder: Path) -> Iterator[None]:
             raise CheckpointError(f"output {folder}: another run is at work in it") from error
         except OSError:
             pass  # some network file systems know no locks
-        yield
+
+        def require_folder() -> None:
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise OSError(errno.ENOENT, "it was removed while the run was at work in it")
+
+        yield require_folder
 
 
 def require_room(folder: Path, size: int) -> None:
