@@ -159,6 +159,8 @@ def read_tensors(path: Path) -> Any:
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, as best.pt")
+    with path.open("rb"):
+        pass
     try:
         # Formats before torch 1.6 are no archives.
         if zipfile.is_zipfile(path):
@@ -171,10 +173,6 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
 
