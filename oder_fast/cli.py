@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -29,6 +30,12 @@ def _whole_number(least: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def _decibels(text: str) -> float:
@@ -107,6 +114,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
     from .training import RunError, reconstruct_files
+    from .training.reconstruction.jobs import escaped
 
     options = {name: value for name, value in vars(arguments).items() if name != "run"}
     try:
@@ -131,11 +139,11 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     if report.not_converged:
         print(
             f"oder-fast: {len(report.not_converged)} did not converge (raise --max-iterations or --tolerance): "
-            f"{', '.join(report.not_converged)}",
+            f"{', '.join(map(escaped, report.not_converged))}",
             file=sys.stderr,
         )
     for name, reason in report.failed.items():
-        print(f"oder-fast: failed: {name}: {reason}", file=sys.stderr)
+        print(f"oder-fast: failed: {escaped(name)}: {escaped(reason)}", file=sys.stderr)
     return 1 if report.failed else 0
 
 
@@ -180,12 +188,12 @@ def _parser() -> argparse.ArgumentParser:
             "processes: torchrun --nproc-per-node N -m oder_fast.cli train ..."
         ),
     )
-    train.add_argument("configuration", type=Path, metavar="FILE", help="YAML or TOML file")
+    train.add_argument("configuration", type=_path, metavar="FILE", help="YAML or TOML file")
     train.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="wins over the file's, as training.steps=500"
     )
     train.add_argument("--set", dest="more", nargs="*", default=[], help=argparse.SUPPRESS)
-    train.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: the file's)")
+    train.add_argument("--output", type=_path, metavar="FOLDER", help="where to write (default: the file's)")
     train.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
     )
@@ -207,15 +215,17 @@ def _add_reconstruct(commands: Any) -> None:
         ),
         epilog="Exit status: 0 all done, 1 some failed, 2 bad input before the start, 130 interrupted.",
     )
-    to.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="as best.pt in the folder of the run")
+    to.add_argument(
+        "checkpoint", type=_path, metavar="CHECKPOINT", help="as best.pt in the folder of the run"
+    )
     to.add_argument(
         "inputs",
-        type=Path,
+        type=_path,
         nargs="+",
         metavar="INPUT",
         help="files or folders: NPY, NPZ, TIFF, HDF5 (fastMRI, ISMRMRD); with --simulate DICOM, PNG, NIfTI",
     )
-    to.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="where to write")
+    to.add_argument("--output", type=_path, metavar="FOLDER", required=True, help="where to write")
     to.add_argument(
         "--format",
         choices=("dicom", "tiff", "png", "npy", "npz", "nifti"),
@@ -248,7 +258,7 @@ def _add_reconstruct(commands: Any) -> None:
         help="class to import, of a checkpoint whose denoiser is not of this package",
     )
     to.add_argument("--array", metavar="NAME", help="array of NPZ and HDF5 files that hold several")
-    to.add_argument("--maps", type=Path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
+    to.add_argument("--maps", type=_path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
     to.add_argument(
         "--normalize", action="store_true", help="divide intensities by their background, and subtract 1"
     )
@@ -319,8 +329,8 @@ def _add_demos(demos: Any) -> None:
         to.add_argument(name, type=read, metavar=metavar, help=shown, default=default)
 
     formats = "DICOM, TIFF, PNG, NPY or NPZ image"
-    option(ct, "--input", Path, "FILE", f"{formats} (default: the CT slice of pydicom)")
-    option(mri, "--input", Path, "FILE", f"{formats}, or NIfTI (default: the MR slice of pydicom)")
+    option(ct, "--input", _path, "FILE", f"{formats} (default: the CT slice of pydicom)")
+    option(mri, "--input", _path, "FILE", f"{formats}, or NIfTI (default: the MR slice of pydicom)")
     mri.add_argument("--phantom", action="store_true", help="image a brain-like phantom instead")
     option(mri, "--slice", _whole_number(0), "N", "slice of a NIfTI volume (default: the middle one)")
     option(mri, "--size", _whole_number(16), "N", "longest side in pixels; larger images are reduced", 256)
@@ -331,7 +341,7 @@ def _add_demos(demos: Any) -> None:
         (mri, "oder-fast-demo-mri"),
         (idt, "oder-fast-demo-idt"),
     ):
-        option(demo, "--output", Path, "FOLDER", "where to write", Path(folder))
+        option(demo, "--output", _path, "FOLDER", "where to write", Path(folder))
     option(ct, "--views", _whole_number(1), "N", "views, spread over 180 degrees", 45)
     option(ct, "--minibatch", _whole_number(1), "N", "views a step in ODER (default: a third of the views)")
     option(ct, "--snr", _decibels, "DB", "signal-to-noise ratio of the scan", 50.0)
@@ -388,6 +398,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(given[k] for k in settings),
         ]
     arguments = _parser().parse_args(given)
+    # Names of folders may hold what an output cannot show.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:

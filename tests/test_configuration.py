@@ -12,6 +12,7 @@ import torch
 from oder_fast.training import ConfigurationError, l1_loss, mse_loss, read_configuration, ssim_loss
 from oder_fast.training.configuration import CT, IDT, MRI, differences
 from oder_fast.training.losses import total_loss
+from oder_fast.training.scans import make_scan
 
 LEAST = {"operator": {"kind": "ct"}, "data": {"phantoms": {"kind": "ellipses"}}}
 LENSES = {
@@ -110,6 +111,98 @@ def test_files_that_are_refused(tmp_path, name, text, message):
 def test_what_is_refused(override, message):
     with pytest.raises(ConfigurationError, match=message):
         read_configuration(LEAST, [override])
+
+
+LAUGHS = "a0: &a0 [x, x, x]\n" + "".join(
+    f"a{k + 1}: &a{k + 1} [{', '.join([f'*a{k}'] * 9)}]\n" for k in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2", "not YAML: line 2: seed is set twice"),
+        ("data: {workers: 1, 'workers': 2}", "line 1: workers is set twice"),
+        (LAUGHS, "must hold at most 100000 values, at most 32 deep"),
+        ("operator: &a [*a]", "must hold at most 100000 values, at most 32 deep"),
+        ("&a {operator: *a}", "must hold at most 100000 values, at most 32 deep"),
+        (f"a: {{{', '.join(f'k{k}: 1' for k in range(1001))}}}", "line 1: over 1000 keys"),
+        ("[" * 2000, "not YAML: maximum recursion depth"),
+        ("seed: " + "1" * 5000, "not YAML: Exceeds the limit"),
+        ("seed: " + "1" * 30, "holds a whole number of more than 64 bits"),
+        ("seed: 2020-13-45", "not YAML: month must be in 1..12"),
+        ("a: \0", "not YAML: unacceptable character"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: could not determine a constructor"),
+        (b"a: h\xe9las", "not YAML: 'utf-8' codec"),
+    ],
+)
+def test_yaml_that_is_refused_in_a_sentence(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        read_configuration(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_yaml_with_keys_that_are_merged(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "operator: {kind: ct}\ndata: {phantoms: {kind: ellipses}}\n"
+        "pretraining: &stage {steps: 3, batch_size: 2}\ntraining: {<<: *stage, steps: 4}\n"
+    )
+    read = read_configuration(tmp_path / "a.yaml")
+    assert (read.training.steps, read.training.batch_size) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "operator.angles=65537",
+        "operator.angles=[]",
+        "operator.n_bins=65537",
+        "operator.snr=1000",
+        "operator={kind: mri, coils: 1025}",
+        "operator={kind: mri, spokes: 65537}",
+        "data.phantoms.size=16385",
+        "data.phantoms.n=1000001",
+        "data.patch=16385",
+        "data.workers=1025",
+        "denoiser={kind: dncnn, options: {depth: 257}}",
+        "denoiser={kind: unet, options: {channels: [4, 8192]}}",
+        "denoiser={kind: drunet, options: {blocks: 65}}",
+        "denoiser={kind: drunet, options: {channels: [4, 4, 4, 4, 4, 4, 4, 4, 4]}}",
+        "red.minibatch_size=65537",
+        "red.max_iterations=100001",
+        "red.adjoint_iterations=100001",
+        "training.steps=1000000001",
+        "training.batch_size=65537",
+        "validation.images=101",
+        "checkpoints.keep=10001",
+        "threads=1025",
+        "timeout=1e300",
+        "output=''",
+        'output="a\\0b"',
+        "data.cache=''",
+        "denoiser.weights=''",
+    ],
+)
+def test_numbers_and_names_have_bounds(override):
+    with pytest.raises(ConfigurationError):
+        read_configuration(LEAST, [override])
+
+
+def test_a_long_list_of_mistakes_is_cut_short():
+    with pytest.raises(ConfigurationError) as caught:
+        read_configuration(LEAST | {f"x{k}": 1 for k in range(100)})
+    assert str(caught.value).endswith("and 80 more")
+
+
+def test_sizes_that_come_of_several_settings():
+    with pytest.raises(ValueError, match=r"CT: sinograms \(V, D\): must have at most 2147483648 values"):
+        make_scan(CT(bin_spacing=1e-9)).operator((16, 16))
+    with pytest.raises(ValueError, match=r"MRI: coil maps \(C, H, W\): must have"):
+        make_scan(MRI(coils=1024)).operator((2**14, 2**14))
+    with pytest.raises(ValueError, match=r"IDT: transfer functions \(L, Z, H, W\): must have"):
+        make_scan(IDT(**LENSES)).operator((2, 2**14, 2**14))
 
 
 def test_all_mistakes_are_told_at_once_and_the_caller_s_tree_stays():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -622,6 +623,150 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, ct):
     assert (again.done, len(again.skipped)) == ([], 12)
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: bytes(len(b)), lambda b: b""])
+def test_an_output_that_was_damaged_is_done_again(tmp_path, ct, damage):
+    for k in range(2):
+        save(tmp_path / f"in/{k}.npy", sinograms(2)[k])
+    reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
+    path = tmp_path / "out/1.tif"
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
+    assert (report.done, report.skipped) == (["1.npy"], ["0.npy"])
+    np.testing.assert_array_equal(tifffile.imread(path), tifffile.imread(io.BytesIO(before)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[]",
+        "3",
+        '{"file": "0.npy"}',
+        '{"file": "0.npy", "outputs": [], "digests": []}',
+        "[" * 100_000,
+        "1" * 5000,
+        "\udcff\0",
+    ],
+)
+def test_lines_of_a_ledger_that_are_damaged_are_done_again(tmp_path, ct, damage):
+    for k in range(2):
+        save(tmp_path / f"in/{k}.npy", sinograms(2)[k])
+    reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
+    path = tmp_path / "out/reconstructed.jsonl"
+    head, _, second, _ = path.read_text().split("\n")
+    path.write_bytes(os.fsencode("\n".join((head, damage, second))))
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
+    assert (report.done, report.skipped) == (["0.npy"], ["1.npy"])
+
+
+@pytest.mark.parametrize("damage", ["[]", "\udcff\0"])
+def test_a_ledger_without_its_first_line_stays_as_it_is(tmp_path, ct, damage):
+    file = save(tmp_path / "y.npy", sinograms(1)[0])
+    reconstruct(ct, file, tmp_path / "out")
+    path = tmp_path / "out/reconstructed.jsonl"
+    head, first, _ = path.read_text().split("\n")
+    path.write_bytes(os.fsencode("\n".join((damage, first, ""))))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"jsonl: its first line, .* is damaged; choose another output"):
+        reconstruct(ct, file, tmp_path / "out")
+    assert path.read_bytes() == before
+    assert reconstruct(ct, file, tmp_path / "out", overwrite=True).done == ["y.npy"]
+    # What a crash left of the first line.
+    path.write_text(head[:20])
+    assert reconstruct(ct, file, tmp_path / "out").done == ["y.npy"]
+
+
+def test_what_is_in_a_folder_of_something_else_stays(tmp_path, ct):
+    path = save(tmp_path / "y.npy", sinograms(1)[0])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/reconstructed.jsonl").write_text("of another program\n")
+    (tmp_path / "out/.keys-0123456789abcdef.txt").write_text("mine")
+    with pytest.raises(InputError, match="is damaged"):
+        reconstruct(ct, path, tmp_path / "out")
+    assert tree(tmp_path / "out") == [".keys-0123456789abcdef.txt", "reconstructed.jsonl"]
+
+
+def test_an_output_folder_that_is_removed(tmp_path, ct, monkeypatch):
+    for k in range(3):
+        save(tmp_path / f"in/{k}.npy", sinograms(3)[k])
+    solve, seen = reconstruction._Run.solve, []
+
+    def removing(self, items):
+        seen.append(1)
+        if len(seen) == 2:
+            shutil.rmtree(tmp_path / "out")
+        return solve(self, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction._Run, "solve", removing)
+        with pytest.raises(RunError, match="out: was removed while the run wrote to it"):
+            reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=1)
+    assert len(reconstruct(ct, tmp_path / "in", tmp_path / "out").done) == 3
+
+
+NAMES = [
+    os.fsdecode(b"h\xe9las"),
+    "two\nlines",
+    "tab\there",
+    "back\\slash",
+    "\x1b[31mred",
+    "\u2028",
+    "漢字 é",
+    '"',
+]
+
+
+def recovered(text):
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def test_names_of_any_bytes(tmp_path, ct, capsys):
+    y = sinograms(1)[0]
+    for name in NAMES:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"bad {name}.npy").write_bytes(b"junk")
+        np.save(tmp_path / "in" / f"good {name}.npy", y)
+    call = ["reconstruct", str(ct), str(tmp_path / "in"), "--output", str(tmp_path / NAMES[0])]
+    assert main(call) == 1
+    assert all(line.isprintable() for line in capsys.readouterr().err.rpartition("\r")[2].splitlines())
+    lines = (tmp_path / NAMES[0] / "failed.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(recovered(line.split("\t")[0]) for line in lines) == sorted(f"bad {n}.npy" for n in NAMES)
+    assert main(call) == 1
+    assert (
+        f"Reconstructed 0 of {2 * len(NAMES)} files, {len(NAMES)} were done before" in capsys.readouterr().out
+    )
+    assert {p.name for p in (tmp_path / NAMES[0]).glob("*.tif")} == {f"good {n}.tif" for n in NAMES}
+
+
+def test_names_of_any_bytes_in_the_table_of_quality(tmp_path, ct):
+    for name in NAMES[:2]:
+        save(tmp_path / f"in/{name}.npy", ellipses(1)[0])
+    reconstruct(ct, tmp_path / "in", tmp_path / "out", simulate=True)
+    lines = (tmp_path / "out/quality.csv").read_text(encoding="utf-8").splitlines()
+    assert {recovered(line.split(",")[0]) for line in lines[1:3]} == {f"{n}.npy" for n in NAMES[:2]}
+
+
+def test_names_as_long_as_a_file_system_takes(tmp_path, ct):
+    long = "é" * 100 + "n" * 51
+    save(tmp_path / f"in/{long}.npy", sinograms(1)[0])
+    save(tmp_path / "in/short.npy", sinograms(1)[0])
+    assert len(os.fsencode(f"{long}.npy")) == 255
+    assert reconstruct(ct, tmp_path / "in", tmp_path / "out").failed == {}
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "nifti", format="nifti")
+    assert report.done == ["short.npy"]
+    assert "File name too long" in report.failed[f"{long}.npy"]
+    assert (tmp_path / "nifti/failed.txt").read_text(encoding="utf-8").startswith(f"{long}.npy\t")
+
+
+def test_files_of_one_name_that_fail_are_both_listed(tmp_path, ct):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.npy").write_bytes(b"junk")
+    good = save(tmp_path / "y.npy", sinograms(1)[0])
+    report = reconstruct(ct, [tmp_path / "a", tmp_path / "b", good], tmp_path / "out")
+    assert [*report.failed] == ["x.npy", str(tmp_path / "b/x.npy")]
+
+
 def test_interrupted(tmp_path, ct, monkeypatch, capsys):
     for k in range(3):
         save(tmp_path / f"in/{k}.npy", sinograms(3)[k])
@@ -717,6 +862,20 @@ def test_bad_checkpoints(tmp_path, ct, capsys):
         assert main(["reconstruct", str(checkpoint), str(path), "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--output=", "--maps="])
+def test_empty_names_are_refused(tmp_path, ct, capsys, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "y.npy", sinograms(1)[0])
+    with pytest.raises(SystemExit) as stop:
+        main(["reconstruct", str(ct), "y.npy", "--output", "out", option])
+    assert stop.value.code == 2
+    assert "must not be empty" in capsys.readouterr().err
+    for inputs, output in ((path, ""), ("", tmp_path / "out"), ([""], tmp_path / "out")):
+        with pytest.raises(InputError, match="must be names of files and folders, got ''"):
+            reconstruct(ct, inputs, output)
+    assert [p.name for p in tmp_path.iterdir()] == ["y.npy"]
 
 
 def test_bad_inputs(tmp_path, ct, mri):

@@ -319,6 +319,17 @@ def test_what_is_no_checkpoint(tmp_path, content):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("missing", [1, 200, 10_000])
+def test_a_checkpoint_that_is_truncated_is_passed_over(whole, tmp_path, missing):
+    whole_one = tmp_path / "checkpoint-0-00000008.pt"
+    whole_one.write_bytes((whole.last.parent / whole_one.name).read_bytes())
+    path = tmp_path / whole.last.name
+    path.write_bytes(whole.last.read_bytes()[:-missing])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+    assert newest_checkpoint(tmp_path)[0] == whole_one
+
+
 def test_checkpoints_run_no_code(tmp_path):
     class Evil:
         def __reduce__(self):

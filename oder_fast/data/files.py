@@ -113,7 +113,8 @@ def atomic(path: PathLike) -> Iterator[Path]:
         ['result.txt']
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:16]}{path.suffix}")
+    # Not longer than a file system takes, where the name itself is not.
+    temporary = path.with_name(f".{path.stem[:50]}-{uuid.uuid4().hex[:16]}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import math
 import os
 import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,8 +100,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: Where it cannot be written; an older file of that name stays as it was.
     """
+    # Into memory first: of a disk that is full torch tells with an error of its own.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
     with atomic(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     # The renaming too is to outlive a crash of the machine.
@@ -176,6 +181,8 @@ def read_tensors(path: Path) -> Any:
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, as best.pt")
+    with path.open("rb"):
+        pass
     try:
         # Formats before torch 1.6 are no archives.
         if zipfile.is_zipfile(path):
@@ -188,10 +195,6 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from error
 
@@ -216,8 +219,11 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Keep other runs out of a folder, which is made; the lock ends with the process at the latest.
+
+    Yields:
+        Raises an OSError where the folder was removed since, and another run may be at work in one of its name.
 
     Raises:
         OSError: Where the folder cannot be made.
@@ -228,7 +234,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"output {folder}: cannot be made a folder: {error.strerror}") from error
     if rank() != 0:
-        yield
+        yield lambda: None
         return
     try:
         file = (folder / ".lock").open("w")
@@ -242,7 +248,12 @@ def locked(folder: Path) -> Iterator[None]:
             raise CheckpointError(f"output {folder}: another run is at work in it") from error
         except OSError:
             pass  # some network file systems know no locks
-        yield
+
+        def require_folder() -> None:
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise OSError(errno.ENOENT, "it was removed while the run was at work in it")
+
+        yield require_folder
 
 
 def require_room(folder: Path, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,9 @@ class Table:
 
     def add(self, row: Mapping[str, Value]) -> None:
         """Write a line; a column without a value stays empty."""
-        with self.path.open("a", newline="") as file:
+        # One that was removed is not begun anew, without its header.
+        with self.path.open("r+", newline="") as file:
+            file.seek(0, os.SEEK_END)
             csv.writer(file).writerow([_plain(row.get(c)) for c in self.columns])
 
     def rows(self) -> list[dict[str, float]]:

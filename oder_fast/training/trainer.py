@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -687,11 +687,11 @@ class Trainer:
             with (
                 process_group(self.device, self.configuration.timeout),
                 _Stop() as stop,
-                locked(self.folder),
+                locked(self.folder) as require_folder,
             ):
                 self._begin(resume)
                 try:
-                    return self._run(stop)
+                    return self._run(stop, require_folder)
                 except OSError as error:
                     raise self._broken_off(
                         f"{self.folder}: cannot be written any more: {error.strerror or error}"
@@ -715,12 +715,12 @@ class Trainer:
             f"{reason}; the newest checkpoint is {whole}; mend it, and go on with --resume (resume=True)"
         )
 
-    def _run(self, stop: _Stop) -> Outcome:
+    def _run(self, stop: _Stop, require_folder: Callable[[], None]) -> Outcome:
         position = self.position
         self.model.train()
         reason = None
         while reason is None:
-            reason = self._run_stage(stop)
+            reason = self._run_stage(stop, require_folder)
             if reason is None and position.stage == 0:
                 position.stage, position.step, position.waiting = 1, 0, 0
                 self._begin_stage()
@@ -735,7 +735,7 @@ class Trainer:
         quality = position.best if math.isfinite(position.best) else math.nan
         return Outcome(best if best.exists() else None, last, quality, reason)
 
-    def _run_stage(self, stop: _Stop) -> str | None:
+    def _run_stage(self, stop: _Stop, require_folder: Callable[[], None]) -> str | None:
         """Take the steps of a stage; return why the run is to end, or None where the stage is done."""
         position, section = self.position, self.stages[self.position.stage]
         every, watch = self.configuration.checkpoints.every, self.configuration.validation
@@ -749,6 +749,7 @@ class Trainer:
             while position.step < section.steps:
                 start = time.perf_counter()
                 row = self._step(*self._load(loader))
+                require_folder()
                 position.step += 1
                 position.seconds += time.perf_counter() - start
                 where = {"stage": position.stage, "step": position.step, "seconds": position.seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from ...data.datasets import IMAGE_SUFFIXES, Scale, is_image
 from ...data.images import DICOM_SUFFIXES
 from ...data.kspace import HDF5_SUFFIXES
 from ...data.nifti import NIFTI_SUFFIXES
+from ..configuration import MOST_PIXELS
 
 Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
 Part = Literal["magnitude", "phase", "real", "imaginary"]
@@ -43,8 +45,11 @@ class Choices:
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise InputError(f"{name}: must be one of {', '.join(get_args(kind))}, got {value!r}")
-        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
-            raise InputError(f"image_size: must be rows and columns, at least 1, got {self.image_size}")
+        size = self.image_size
+        if size is not None and (len(size) != 2 or min(size) < 1 or math.prod(size) > MOST_PIXELS):
+            raise InputError(
+                f"image_size: must be rows and columns, at least 1 and at most {MOST_PIXELS} pixels, got {size}"
+            )
         if isinstance(self.scale, str) or self.scale is None:
             if self.scale not in (None, "slice", "none"):
                 raise InputError(f"scale: must be slice, none or a window, got {self.scale!r}")
@@ -158,9 +163,23 @@ class Solved(NamedTuple):
     quality: list[float] | None
 
 
+def escaped(text: str) -> str:
+    r"""Return a text on one line of UTF-8, whatever characters and bytes a name holds.
+
+    Backslashes, characters that are not printed and bytes that are not UTF-8 are written as in JSON and Python: ``\\``,
+    ``\n``, ``\udce9`` for the byte E9. ``text.encode("latin-1", "backslashreplace").decode("unicode_escape")`` gives
+    the name back.
+
+    Example:
+        >>> print(escaped("h\udce9las\n"), escaped("Zähne 1"))
+        h\udce9las\n Zähne 1
+    """
+    return "".join(c if c.isprintable() and c != "\\" else json.dumps(c)[1:-1] for c in text)
+
+
 def reason_of(error: Exception, path: Path) -> str:
     """Return what went wrong with a file, in a line without its name."""
-    said = " ".join(str(error).split()).removeprefix(f"{path}: ")
+    said = " ".join(str(error).removeprefix(f"{path}: ").split())
     known = isinstance(error, (ValueError, OSError, RuntimeError))
     return said if known and said else f"{type(error).__name__}: {said}"
 

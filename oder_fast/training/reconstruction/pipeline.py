@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..logs import live_line
 from ..trainer import RunError
-from .jobs import Item, Job, Solved, reason_of
+from .jobs import Item, Job, Solved, escaped, reason_of
 from .ledger import Ledger
 
 NO_MORE_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -107,7 +107,7 @@ class Pipeline:
             job.failed = reason_of(error, job.path)
             self.bar.update(job.count - len(job.images))
             if self.progress:
-                tqdm.write(f"oder-fast: {job.name}: {job.failed}", file=sys.stderr)
+                tqdm.write(f"oder-fast: {escaped(job.name)}: {job.failed}", file=sys.stderr)
         job.images.clear()
 
     def _flush(self) -> None:

@@ -38,6 +38,7 @@ from .jobs import (
     Job,
     Part,
     Solved,
+    escaped,
     find_files,
     is_picture,
     name_outputs,
@@ -65,6 +66,9 @@ PARTS = {
     "imaginary": torch.imag,
 }
 FAILED = "failed.txt"
+
+MOST = 1024
+"""Images solved together, threads."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,12 @@ def reconstruct_files(
     magnitude.
 
     Each result is written whole or not at all, and then noted in ``reconstructed.jsonl``; a run that was broken off
-    goes on when it is called again. A file that fails is noted in ``failed.txt``, the others are done. An image's
-    noise and mask depend on its file's name and its number there, not on other files; minibatches are drawn alike for
-    each batch. So what else is reconstructed, and `batch`, make no difference beyond the solver's tolerance.
+    goes on when it is called again, and does again what was damaged since. A file that fails is noted in
+    ``failed.txt``, a line with its name and the reason; the others are done. There and in ``quality.csv`` names are
+    written with the escapes of Python where they hold more than printed characters: ``\n``, ``\\``, ``\udce9`` for the
+    byte E9. An image's noise and mask depend on its file's name and its number there, not on other files; minibatches
+    are drawn alike for each batch. So what else is reconstructed, and `batch`, make no difference beyond the solver's
+    tolerance.
 
     Args:
         checkpoint: As ``best.pt`` in the folder of the run.
@@ -182,9 +189,11 @@ def reconstruct_files(
         (['scan.npy'], True)
     """
     for name, value in (("batch", batch), ("workers", workers), ("threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}: must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise InputError(f"{name}: must be at least 1 and at most {MOST}, got {value}")
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if "" in (output, *given):
+        raise InputError("inputs, output: must be names of files and folders, got ''")
     run = _Run(
         Path(checkpoint),
         Choices(format, part, simulate, image_size, scale, array, maps, normalize),
@@ -267,8 +276,16 @@ class _Run(Task):
         jobs, failed = self._plan(found)
         name_outputs(jobs)
         taken: dict[str, Job] = {}
+        fitting = []
         for job in jobs:
-            self._check_output(job, output, taken)
+            try:
+                self._check_output(job, output, taken)
+            except OSError as error:
+                # Such as a name that is longer than a file system takes.
+                _note(failed, job.name, job.path, reason_of(error, job.path))
+            else:
+                fitting.append(job)
+        jobs = fitting
         output.mkdir(parents=True, exist_ok=True)
         if failed and progress:
             print(
@@ -286,18 +303,30 @@ class _Run(Task):
             except BaseException:
                 # What stopped the run may stop these, too.
                 with suppress(OSError):
+                    self._list_failed(output, left, failed)
                     ledger.write_quality(names)
                 raise
-            failed |= {job.name: job.failed for job in left if job.failed is not None}
-            _write_failed(output / FAILED, failed)
+            self._list_failed(output, left, failed)
+            if not failed:
+                (output / FAILED).unlink(missing_ok=True)
             quality = ledger.write_quality(names)
         done = [job for job in left if job.failed is None]
         unsettled = [job.name for job in done if not job.converged]
         return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
 
+    def _list_failed(self, output: Path, jobs: list[Job], failed: dict[str, str]) -> None:
+        """Add the jobs that failed, and write the list: name and reason, each `escaped`, a line for each file."""
+        for job in jobs:
+            if job.failed is not None:
+                _note(failed, job.name, job.path, job.failed)
+        if failed:
+            lines = [f"{escaped(name)}\t{escaped(reason)}\n" for name, reason in failed.items()]
+            with atomic(output / FAILED) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+
     def _plan(self, found: list[Found]) -> tuple[list[Job], dict[str, str]]:
         """Look at the headers of all files; return the jobs, those of equal shape side by side, and what fails."""
-        jobs, failed = [], {}
+        jobs, failed = list[Job](), dict[str, str]()
         fits: dict[tuple[int, ...], str | None] = {}
         for path, name, named in found:
             try:
@@ -310,11 +339,13 @@ class _Run(Task):
             except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
-                    failed[name] = reason_of(error, path)
+                    _note(failed, name, path, reason_of(error, path))
                 continue
             jobs.append(job)
         if not jobs:
-            listed = "".join(f"\n  {name}: {reason}" for name, reason in [*failed.items()][:10])
+            listed = "".join(
+                f"\n  {escaped(name)}: {escaped(reason)}" for name, reason in [*failed.items()][:10]
+            )
             more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
             raise InputError(f"none of {len(found)} files can be reconstructed:{listed}{more}")
         return sorted(jobs, key=lambda job: job.shape), failed
@@ -506,9 +537,6 @@ def _part(part: Part, image: Tensor) -> Tensor:
     )
 
 
-def _write_failed(path: Path, failed: Mapping[str, str]) -> None:
-    if not failed:
-        path.unlink(missing_ok=True)
-        return
-    with atomic(path) as temporary:
-        temporary.write_text("".join(f"{name}\t{reason}\n" for name, reason in failed.items()))
+def _note(failed: dict[str, str], name: str, path: Path, reason: str) -> None:
+    # Files of two folders may have one name.
+    failed[str(path) if name in failed else name] = reason
