@@ -188,7 +188,10 @@ def minimal_residuals(
         Eisenstat, Elman, Schultz, "Variational iterative methods for nonsymmetric systems of linear equations",
         SIAM J. Numerical Analysis 20 (1983).
     """
-    rest = (lambda v: v) if free is None else (lambda v: v * free)
+
+    def rest(v: Tensor) -> Tensor:
+        return v if free is None else v * free
+
     x = rest(start)
     r = rest(rhs - apply(x))
     x, target = begin(x, r, target, rhs)
