@@ -62,6 +62,7 @@ class ParallelBeamCT(MeasurementOperator):
         torch.Size([1, 30, 91])
     """
 
+    image_shape: tuple[int, int]
     angles: Tensor
 
     def __init__(
@@ -123,12 +124,12 @@ class ParallelBeamCT(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of views."""
         return self._exact_angles.shape[0]
 
     @property
-    def data_shape(self) -> tuple[int, int]:
+    def data_shape(self) -> tuple[int, int]:  # type: ignore[override]
         """``(V, D)``."""
         return self.n_blocks, self.n_bins
 

@@ -101,6 +101,7 @@ class DiffractionTomography(MeasurementOperator):
         Biomedical Optics Express 9 (2018).
     """
 
+    image_shape: tuple[int, int, int]
     illuminations: Tensor
     depths: Tensor
     support: Tensor
@@ -218,12 +219,12 @@ class DiffractionTomography(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of illuminations."""
         return len(self.transfer)
 
     @property
-    def data_shape(self) -> tuple[int, int, int]:
+    def data_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(L, H, W)``."""
         return self.n_blocks, *self.image_shape[1:]
 

@@ -65,6 +65,7 @@ class CartesianMRI(MeasurementOperator):
         in Medicine 42 (1999).
     """
 
+    image_shape: tuple[int, int]
     coil_maps: Tensor
     mask: Tensor
     sampling: Tensor
@@ -163,12 +164,12 @@ class CartesianMRI(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of coils."""
         return self.coil_maps.shape[1]
 
     @property
-    def data_shape(self) -> tuple[int, int, int]:
+    def data_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(C, H', W')``."""
         return self.n_blocks, *self._kspace_shape
 
