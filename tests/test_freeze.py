@@ -75,8 +75,13 @@ def flags(module):
 def gradients(denoiser, differentiation):
     ct = ParallelBeamCT(16, 12)
     y = ct(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    # The spectral norm is that of the weights as a matrix: the convolution may expand by three.
     model = DEQRED(
-        denoiser, tau=0.05, solver=Picard(50), differentiation=differentiation, on_failure="ignore"
+        lambda x: 0.3 * denoiser(x),
+        tau=0.05,
+        solver=Picard(50),
+        differentiation=differentiation,
+        on_failure="ignore",
     )
     denoiser.zero_grad()
     model(y, ct).square().sum().backward()

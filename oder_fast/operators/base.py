@@ -221,7 +221,7 @@ class ForeignOperator(MeasurementOperator):
         self._probe = like[:1]
         if self._exact is None:
             self._exact = self._test_adjoint(like, y)
-        return LeastSquares(self, y) if self._exact else InexactLeastSquares(self, y)
+        return ForeignLeastSquares(self, y) if self._exact else InexactLeastSquares(self, y)
 
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: the adjoint over the norm squared."""
@@ -270,7 +270,17 @@ class ForeignOperator(MeasurementOperator):
         return self._norms[key]
 
 
-class InexactLeastSquares(LeastSquares):
+class ForeignLeastSquares(LeastSquares):
+    """The data fidelity of a foreign operator, which lives as long as this does: until the backward pass."""
+
+    operator: ForeignOperator
+
+    def __init__(self, operator: ForeignOperator, y: Tensor) -> None:
+        super().__init__(operator, y)
+        self.physics = operator.physics
+
+
+class InexactLeastSquares(ForeignLeastSquares):
     """The data fidelity of an operator whose adjoint is not the transpose of its forward."""
 
     @property
