@@ -210,13 +210,13 @@ def _describe(norm: Tensor, residual_norm: Tensor, ends: Tensor, errors: Tensor)
         text.append(
             "Expansive here, but x - D(x) is strongly monotone: RED converges near here for step sizes below "
             f"2 tau m / (|A|^2 + tau r)^2 with m = {smallest:.3g}, r = {of_residual:.3g}; the default step size may "
-            "be too long. Lower step_size, or see diagnose(model, y) for the whole map."
+            "be too long. Lower step_size, or see diagnose(model, y, operator) for the whole map."
         )
     else:
         text.append(
             "Expansive here, and x - D(x) is not monotone: RED converges only where the data make up for it. "
             "Lower tau; train longer, through the fixed point or with spectral norms; or see "
-            "diagnose(model, y) for the whole map."
+            "diagnose(model, y, operator) for the whole map."
         )
     return " ".join(text)
 
