@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
+
 Predicts = Literal["residual", "image"]
 
 
+@takes_numpy
 class Denoiser(nn.Module):
     r"""Turn what a network predicts into the denoised image.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft
 from . import _blocks
 
@@ -20,6 +21,7 @@ SAMPLING = ("uniform", "stratified")
 SECTORS = 5
 
 
+@takes_numpy
 class ParallelBeamCT(nn.Module):
     r"""Parallel-beam CT: sinograms of images, and everything a fixed point needs of them.
 

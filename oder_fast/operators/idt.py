@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft
 from . import _blocks
 
@@ -23,6 +24,7 @@ LARGEST_GRAM = 2**30
 CHUNK = 2048
 
 
+@takes_numpy
 class DiffractionTomography(nn.Module):
     r"""Intensity diffraction tomography: images of a weakly scattering volume under plane waves from many directions.
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft
 from . import _blocks
 
 
+@takes_numpy
 class CartesianMRI(nn.Module):
     r"""Parallel MRI: undersampled k-space of images, and everything a fixed point needs of them.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, faces
@@ -494,6 +495,7 @@ register("diffraction_gram_red_update", _gram_red_impl, _red_fake, _gram_red_bac
 # ------------------------------------------------------------------ matrices
 
 
+@takes_numpy
 def transfer_at(
     transfer: Tensor,
     depths: Tensor,
@@ -525,6 +527,7 @@ def transfer_at(
     return torch.where(inside, reference.waves(transfer, depths, list(optics), rows, columns, shape), 0)
 
 
+@takes_numpy
 def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
     """Return the rows and columns of the pairs of `diffraction_gram`.
 
@@ -542,6 +545,7 @@ def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
     return 2 * largest_row + 1, int(torch.where(both, end, 1).max())
 
 
+@takes_numpy
 def gram_matrices(
     transfer: Tensor, depths: Tensor, support: Tensor, optics: Optics, width: int
 ) -> tuple[Tensor, Tensor]:
@@ -578,6 +582,7 @@ def gram_matrices(
     return auto, pairs
 
 
+@takes_numpy
 def normal_matrices(
     transfer: Tensor,
     depths: Tensor,
@@ -669,6 +674,7 @@ def _check_image(op: str, image: Tensor, depths: Tensor) -> None:
         _checks.shape(op, "image", image, expected, "batch, depths, H, W")
 
 
+@takes_numpy
 def diffraction_forward(
     image: Tensor,
     transfer: Tensor,
@@ -730,6 +736,7 @@ def diffraction_forward(
     return result
 
 
+@takes_numpy
 def diffraction_adjoint(
     intensities: Tensor,
     transfer: Tensor,
@@ -787,6 +794,7 @@ def diffraction_adjoint(
     return result
 
 
+@takes_numpy
 def diffraction_gradient(
     image: Tensor,
     spectra: Tensor | None,
@@ -843,6 +851,7 @@ def diffraction_gradient(
     return result
 
 
+@takes_numpy
 def diffraction_red_update(
     image: Tensor,
     spectra: Tensor | None,
@@ -948,6 +957,7 @@ def _check_prior(
     return denoised, step_size, tau, previous, momentum
 
 
+@takes_numpy
 def diffraction_gram(
     image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, *, backend: str = "auto"
 ) -> Tensor:
@@ -989,6 +999,7 @@ def diffraction_gram(
     return result
 
 
+@takes_numpy
 def diffraction_gram_red_update(
     image: Tensor,
     auto: Tensor,

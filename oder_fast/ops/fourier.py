@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import fourier as reference
 from . import _checks, faces
 from . import red_update as red
@@ -383,6 +384,7 @@ def _check_samples(
     _checks.shape(op, "samples", samples, expected, why)
 
 
+@takes_numpy
 def fourier_forward(
     image: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
 ) -> Tensor:
@@ -432,6 +434,7 @@ def fourier_forward(
     return result
 
 
+@takes_numpy
 def fourier_adjoint(
     samples: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
 ) -> Tensor:
@@ -493,6 +496,7 @@ def _check_fidelity(
     return coil_maps, axis, chosen
 
 
+@takes_numpy
 def fourier_gradient(
     image: Tensor,
     samples: Tensor | None,
@@ -545,6 +549,7 @@ def fourier_gradient(
     return result
 
 
+@takes_numpy
 def fourier_red_update(
     image: Tensor,
     samples: Tensor | None,

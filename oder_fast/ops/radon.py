@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import radon as reference
 from . import _checks, faces
 from . import red_update as red
@@ -433,6 +434,7 @@ def _check_fidelity(
         _checks.index(op, "views", views, angles.shape[0], image.device)
 
 
+@takes_numpy
 def radon_forward(
     image: Tensor,
     angles: Tensor,
@@ -489,6 +491,7 @@ def radon_forward(
     return result
 
 
+@takes_numpy
 def radon_adjoint(
     sinogram: Tensor,
     angles: Tensor,
@@ -532,6 +535,7 @@ def radon_adjoint(
     return _back("radon_adjoint", sinogram, angles, image_shape, geometry, backend)
 
 
+@takes_numpy
 def radon_backproject(
     sinogram: Tensor,
     angles: Tensor,
@@ -604,6 +608,7 @@ def _back(
     return result
 
 
+@takes_numpy
 def radon_gradient(
     image: Tensor,
     sinogram: Tensor | None,
@@ -671,6 +676,7 @@ def _bins(op: str, sinogram: Tensor | None, n_bins: int | None) -> int:
     return n_bins
 
 
+@takes_numpy
 def radon_red_update(
     image: Tensor,
     sinogram: Tensor | None,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import red_update as reference
 from . import _checks, faces
 from ._library import LIBRARY, contiguous, register
@@ -291,6 +292,7 @@ def _ends(value: Tensor) -> tuple[int, int]:
     return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
 
 
+@takes_numpy
 def red_update(
     image: Tensor,
     fidelity_grad: Tensor,
