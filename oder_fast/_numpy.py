@@ -25,7 +25,7 @@ def from_numpy(value: Any) -> Any:
     """
     if type(value) in (list, tuple):
         return type(value)(map(from_numpy, value))
-    if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
+    if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, np.ma.MaskedArray):
         return value
     if value.dtype.kind not in "biufc":
         return value
