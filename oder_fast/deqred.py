@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._numpy import takes_numpy
 from ._torch import Autocast, full_precision, kept, uncompiled
 from .denoisers import frozen
 from .denoisers.base import set_scalar
@@ -33,6 +34,7 @@ from .red import GradientMap, GradientStep, ProximalMap, ProximalStep, REDMap
 PUBLISHED_ITERATIONS = 180
 
 
+@takes_numpy
 class DEQRED(nn.Module):
     r"""Reconstruct images as fixed points of regularization by denoising (RED).
 
@@ -345,6 +347,7 @@ class DEQRED(nn.Module):
             )
 
 
+@takes_numpy
 def oder(
     denoiser: Callable[[Tensor], Tensor],
     tau: float | Tensor,

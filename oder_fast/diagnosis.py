@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._numpy import takes_numpy
 from .denoisers import LipschitzEstimate
 from .denoisers._krylov import Spectrum, arnoldi, largest, modulus, random_like
 from .denoisers.call import as_channels, from_channels
@@ -79,6 +80,7 @@ class Diagnosis:
         return self.message
 
 
+@takes_numpy
 def diagnose(
     model: DEQRED,
     y: Tensor,

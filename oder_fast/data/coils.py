@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .._torch import fft
 
 LEAST_SHIFTS = 5
@@ -47,6 +48,7 @@ def _check_finite(name: str, argument: str, values: Tensor) -> None:
         raise ValueError(f"{name}: {argument} must be finite, got {values[index].item()} at {index}")
 
 
+@takes_numpy
 def birdcage_maps(n_coils: int, shape: tuple[int, int], *, radius: float = 1.5) -> Tensor:
     r"""Model the coil sensitivity maps of a birdcage array, from straight wires around the image.
 
@@ -128,6 +130,7 @@ def _calibration_region(sampled: Tensor, size: int, kernel_size: int) -> tuple[s
     return slice(top, bottom), slice(left, right)
 
 
+@takes_numpy
 def espirit_maps(
     kspace: Tensor,
     mask: Tensor | None = None,
@@ -258,6 +261,7 @@ def _espirit(kspace: Tensor, calibration: Tensor, kernel_size: int, threshold: f
     return maps
 
 
+@takes_numpy
 def noise_covariance(noise: Tensor) -> Tensor:
     r"""Estimate the noise covariance of the coils from samples without signal.
 
@@ -293,6 +297,7 @@ def noise_covariance(noise: Tensor) -> Tensor:
     return samples @ samples.mH / samples.shape[1]
 
 
+@takes_numpy
 def whiten(kspace: Tensor, covariance: Tensor) -> Tensor:
     r"""Decorrelate the noise of the coils and bring it to unit variance (pre-whitening).
 
@@ -350,6 +355,7 @@ def whiten(kspace: Tensor, covariance: Tensor) -> Tensor:
     return torch.einsum("cd,...dhw->...chw", inverse.to(kspace.dtype), kspace)
 
 
+@takes_numpy
 def remove_oversampling(kspace: Tensor, axis: int, factor: float = 2) -> Tensor:
     r"""Cut the image to the middle of an oversampled readout.
 

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .._torch import kept
 
 
 Predicts = Literal["residual", "image"]
 
 
+@takes_numpy
 class Denoiser(nn.Module):
     r"""Turn what a network predicts into the denoised image.
 

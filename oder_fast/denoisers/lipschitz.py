@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
@@ -105,6 +106,7 @@ class LipschitzEstimate:
         return self.message
 
 
+@takes_numpy
 def estimate_lipschitz(
     denoiser: Callable[[Tensor], Tensor],
     images: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
@@ -40,6 +41,7 @@ class Pairs(NamedTuple):
     vectors: Tensor
 
 
+@takes_numpy
 class DiffractionTomography(MeasurementOperator):
     r"""Intensity diffraction tomography: images of a weakly scattering volume under plane waves from many directions.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
@@ -17,6 +18,7 @@ from .base import LeastSquares, MeasurementOperator
 ROUNDING = 1e-6
 
 
+@takes_numpy
 class CartesianMRI(MeasurementOperator):
     r"""Parallel MRI: undersampled k-space of images, and everything a fixed point needs of them.
 
