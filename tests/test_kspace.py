@@ -572,7 +572,7 @@ def test_other_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"note\.h5: its name ends in \.h5, but its content is not HDF5"):
         ks.read_kspace(path)
     path.rename(tmp_path / "note.txt")
-    with pytest.raises(ValueError, match=r"note\.txt: not an HDF5, NPY or NPZ file"):
+    with pytest.raises(ValueError, match=r"note\.txt: not an HDF5, NPY, NPZ or MATLAB file"):
         ks.read_kspace(tmp_path / "note.txt")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"note\.h5: the file is empty"):

@@ -175,7 +175,7 @@ def test_groups_and_folders(tmp_path, scan):
         tmp_path.name,
         "sub",
     }
-    with pytest.raises(ValueError, match=r"no k-space \(HDF5, NPY, NPZ\) in it"):
+    with pytest.raises(ValueError, match=r"no k-space \(HDF5, NPY, NPZ, MATLAB\) in it"):
         data.KSpaceFolder([])
     with pytest.raises(FileNotFoundError):
         data.KSpaceFolder(tmp_path / "nowhere")

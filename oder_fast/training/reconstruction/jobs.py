@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,9 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from ...data import Sample
+from ...data.arrays import array_layout
 from ...data.datasets import IMAGE_SUFFIXES, Scale, is_image
 from ...data.images import DICOM_SUFFIXES
-from ...data.kspace import HDF5_SUFFIXES
+from ...data.kspace import SUFFIXES
+from ...data.microscopy import LED_NAME
 from ...data.nifti import NIFTI_SUFFIXES
 
 Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
@@ -35,6 +39,7 @@ class Choices:
     image_size: tuple[int, int] | None
     scale: Scale | None
     array: str | None
+    select: Mapping[str, int] | None
     maps: str | Path | None
     normalize: bool
 
@@ -54,7 +59,7 @@ class Choices:
 
 @dataclass
 class Job:
-    """An input file.
+    """An input file, one of several images of its slices, or a folder of images of LEDs.
 
     Attributes:
         path: Of the file.
@@ -65,6 +70,8 @@ class Job:
         complex: Whether the images to be written are complex.
         by_slice: Whether slices can be read one by one, without the others.
         is_kspace: Whether it holds k-space.
+        select: Counters of the acquisitions of this job, of a file with several images of its slices.
+        notes: What the user should know of what was read.
     """
 
     path: Path
@@ -75,12 +82,19 @@ class Job:
     complex: bool
     by_slice: bool
     is_kspace: bool = False
+    select: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     base: str = ""
     images: dict[int, Tensor] = field(default_factory=dict)
     quality: list[list[float]] = field(default_factory=list)
     converged: bool = True
     voxel_size: tuple[float, float, float] | None = None
     failed: str | None = None
+
+    def note(self, what: str, count: int) -> None:
+        """Count something that the user should know of."""
+        if count:
+            self.notes[what] = self.notes.get(what, 0) + count
 
     def chunks(self, size: int) -> list[slice | None]:
         """Return what is read at once."""
@@ -158,6 +172,11 @@ class Solved(NamedTuple):
     quality: list[float] | None
 
 
+def label_of(select: Mapping[str, int]) -> str:
+    """Return what is added to the name of a file for one of its images."""
+    return f"[{','.join(f'{name}={n}' for name, n in select.items())}]" if select else ""
+
+
 def reason_of(error: Exception, path: Path) -> str:
     """Return what went wrong with a file, in a line without its name."""
     said = " ".join(str(error).split()).removeprefix(f"{path}: ")
@@ -173,12 +192,33 @@ def is_picture(path: Path) -> bool:
     return picture or path.name.lower().endswith((*NIFTI_SUFFIXES, *DICOM_SUFFIXES))
 
 
+def led_files(folder: Path) -> list[Path]:
+    """Return the files of a folder whose names tell the row and column of an LED."""
+    visible = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    return [path for path in visible if re.search(LED_NAME, path.name, re.IGNORECASE)]
+
+
+def is_led_stack(folder: Path) -> bool:
+    """Tell whether a folder holds images of LEDs, one in each file; a file may hold the images of all, too."""
+    files = led_files(folder)
+    if not files:
+        return False
+    with suppress(ValueError):
+        return len(array_layout(files[0], None)[0]) == 2
+    return False
+
+
 def _is_known(path: Path) -> bool:
-    return path.name.lower().endswith(HDF5_SUFFIXES) or is_image(path)
+    return path.name.lower().endswith(SUFFIXES) or is_image(path)
 
 
-def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
+def find_files(inputs: Iterable[Path], output: Path, leds: bool) -> list[Found]:
     """Return the files in an order that does not depend on the system.
+
+    Args:
+        inputs: Files and folders.
+        output: Folder that is no input.
+        leds: Whether a folder of images of LEDs is found as a whole.
 
     Raises:
         InputError: For a file that is missing, or folders without files of a known kind.
@@ -196,6 +236,12 @@ def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
             raise InputError(f"{output}: is an input too; choose another output folder")
         for folder, folders, files in os.walk(given, followlinks=False):
             here = Path(folder)
+            if leds and is_led_stack(here):
+                name = here.relative_to(given).as_posix()
+                found.setdefault(
+                    here, Found(here, given.resolve().name if name == "." else name, here == given)
+                )
+                files = []
             folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
             for name in sorted(files):
                 path = here / name
@@ -208,10 +254,11 @@ def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
 
 def name_outputs(jobs: list[Job]) -> None:
     """Name outputs as inputs, less the suffix; with it where two would be the same."""
-    suffixes = sorted((*IMAGE_SUFFIXES, *HDF5_SUFFIXES), key=len, reverse=True)
+    suffixes = sorted((*IMAGE_SUFFIXES, *SUFFIXES), key=len, reverse=True)
     for job in jobs:
-        cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
-        job.base = job.name[: len(job.name) - cut]
+        file = job.name.removesuffix(label_of(job.select))
+        cut = 0 if job.path.is_dir() else next((len(s) for s in suffixes if file.lower().endswith(s)), 0)
+        job.base = file[: len(file) - cut] + "".join(f"-{name}{n}" for name, n in job.select.items())
     counts: dict[str, int] = {}
     for job in jobs:
         counts[job.base] = counts.get(job.base, 0) + 1

@@ -76,6 +76,8 @@ class Report:
         skipped: Of those that an earlier run had finished.
         failed: Of those that could not be, with the reasons.
         not_converged: Of those of `done` with an image whose residual stayed above the tolerance.
+        notes: What is to be known of files that were done now: how many of their images had no signal, what was left
+            out of them.
         quality: With `simulate` the mean ``psnr``, ``ssim``, ``psnr_start`` and ``ssim_start`` over all files.
     """
 
@@ -83,6 +85,7 @@ class Report:
     skipped: list[str]
     failed: dict[str, str]
     not_converged: list[str]
+    notes: dict[str, str]
     quality: dict[str, float]
 
 
@@ -97,6 +100,7 @@ def reconstruct_files(
     image_size: tuple[int, int] | None = None,
     scale: Scale | None = None,
     array: str | None = None,
+    select: Mapping[str, int] | None = None,
     maps: str | Path | None = None,
     normalize: bool = False,
     tolerance: float | None = None,
@@ -140,7 +144,9 @@ def reconstruct_files(
         image_size: Rows and columns that sinograms or intensities are of; by default those of the images that the run
             was validated with.
         scale: In place of the run's: ``"slice"``, ``"none"`` or the window ``(low, high)``.
-        array: Which array of NPZ and HDF5 files.
+        array: Which array of NPZ, HDF5 and MATLAB files.
+        select: Counters of the acquisitions of ISMRMRD files, as ``{"contrast": 1}``, in place of the run's (see
+            `read_kspace`). Of several contrasts, phases or sets each is reconstructed where none is selected.
         maps: File of coil maps, ``(C, H, W)`` or ``(S, C, H, W)``, in place of ESPIRiT's.
         normalize: Divide intensities by their background, and subtract 1 (`normalize_background`).
         tolerance: Of the solver, in place of the run's.
@@ -187,7 +193,7 @@ def reconstruct_files(
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     run = _Run(
         Path(checkpoint),
-        Choices(format, part, simulate, image_size, scale, array, maps, normalize),
+        Choices(format, part, simulate, image_size, scale, array, select, maps, normalize),
         {"tolerance": tolerance, "max_iterations": max_iterations, "minibatch_size": minibatch},
         device,
         denoiser,
@@ -249,6 +255,7 @@ class _Run(Task):
             "scale": self.source.scale,
             "image_size": self.image_shape[-2:],
             "array": self.source.array,
+            "select": self.source.select or None,
         }
         solver = {
             "tolerance": red.tolerance,
@@ -264,7 +271,7 @@ class _Run(Task):
         self, inputs: list[Path], output: Path, batch: int, workers: int, overwrite: bool, progress: bool
     ) -> Report:
         """Do it all."""
-        found = find_files(inputs, output)
+        found = find_files(inputs, output, self.idt and not self.choices.simulate)
         jobs, failed = self._plan(found)
         name_outputs(jobs)
         taken: dict[str, Job] = {}
@@ -294,7 +301,12 @@ class _Run(Task):
             quality = ledger.write_quality(names)
         done = [job for job in left if job.failed is None]
         unsettled = [job.name for job in done if not job.converged]
-        return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
+        notes = {
+            job.name: ", ".join(f"{count} {what}" for what, count in job.notes.items())
+            for job in done
+            if job.notes
+        }
+        return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, notes, quality)
 
     def _plan(self, found: list[Found]) -> tuple[list[Job], dict[str, str]]:
         """Look at the headers of all files; return the jobs, those of equal shape side by side, and what fails."""
@@ -302,18 +314,18 @@ class _Run(Task):
         fits: dict[tuple[int, ...], str | None] = {}
         for path, name, named in found:
             try:
-                job = self.source.inspect(path, name)
-                shape = job.image_shape
-                if shape not in fits:
-                    fits[shape] = self._try(shape)
-                if fits[shape] is not None:
-                    raise ValueError(f"{path}: {fits[shape]}")
+                those = self.source.inspect(path, name)
+                for shape in {job.image_shape for job in those}:
+                    if shape not in fits:
+                        fits[shape] = self._try(shape)
+                    if fits[shape] is not None:
+                        raise ValueError(f"{path}: {fits[shape]}")
             except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
                     failed[name] = reason_of(error, path)
                 continue
-            jobs.append(job)
+            jobs += those
         if not jobs:
             listed = "".join(f"\n  {name}: {reason}" for name, reason in [*failed.items()][:10])
             more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
@@ -389,6 +401,7 @@ class _Run(Task):
 
     def _nothing(self, item: Item) -> Solved:
         """Return what becomes of an image or data that are 0 everywhere."""
+        item.job.note(f"of {item.job.count} images without signal, which became {item.low:g}", 1)
         shape = item.job.image_shape if item.sample is None else tuple(item.sample.image.shape)
         image = torch.full(shape, item.low, dtype=torch.complex64 if item.job.complex else torch.float32)
         return Solved(image, True, [math.nan] * len(MEASURES) if self.choices.simulate else None)
