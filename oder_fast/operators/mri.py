@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import ops
@@ -45,7 +46,8 @@ class CartesianMRI(nn.Module):
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For shapes that disagree, no sampled line or point, or a readout that is too short.
+        ValueError: For shapes that disagree, no sampled line or point, a readout that is too short, or (without a
+            process group) maps that are zero everywhere.
 
     Example:
         >>> import torch
@@ -93,7 +95,9 @@ class CartesianMRI(nn.Module):
         maps = maps if maps.ndim == 4 else maps[None]
         if not bool(torch.view_as_real(maps).isfinite().all()):
             raise ValueError("CartesianMRI: coil_maps must be finite")
-        if not bool((maps != 0).any()):
+        # Coils that one of several processes has may see nothing; `MeasurementParallel` looks at those of all.
+        alone = not (dist.is_available() and dist.is_initialized())
+        if alone and not bool((maps != 0).any()):
             raise ValueError("CartesianMRI: coil_maps are zero everywhere")
         self.image_shape = (maps.shape[2], maps.shape[3])
         self.centered = centered
@@ -221,6 +225,17 @@ class CartesianMRI(nn.Module):
             ValueError: For a shape that does not fit, samples that are NaN or infinite, or data that disagree with the
                 mask: values where nothing is sampled, or nothing at all where something is.
         """
+        samples = self.prepare_part(y)
+        if torch.compiler.is_compiling():
+            return samples
+        empty = (y.detach() == 0).flatten(1).all(1)
+        if bool(empty.any()):
+            image = int(empty.nonzero()[0])
+            raise ValueError(f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it")
+        return samples
+
+    def prepare_part(self, y: Tensor) -> Tensor:
+        """Do what `prepare` does with k-space of some of the coils, which may see nothing of an image."""
         samples = self._convert(y)
         values = y.detach()
         if torch.compiler.is_compiling():
@@ -234,10 +249,6 @@ class CartesianMRI(nn.Module):
                 f"CartesianMRI: mask and k-space disagree: the mask is 0 at index {where}, where k-space is "
                 f"{values[where].item():.3g}; give the mask it was measured with, or y * mask"
             )
-        empty = (values == 0).flatten(1).all(1)
-        if bool(empty.any()):
-            image = int(empty.nonzero()[0])
-            raise ValueError(f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it")
         return samples
 
     def gradient(

@@ -94,7 +94,8 @@ class MeasurementParallel(nn.Module):
 
     Raises:
         RuntimeError: Without a process group, or where a rank is lost.
-        ValueError: For operators of different kinds or image shapes.
+        ValueError: For operators of different kinds or image shapes, or coil maps that are zero everywhere on all
+            ranks; on some they may be.
 
     Example:
         >>> import tempfile, torch.distributed as dist
@@ -135,7 +136,11 @@ class MeasurementParallel(nn.Module):
                     )
             same["the kind of operator"] = type(local_operator).__name__
             same["image_shape"] = tuple(local_operator.image_shape)
-        self.n_blocks: int = min(self._gather(local_operator.n_blocks))
+        seen = not isinstance(local_operator, CartesianMRI) or bool((local_operator.coil_maps != 0).any())
+        blocks, sees = zip(*self._gather((local_operator.n_blocks, seen)), strict=True)
+        if not any(sees):
+            raise ValueError("MeasurementParallel: the coil maps of all ranks are zero everywhere")
+        self.n_blocks: int = min(blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeasurementParallel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -252,11 +257,11 @@ class MeasurementParallel(nn.Module):
 
     def prepare(self, y: Tensor) -> Tensor:
         """Bring this rank's data into the form that the gradients take; as they are where there is no other."""
-        return self._prepare(y, "prepare")
+        return self._prepare(y, "prepare_part", "prepare")
 
     def prepare_full_batch(self, y: Tensor) -> Tensor:
         """Bring this rank's data into the form for solves that take all blocks in each step."""
-        return self._prepare(y, "prepare_full_batch", "prepare")
+        return self._prepare(y, "prepare_full_batch", "prepare_part", "prepare")
 
     def _prepare(self, y: Tensor, *names: str) -> Tensor:
         name = next((name for name in names if hasattr(self.local_operator, name)), None)
@@ -409,11 +414,19 @@ class MeasurementParallel(nn.Module):
 
         Returns:
             Shape ``(B, *image_shape)``, the same bits on all ranks; differentiable in `y`.
+
+        Raises:
+            ValueError: For an image of which the coils of all ranks together see nothing.
         """
         if isinstance(self.local_operator, ParallelBeamCT):
             return self._sum(self.local_operator.initial(y * self._view_weights(y)))
         if isinstance(self.local_operator, CartesianMRI):
-            return self._sum(self.local_operator.initial(y))
+            start = self._sum(self.local_operator.initial(y))
+            empty = (start == 0).flatten(1).all(1)
+            if bool(empty.any()):
+                image = int(empty.nonzero()[0])
+                raise ValueError(f"MeasurementParallel: the coils of all ranks see nothing of image {image}")
+            return start
         return self._regularized(y)
 
     def _view_weights(self, y: Tensor) -> Tensor:
