@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import uuid
@@ -38,8 +39,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Decoders report damaged content as an OSError without an errno.
-        if error.errno is not None:
+        # Decoders report damaged content as an OSError without an errno, or seek to where it sends them.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:

@@ -691,10 +691,11 @@ def read_kspace_header(
     path: Path, *, array: str | None = None, select: Mapping[str, int] | None = None
 ) -> KSpaceHeader:
     """Read what a file says of its k-space, not the k-space; arguments and errors are those of `read_kspace`."""
-    kind = _format(path)
-    if kind == "HDF5":
-        return _hdf5_header(path, select or {})
-    return _numpy_header(path, kind, array if kind in NAMED else None)
+    with naming(path):
+        kind = _format(path)
+        if kind == "HDF5":
+            return _hdf5_header(path, select or {})
+        return _numpy_header(path, kind, array if kind in NAMED else None)
 
 
 def read_kspace(
