@@ -23,14 +23,15 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     """
     import h5py
 
-    def check(name: bytes, link: Any) -> None:
+    def outward(name: bytes, link: Any) -> bytes | None:
         # Links that point into the same file can leave it only by way of another link.
-        if link.type not in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT):
-            raise ValueError(f"its {name.decode('utf-8', 'replace')!r} is a link to another file")
+        return None if link.type in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT) else name
 
     with h5py.File(path, "r") as file:
         # Links are not followed here, so that nothing else is opened.
-        file.id.links.visit(check, info=True)
+        found = file.id.links.visit(outward, info=True)
+        if found is not None:
+            raise ValueError(f"its {found.decode('utf-8', 'replace')!r} is a link to another file")
         yield file
 
 

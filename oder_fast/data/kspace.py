@@ -161,7 +161,7 @@ def _mask(values: NDArray[Any], shape: tuple[int, ...], slices: range) -> Tensor
             f"its mask has the shape {values.shape}, but its k-space has {height} rows and {width} columns"
         )
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"its mask is {values.dtype}, not of numbers")
+        raise ValueError(f"its mask is {values.dtype}, not of numbers 0 and 1")
     # Some writers store 255 for 1, some what they computed.
     largest = float(values.max())
     sampled = values > largest / 2
