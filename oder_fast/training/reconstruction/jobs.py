@@ -236,16 +236,14 @@ def find_files(inputs: Iterable[Path], output: Path, leds: bool) -> list[Found]:
             raise InputError(f"{output}: is an input too; choose another output folder")
         for folder, folders, files in os.walk(given, followlinks=False):
             here = Path(folder)
-            if leds and is_led_stack(here):
-                name = here.relative_to(given).as_posix()
-                found.setdefault(
-                    here, Found(here, given.resolve().name if name == "." else name, here == given)
-                )
-                files = []
+            stack = led_files(here) if leds and is_led_stack(here) else []
+            if stack:
+                name = here.relative_to(given).as_posix() if here != given else given.resolve().name
+                found.setdefault(here, Found(here, name, here == given))
             folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
             for name in sorted(files):
                 path = here / name
-                if name[0] != "." and path.is_file() and _is_known(path):
+                if name[0] != "." and path not in stack and path.is_file() and _is_known(path):
                     found.setdefault(path, Found(path, path.relative_to(given).as_posix(), False))
     if not found:
         raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ...data import atomic
-from .jobs import InputError, Job
+from .jobs import InputError, Job, led_files
 
 LEDGER, QUALITY = "reconstructed.jsonl", "quality.csv"
 MEASURES = ("psnr", "ssim", "psnr_start", "ssim_start")
@@ -106,12 +106,12 @@ class Ledger:
         self._append_text(json.dumps(entry) + "\n")
 
     def _stamp(self, job: Job) -> dict[str, Any]:
-        status = job.path.stat()
+        files = [path.stat() for path in (led_files(job.path) if job.path.is_dir() else [job.path])]
         return {
             "file": job.name,
             "path": str(job.path.resolve()),
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
+            "size": sum(file.st_size for file in files),
+            "mtime_ns": max(file.st_mtime_ns for file in files),
             "checkpoint": self.checkpoint,
             "settings": self.digest,
         }

@@ -116,9 +116,10 @@ def reconstruct_files(
 ) -> Report:
     r"""Reconstruct files by a checkpoint of `Trainer`.
 
-    What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF or
-    HDF5; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is not 0, and
-    coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus 1. With
+    What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF,
+    HDF5 or MATLAB; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is
+    not 0, and coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus
+    1, or a folder of an image for each LED (`read_led_stack`), by row and column in the order of illuminations. With
     `simulate` the files hold images, which are measured as the checkpoint's operator says and compared with what
     comes out; or all of k-space (HDF5, or ``kspace`` in NPZ), which is then undersampled.
 
@@ -129,9 +130,10 @@ def reconstruct_files(
     magnitude.
 
     Each result is written whole or not at all, and then noted in ``reconstructed.jsonl``; a run that was broken off
-    goes on when it is called again. A file that fails is noted in ``failed.txt``, the others are done. An image's
-    noise and mask depend on its file's name and its number there, not on other files; minibatches are drawn alike for
-    each batch. So what else is reconstructed, and `batch`, make no difference beyond the solver's tolerance.
+    goes on when it is called again. A file that fails is noted in ``failed.txt``, the others are done. Slices without
+    signal become zeros, and the report's notes count them. An image's noise and mask depend on its file's name and its
+    number there, not on other files; minibatches are drawn alike for each batch. So what else is reconstructed, and
+    `batch`, make no difference beyond the solver's tolerance.
 
     Args:
         checkpoint: As ``best.pt`` in the folder of the run.
