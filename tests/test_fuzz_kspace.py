@@ -166,7 +166,7 @@ def test_damaged_files(tmp_path, name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", WRITERS)
 def test_many_damaged_files(tmp_path, name):
-    assert problems(tmp_path, name, 400) == []
+    assert problems(tmp_path, name, 300) == []
 
 
 if __name__ == "__main__":

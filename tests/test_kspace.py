@@ -698,6 +698,22 @@ def test_headers_that_ask_for_more(tmp_path):
             ks.read_kspace(tmp_path / "a.h5")
 
 
+def test_a_heap_on_which_hdf5_would_not_return(tmp_path):
+    path = tmp_path / "scan.h5"
+    write_ismrmrd(path, scan_lines(noise(2, H, W), range(W)))
+    content = bytearray(path.read_bytes())
+    # The second object of the last heap gets the index and the size 0.
+    first = content.rindex(b"GCOL") + 16
+    length = int.from_bytes(content[first + 8 : first + 16], "little")
+    second = first + 16 + length + -length % 8
+    content[second : second + 16] = bytes(16)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"scan\.h5: it is damaged: a heap of its values is not filled by them"
+    ):
+        ks.read_kspace(path)
+
+
 # ------------------------------------------------------------------ MATLAB, masks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import check_size
+
+HEAP = b"GCOL\x01\0\0\0"
+"""How a heap begins."""
+
+SMALLEST_HEAP = 4096
+"""Bytes of one."""
 
 
 @contextmanager
@@ -72,6 +79,31 @@ def _check_stored(found: Any, name: str, packed: bool) -> None:
         there, wanted = int(found.id.get_storage_size() >= claimed), 1
     if there < wanted:
         raise ValueError(f"its {name!r} is incomplete: {there} of {wanted} parts were written")
+
+
+def check_heaps(file: Any) -> None:
+    """Check the heaps that values of variable length stand in: on a damaged one the HDF5 library may never return.
+
+    Raises:
+        ValueError: For a heap whose objects do not fill it.
+    """
+    with open(file.filename, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(HEAP)
+        while start >= 0:
+            size = int.from_bytes(data[start + 8 : start + 16], "little")
+            end, place = start + size, start + 16
+            # Of chance, in other data.
+            if not SMALLEST_HEAP <= size <= len(data) - start:
+                end = start + len(HEAP)
+            while place + 16 <= end:
+                # Index, references and size; the free space, index 0, counts its header.
+                index = int.from_bytes(data[place : place + 2], "little")
+                length = int.from_bytes(data[place + 8 : place + 16], "little")
+                step = length if index == 0 else 16 + length + -length % 8
+                if step < 16 or place + step > end:
+                    raise ValueError("it is damaged: a heap of its values is not filled by them")
+                place += step
+            start = data.find(HEAP, end)
 
 
 def is_matlab(file: Any) -> bool:

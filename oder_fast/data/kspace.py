@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .files import PathLike, check_size, first_bad, is_hdf5, map_npy, naming, npz_layout, npz_name, open_npz
-from .hdf5 import Numbers, dataset, open_hdf5
+from .hdf5 import Numbers, check_heaps, dataset, open_hdf5
 from .matlab import MATLAB_SUFFIX, is_matlab_file, open_matlab
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".mrd")
@@ -364,6 +364,7 @@ class _Acquisitions(NamedTuple):
 
 
 def _acquisitions(group: Any, select: Mapping[str, int]) -> _Acquisitions:
+    check_heaps(group.file)
     root, header = _parse_header(np.asarray(dataset(group, "xml")[()]).reshape(-1)[0])
     trajectory = root.findtext("{*}encoding/{*}trajectory")
     if trajectory not in (None, "cartesian"):
