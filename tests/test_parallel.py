@@ -285,6 +285,31 @@ def minibatches_find_the_same_fixed_point(rank):
 
 
 @scenario
+def coils_of_a_rank_may_see_nothing(rank):
+    """Zero maps on one rank, and maps that see nothing of one image; on all ranks they are refused."""
+    maps = torch.randn(4, SIZE, 12, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    mine = split_blocks(4, rank, WORLD)
+    mask = torch.arange(12) % 3 != 1
+    x = torch.complex(images(2, SIZE, 12), images(2, SIZE, 12).flip(2))
+    maps[split_blocks(4, 1, WORLD)] = 0
+    whole = CartesianMRI(maps, mask)
+    parallel = MeasurementParallel(CartesianMRI(maps[mine], mask))
+    y = whole(x)
+    solver = Nesterov(1000, 1e-6)
+    for size in (None, 1):
+        found = DEQRED(parallel, Blur(), tau=1.0, solver=solver, minibatch_size=size)(y[:, mine])
+        expected = DEQRED(whole, Blur(), tau=1.0, solver=solver)(y)
+        assert relative(found, expected) < 1e-3
+        assert_same_bits(found)
+    model = DEQRED(parallel, Blur(), tau=1.0, solver=solver)
+    with pytest.raises(ValueError, match="the coils of all ranks see nothing of image 1"):
+        model(torch.stack([y[0, mine], torch.zeros_like(y[1, mine])]))
+    with pytest.raises(ValueError, match="the coil maps of all ranks are zero everywhere"):
+        MeasurementParallel(CartesianMRI(torch.zeros_like(maps[mine]), mask))
+    assert_same_bits(model(y[:, mine]))
+
+
+@scenario
 def images_that_converge_earlier_leave_on_all_ranks(rank):
     maps = torch.randn(3, 4, SIZE, SIZE, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
     mine = split_blocks(4, rank, WORLD)

@@ -70,6 +70,10 @@ class MeasurementOperator(nn.Module):
         r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2`."""
         return LeastSquares(self, y)
 
+    def least_squares_part(self, y: Tensor) -> LeastSquares:
+        """Return the data fidelity of a part of the measurements, which alone may see nothing."""
+        return self.least_squares(y)
+
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: the adjoint over the norm squared."""
         image = self.adjoint(y)

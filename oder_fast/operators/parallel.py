@@ -95,7 +95,8 @@ class MeasurementParallel(MeasurementOperator):
 
     Raises:
         RuntimeError: Without a process group, or where a rank is lost.
-        ValueError: For operators of different kinds or image shapes.
+        ValueError: For operators of different kinds or image shapes, or coil maps that are zero everywhere on all
+            ranks; on some they may be.
 
     Example:
         >>> import tempfile, torch.distributed as dist
@@ -131,7 +132,11 @@ class MeasurementParallel(MeasurementOperator):
             same["image_shape"] = tuple(local_operator.image_shape)
         # No submodule: DistributedDataParallel would give all ranks the geometry of the first.
         object.__setattr__(self, "local_operator", local_operator)
-        self.n_blocks: int = min(self._gather(local_operator.n_blocks))
+        seen = not isinstance(local_operator, CartesianMRI) or bool((local_operator.coil_maps != 0).any())
+        blocks, sees = zip(*self._gather((local_operator.n_blocks, seen)), strict=True)
+        if not any(sees):
+            raise ValueError("MeasurementParallel: the coil maps of all ranks are zero everywhere")
+        self.n_blocks: int = min(blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeasurementParallel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -345,11 +350,19 @@ class MeasurementParallel(MeasurementOperator):
 
         Returns:
             Shape ``(B, *image_shape)``, the same bits on all ranks; differentiable in `y`.
+
+        Raises:
+            ValueError: For an image of which the coils of all ranks together see nothing.
         """
         if isinstance(self.local_operator, ParallelBeamCT):
             return self._sum(self.local_operator.initial(y * self._view_weights(y)))
         if isinstance(self.local_operator, CartesianMRI):
-            return self._sum(self.local_operator.initial(y))
+            start = self._sum(self.local_operator.initial(y))
+            empty = (start == 0).flatten(1).all(1)
+            if bool(empty.any()):
+                image = int(empty.nonzero()[0])
+                raise ValueError(f"MeasurementParallel: the coils of all ranks see nothing of image {image}")
+            return start
         return self._regularized(y)
 
     def _view_weights(self, y: Tensor) -> Tensor:
@@ -390,7 +403,7 @@ class ParallelLeastSquares(LeastSquares):
 
     def __init__(self, operator: MeasurementParallel, y: Tensor) -> None:
         super().__init__(operator, y)
-        self.local = operator.local_operator.least_squares(y)
+        self.local = operator.local_operator.least_squares_part(y)
 
     def solve(
         self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor, free: Tensor | None = None
