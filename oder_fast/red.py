@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -174,7 +174,9 @@ class REDMap(FixedPointMap):
             nonnegative=False,
             free=free,
         )
-        return Linearization(balance, lambda gradient: replace(adjoint, source=gradient), adjoint.jacobian_free)
+        return Linearization(
+            balance, lambda gradient: replace(adjoint, source=gradient), adjoint.jacobian_free
+        )
 
     def _complete(self, balance: Tensor, point: Tensor) -> Tensor:
         if not self.fidelity.y.requires_grad:
@@ -302,9 +304,9 @@ class GradientMap(REDMap):
         variance_reduced: Whether minibatches correct the last full gradient.
     """
 
-    step_size: Tensor = torch.tensor(1.0)
+    step_size: Tensor = field(kw_only=True)
     minibatch_size: int | None = None
-    variance_reduced: bool = True  # type: ignore[misc]
+    variance_reduced: bool = True
 
     advice = "lower step_size or tau, or take a denoiser that contracts (spectral norms, more training)"
 

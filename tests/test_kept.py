@@ -13,12 +13,12 @@ from oder_fast import (
     diagnose,
     estimate_lipschitz,
 )
+from oder_fast._torch import kept
 from oder_fast.data import led_ring
 from oder_fast.denoisers import DnCNN, UNet
 from oder_fast.deqred import DEQRED
 from oder_fast.fixed_point import Implicit, Picard, Unrolled
 from oder_fast.ops import fourier
-from oder_fast._torch import kept
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -222,7 +222,9 @@ class CartesianMRI(MeasurementOperator):
             empty = (y.detach() == 0).flatten(1).all(1)
             if bool(empty.any()):
                 image = int(empty.nonzero()[0])
-                raise ValueError(f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it")
+                raise ValueError(
+                    f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it"
+                )
         return self.least_squares_part(y)
 
     def least_squares_part(self, y: Tensor) -> MRILeastSquares:

@@ -141,7 +141,7 @@ class MeasurementParallel(MeasurementOperator):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeasurementParallel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.local_operator, nn.Module):
-            self.local_operator._apply(fn, recurse)
+            self.local_operator._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -368,9 +368,11 @@ class MeasurementParallel(MeasurementOperator):
     def _view_weights(self, y: Tensor) -> Tensor:
         """Return what each view weighs among those of all ranks, over what it weighs here: (V, 1)."""
         if self._view_scale is None:
+            local = self.local_operator
+            assert isinstance(local, ParallelBeamCT)
             views = [
                 torch.tensor(v, dtype=torch.float64)
-                for v in self._gather(self.local_operator.angles.tolist())
+                for v in self._gather(local.angles.tolist())
             ]
             among_all = _angular_weights(torch.cat(views)).split([len(v) for v in views])[self.rank]
             here = _angular_weights(views[self.rank])
@@ -394,9 +396,9 @@ class MeasurementParallel(MeasurementOperator):
 
 
 class ParallelLeastSquares(LeastSquares):
-    """The data fidelity of `MeasurementParallel`: the sum of those of the ranks, in which each is unbiased.
+    r"""The data fidelity of `MeasurementParallel`: the sum of those of the ranks, in which each is unbiased.
 
-    .. math:: \\sum_r \\frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
+    .. math:: \sum_r \frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
     """
 
     operator: MeasurementParallel

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._numpy import takes_numpy
-from ..reference import fourier as reference
 from .._torch import kept
+from ..reference import fourier as reference
 from . import _checks, faces
 from ._library import LIBRARY, register
 

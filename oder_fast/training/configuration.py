@@ -24,6 +24,7 @@ from pydantic import (
 
 from ..data.kspace import COUNTERS
 
+
 def _named(name: str) -> str:
     if not name or "\0" in name:
         raise ValueError("must be a name, which is not empty and holds no NUL")
