@@ -206,8 +206,8 @@ class DEQRED(nn.Module):
             NotConvergedError: Where an image did not converge and `on_failure` is ``"raise"``.
         """
         solution: Solution = self._solve(y, operator, x0)
-        # Past nn.Module's own two frames.
-        solution.require(self.on_failure, stacklevel=5)
+        # Past the two frames of nn.Module, and that which takes NumPy's arrays.
+        solution.require(self.on_failure, stacklevel=6)
         return solution if return_solution else solution.value
 
     def compile(self, *args: Any, **options: Any) -> None:
