@@ -236,10 +236,14 @@ class DEQRED(nn.Module):
         with operator.agreement() as same:
             self._check("y", y, operator.data_shape)
             y = kept(y)
-            with full_precision(y.device):
-                start, scale = self._start(y, operator, x0)
-                fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
+            if x0 is not None:
+                self._check("x0", x0.value if isinstance(x0, Solution) else x0, operator.image_shape)
             same.update(self._settings(y, x0))
+        with full_precision(y.device):
+            # A call of all processes, as nothing inside an agreement may be.
+            start, scale = self._start(y, operator, x0)
+            with operator.agreement():
+                fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
         autocast = Autocast(y.device)
         with full_precision(y.device), frozen(self.denoiser) as denoiser:
             size = self.step.minibatch_size
@@ -275,7 +279,8 @@ class DEQRED(nn.Module):
         given = x0.value.detach() if isinstance(x0, Solution) else x0
         initial = operator.initial(y) if given is None or self.normalize else given
         start: Any = initial if given is None else given
-        self._check("x0", start, operator.image_shape)
+        if x0 is None:
+            self._check("x0", start, operator.image_shape)
         if start.shape[0] != y.shape[0]:
             raise ValueError(f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}")
         if start.device != y.device or start.real.dtype != y.real.dtype:

@@ -123,6 +123,14 @@ class REDMap(FixedPointMap):
         """Return ``T(point)``."""
         return self.step(point).image
 
+    def denoised(self, point: Tensor) -> Tensor:
+        """Return ``D(point)``, in all processes that of the first: they must take the same steps."""
+        denoised = self.denoise(point)
+        agreed = self.fidelity.operator.agree(denoised)
+        if agreed is denoised or not denoised.requires_grad:
+            return agreed
+        return denoised + (agreed - denoised.detach())
+
     def agree(self, reductions: Tensor) -> Tensor:
         """Return the reductions that decide in all processes."""
         return self.fidelity.operator.agree(reductions)
@@ -214,7 +222,7 @@ class ProximalMap(REDMap):
         """Denoise, then solve."""
         source = self.fidelity.adjoint_data() if self.source is None else self.source
         weight = self.weight.to(point.real.dtype)
-        rhs = torch.addcmul(source, weight, self.denoise(point))
+        rhs = torch.addcmul(source, weight, self.denoised(point))
         if accuracy is None:
             accuracy = torch.full((len(point),), FIRST, device=point.device)
         tolerance = INNER * accuracy.clamp(max=FIRST)
@@ -356,7 +364,7 @@ class GradientMap(REDMap):
         update = ops.red_update(
             point,
             gradient,
-            self._masked(self.denoise(point)),
+            self._masked(self.denoised(point)),
             self.step_size,
             self.weight,
             previous=previous,
