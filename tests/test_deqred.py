@@ -607,7 +607,7 @@ def test_arguments_that_do_not_fit_are_refused(ct, y):
             r"DEQRED: y must have the denoiser's precision \(torch.float32\), got torch.float64",
         ),
         (y.to("meta"), ValueError, r"DEQRED: y must be on the denoiser's device \(cpu\), got meta"),
-        (y.numpy(), TypeError, "DEQRED: y must be a torch.Tensor, got ndarray"),
+        (y.tolist(), TypeError, "DEQRED: y must be a torch.Tensor, got list"),
         (ct, TypeError, "DEQRED: y must be a torch.Tensor, got ParallelBeamCT"),
     ]:
         with pytest.raises(error, match=message):

@@ -27,9 +27,9 @@ MAY_IMPORT = {
     "deqred": {"red", "fixed_point", "operators", "denoisers"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
-    "training": {"deqred", "denoisers", "data", "fixed_point", "operators"},
-    "cli": {"_demo", "training", "deqred", "fixed_point", "operators", "denoisers", "data"},
-    "_demo": {"training", "deqred", "fixed_point", "operators", "denoisers", "data"},
+    "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},
+    "cli": {"_demo", "training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
+    "_demo": {"training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
     "testing": {"ops", "operators", "reference"},
 }
 
