@@ -179,7 +179,14 @@ def idt_case():
     operator = idt_demo._microscope(settings, "auto")
     truth, y = arrays["truth"][None] / idt_demo.UNIT, arrays["intensities"][None] / idt_demo.UNIT
     name = f"IDT {tuple(truth.shape[1:])}, {y.shape[1]} illuminations"
-    return Case(name, network_of(saved, idt_demo.AboveBackground), operator, y, truth.to(torch.complex64), idt_demo.TAU)
+    return Case(
+        name,
+        network_of(saved, idt_demo.AboveBackground),
+        operator,
+        y,
+        truth.to(torch.complex64),
+        idt_demo.TAU,
+    )
 
 
 DEMOS = {"ct": ct_case, "ct, x >= 0": lambda: ct_case(True), "mri": mri_case, "idt": idt_case}

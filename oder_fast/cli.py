@@ -57,6 +57,13 @@ def _scale(text: str) -> str | tuple[float, float]:
     return _decibels(low), _decibels(high)
 
 
+def _counter(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER, as contrast=1, got {text!r}")
+    return name, _whole_number(0)(number)
+
+
 def _acceleration(text: str) -> float:
     value = _decibels(text)
     if not 1 <= value <= 16:
@@ -117,6 +124,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from .training.reconstruction.jobs import escaped
 
     options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    options["select"] = dict(arguments.select) or None
     try:
         report = reconstruct_files(**options)
     except RunError as error:
@@ -142,6 +150,8 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
             f"{', '.join(map(escaped, report.not_converged))}",
             file=sys.stderr,
         )
+    for name, note in report.notes.items():
+        print(f"oder-fast: {name}: {note}", file=sys.stderr)
     for name, reason in report.failed.items():
         print(f"oder-fast: failed: {escaped(name)}: {escaped(reason)}", file=sys.stderr)
     return 1 if report.failed else 0
@@ -223,7 +233,7 @@ def _add_reconstruct(commands: Any) -> None:
         type=_path,
         nargs="+",
         metavar="INPUT",
-        help="files or folders: NPY, NPZ, TIFF, HDF5 (fastMRI, ISMRMRD); with --simulate DICOM, PNG, NIfTI",
+        help="files or folders: NPY, NPZ, TIFF, HDF5 (fastMRI, ISMRMRD), MATLAB; with --simulate DICOM, PNG, NIfTI",
     )
     to.add_argument("--output", type=_path, metavar="FOLDER", required=True, help="where to write")
     to.add_argument(
@@ -257,7 +267,15 @@ def _add_reconstruct(commands: Any) -> None:
         metavar="MODULE:NAME",
         help="class to import, of a checkpoint whose denoiser is not of this package",
     )
-    to.add_argument("--array", metavar="NAME", help="array of NPZ and HDF5 files that hold several")
+    to.add_argument("--array", metavar="NAME", help="array of NPZ, HDF5 and MATLAB files that hold several")
+    to.add_argument(
+        "--select",
+        type=_counter,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="contrast, phase, set, average or repetition of ISMRMRD files (default: each contrast, phase and set)",
+    )
     to.add_argument("--maps", type=_path, metavar="FILE", help="coil maps (default: estimated by ESPIRiT)")
     to.add_argument(
         "--normalize", action="store_true", help="divide intensities by their background, and subtract 1"

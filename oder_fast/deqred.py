@@ -4,9 +4,9 @@ The equation is
 
 .. math:: A^H (A x - y) + \tau (x - D(x)) = 0.
 
-`DEQRED` holds the denoiser `D` and the settings; the operator `A` and the data `y` come with each call. `red.py` has the
-two maps whose fixed points solve the equation, ``fixed_point/`` iterates and differentiates them, and ``operators/`` has
-the data fidelity that they are made of.
+`DEQRED` holds the denoiser `D` and the settings; the operator `A` and the data `y` come with each call. `red.py` has
+the two maps whose fixed points solve the equation, ``fixed_point/`` iterates and differentiates them, and
+``operators/`` has the data fidelity that they are made of.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._numpy import takes_numpy
 from ._torch import Autocast, full_precision, kept, uncompiled
 from .denoisers import frozen
 from .denoisers.base import set_scalar
@@ -33,6 +34,7 @@ from .red import GradientMap, GradientStep, ProximalMap, ProximalStep, REDMap
 PUBLISHED_ITERATIONS = 180
 
 
+@takes_numpy
 class DEQRED(nn.Module):
     r"""Reconstruct images as fixed points of regularization by denoising (RED).
 
@@ -115,8 +117,8 @@ class DEQRED(nn.Module):
                 raise TypeError(f"DEQRED: {name} must be {wanted}, got {value!r}")
         if isinstance(denoiser, MeasurementOperator) or not callable(denoiser):
             raise TypeError(
-                f"DEQRED: denoiser must be a module or function of images, got {type(denoiser).__name__}; the operator is "
-                "given with the data, model(y, operator)"
+                f"DEQRED: denoiser must be a module or function of images, got {type(denoiser).__name__}; the operator "
+                "is given with the data, model(y, operator)"
             )
         if on_failure not in POLICIES:
             raise ValueError(f"DEQRED: on_failure must be one of {POLICIES}, got {on_failure!r}")
@@ -165,7 +167,12 @@ class DEQRED(nn.Module):
 
     @overload
     def forward(
-        self, y: Tensor, operator: Any, x0: Tensor | Solution | None = None, *, return_solution: Literal[False] = False
+        self,
+        y: Tensor,
+        operator: Any,
+        x0: Tensor | Solution | None = None,
+        *,
+        return_solution: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
@@ -199,8 +206,8 @@ class DEQRED(nn.Module):
             NotConvergedError: Where an image did not converge and `on_failure` is ``"raise"``.
         """
         solution: Solution = self._solve(y, operator, x0)
-        # Past nn.Module's own two frames.
-        solution.require(self.on_failure, stacklevel=5)
+        # Past the two frames of nn.Module, and that which takes NumPy's arrays.
+        solution.require(self.on_failure, stacklevel=6)
         return solution if return_solution else solution.value
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -229,10 +236,14 @@ class DEQRED(nn.Module):
         with operator.agreement() as same:
             self._check("y", y, operator.data_shape)
             y = kept(y)
-            with full_precision(y.device):
-                start, scale = self._start(y, operator, x0)
-                fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
+            if x0 is not None:
+                self._check("x0", x0.value if isinstance(x0, Solution) else x0, operator.image_shape)
             same.update(self._settings(y, x0))
+        with full_precision(y.device):
+            # A call of all processes, as nothing inside an agreement may be.
+            start, scale = self._start(y, operator, x0)
+            with operator.agreement():
+                fidelity = operator.least_squares(y if scale is None else y / per_image(scale, y))
         autocast = Autocast(y.device)
         with full_precision(y.device), frozen(self.denoiser) as denoiser:
             size = self.step.minibatch_size
@@ -250,7 +261,7 @@ class DEQRED(nn.Module):
                 red_map = ProximalMap(*common, size)
             else:
                 step_size = self._step_size(operator, norm).to(y.device)
-                red_map = GradientMap(*common, step_size, size, self.step.variance_reduction)
+                red_map = GradientMap(*common, size, self.step.variance_reduction, step_size=step_size)
             yield red_map, start, None if scale is None else per_image(scale, start)
 
     def _step_size(self, operator: MeasurementOperator, norm: float) -> Tensor:
@@ -265,11 +276,11 @@ class DEQRED(nn.Module):
         self, y: Tensor, operator: MeasurementOperator, x0: Tensor | Solution | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the start, checked, scaled and clipped, and the scale of each image."""
-        start = x0.value.detach() if isinstance(x0, Solution) else x0
-        start = kept(start) if isinstance(start, Tensor) else start
-        initial = operator.initial(y) if start is None or self.normalize else None
-        start = initial if start is None else start
-        self._check("x0", start, operator.image_shape)
+        given = x0.value.detach() if isinstance(x0, Solution) else x0
+        initial = operator.initial(y) if given is None or self.normalize else given
+        start: Any = initial if given is None else given
+        if x0 is None:
+            self._check("x0", start, operator.image_shape)
         if start.shape[0] != y.shape[0]:
             raise ValueError(f"DEQRED: x0 must hold as many images as y ({y.shape[0]}), got {start.shape[0]}")
         if start.device != y.device or start.real.dtype != y.real.dtype:
@@ -279,8 +290,8 @@ class DEQRED(nn.Module):
             )
         if self.nonnegative and start.is_complex():
             raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
-        scale = None
-        if self.normalize and initial is not None:
+        start, scale = kept(start), None
+        if self.normalize:
             scale = initial.abs().flatten(1).amax(1)
             scale = torch.where(scale > 0, scale, 1)
             start = start / per_image(scale, start)
@@ -345,6 +356,7 @@ class DEQRED(nn.Module):
             )
 
 
+@takes_numpy
 def oder(
     denoiser: Callable[[Tensor], Tensor],
     tau: float | Tensor,
@@ -361,8 +373,8 @@ def oder(
     .. math:: x_k = P \bigl( s_{k-1} - \gamma (\nabla g_{B_k}(s_{k-1}) + \tau (s_{k-1} - D(s_{k-1}))) \bigr), \quad
         s_k = x_k + \frac{t_{k-1} - 1}{t_k} (x_k - x_{k-1})
 
-    without restart, without variance reduction, without a mean of the last iterates, and without a test. For CT the code
-    draws views in sectors: build ``ParallelBeamCT(..., sampling="stratified")``.
+    without restart, without variance reduction, without a mean of the last iterates, and without a test. For CT the
+    code draws views in sectors: build ``ParallelBeamCT(..., sampling="stratified")``.
 
     Args:
         denoiser: As of `DEQRED`.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._numpy import takes_numpy
 from .denoisers import LipschitzEstimate
 from .denoisers._krylov import Spectrum, arnoldi, largest, modulus, random_like
 from .denoisers.call import as_channels, from_channels
@@ -79,6 +80,7 @@ class Diagnosis:
         return self.message
 
 
+@takes_numpy
 def diagnose(
     model: DEQRED,
     y: Tensor,
@@ -131,11 +133,11 @@ def diagnose(
     """
     if not isinstance(model, DEQRED):
         raise TypeError(f"diagnose: model must be a DEQRED, got {type(model).__name__}")
-    operator = as_operator(operator)
+    measurement = as_operator(operator)
     where = "at the images given"
     if x is None:
-        x, where = _solution(model, y, operator)
-    with torch.inference_mode(False), torch.no_grad(), model._problem(y, operator, x) as (red, point, _):
+        x, where = _solution(model, y, measurement)
+    with torch.inference_mode(False), torch.no_grad(), model._problem(y, measurement, x) as (red, point, _):
         derivative = _Derivative(red, point.detach())
         jacobian = derivative.jacobian
 
@@ -150,7 +152,7 @@ def diagnose(
         squared, norm_error, _ = solve(lambda v: derivative.transposed(derivative(v)), largest)
         contraction, contraction_error, direction = solve(derivative, modulus)
         kept, residual = derivative.kept(direction), derivative.residual()
-        norm_squared = float(operator.norm_squared())
+        norm_squared = float(measurement.norm_squared())
         step_size = float(red.step_size) * norm_squared if isinstance(red, GradientMap) else None
     shrinks = contraction < 1 - RESOLUTION
     needed = (math.log(model.solver.tolerance) / contraction.clamp(min=1e-300).log()).clamp(min=1).ceil()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,14 @@ class REDMap(FixedPointMap):
         """Return ``T(point)``."""
         return self.step(point).image
 
+    def denoised(self, point: Tensor) -> Tensor:
+        """Return ``D(point)``, in all processes that of the first: they must take the same steps."""
+        denoised = self.denoise(point)
+        agreed = self.fidelity.operator.agree(denoised)
+        if agreed is denoised or not denoised.requires_grad:
+            return agreed
+        return denoised + (agreed - denoised.detach())
+
     def agree(self, reductions: Tensor) -> Tensor:
         """Return the reductions that decide in all processes."""
         return self.fidelity.operator.agree(reductions)
@@ -174,7 +182,9 @@ class REDMap(FixedPointMap):
             nonnegative=False,
             free=free,
         )
-        return Linearization(balance, lambda gradient: replace(adjoint, source=gradient), adjoint.jacobian_free)
+        return Linearization(
+            balance, lambda gradient: replace(adjoint, source=gradient), adjoint.jacobian_free
+        )
 
     def _complete(self, balance: Tensor, point: Tensor) -> Tensor:
         if not self.fidelity.y.requires_grad:
@@ -212,7 +222,7 @@ class ProximalMap(REDMap):
         """Denoise, then solve."""
         source = self.fidelity.adjoint_data() if self.source is None else self.source
         weight = self.weight.to(point.real.dtype)
-        rhs = torch.addcmul(source, weight, self.denoise(point))
+        rhs = torch.addcmul(source, weight, self.denoised(point))
         if accuracy is None:
             accuracy = torch.full((len(point),), FIRST, device=point.device)
         tolerance = INNER * accuracy.clamp(max=FIRST)
@@ -302,9 +312,9 @@ class GradientMap(REDMap):
         variance_reduced: Whether minibatches correct the last full gradient.
     """
 
-    step_size: Tensor = torch.tensor(1.0)
+    step_size: Tensor = field(kw_only=True)
     minibatch_size: int | None = None
-    variance_reduced: bool = True  # type: ignore[misc]
+    variance_reduced: bool = True
 
     advice = "lower step_size or tau, or take a denoiser that contracts (spectral norms, more training)"
 
@@ -354,7 +364,7 @@ class GradientMap(REDMap):
         update = ops.red_update(
             point,
             gradient,
-            self._masked(self.denoise(point)),
+            self._masked(self.denoised(point)),
             self.step_size,
             self.weight,
             previous=previous,

@@ -207,6 +207,13 @@ def test_a_foreign_physics_gives_the_same_images_and_gradients(ct, y, step):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_physics_lives_until_the_backward_pass(ct, y):
+    denoiser = Blur(0.9)
+    x = DEQRED(denoiser, tau=TAU)(y[:, None], Physics(ct))
+    x.square().sum().backward()
+    assert denoiser.gain.grad.isfinite()
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 1, 5, 6), (2, 3, 5, 6)])
 def test_complex_images_are_viewed_as_two_channels(shape):
     image = torch.randn(shape, dtype=torch.complex64)
@@ -600,7 +607,7 @@ def test_arguments_that_do_not_fit_are_refused(ct, y):
             r"DEQRED: y must have the denoiser's precision \(torch.float32\), got torch.float64",
         ),
         (y.to("meta"), ValueError, r"DEQRED: y must be on the denoiser's device \(cpu\), got meta"),
-        (y.numpy(), TypeError, "DEQRED: y must be a torch.Tensor, got ndarray"),
+        (y.tolist(), TypeError, "DEQRED: y must be a torch.Tensor, got list"),
         (ct, TypeError, "DEQRED: y must be a torch.Tensor, got ParallelBeamCT"),
     ]:
         with pytest.raises(error, match=message):

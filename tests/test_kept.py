@@ -13,12 +13,13 @@ from oder_fast import (
     diagnose,
     estimate_lipschitz,
 )
+from oder_fast._torch import kept
 from oder_fast.data import led_ring
 from oder_fast.denoisers import DnCNN, UNet
 from oder_fast.deqred import DEQRED
+from oder_fast.red import GradientStep
 from oder_fast.fixed_point import Implicit, Picard, Unrolled
 from oder_fast.ops import fourier
-from oder_fast._torch import kept
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -61,12 +62,11 @@ SCANS = {
 }
 
 
-def model_of(operator, image, differentiation):
+def model_of(image, differentiation):
     torch.manual_seed(1)
     channels = image[0].numel() // SIZE**2 * (1 + image.is_complex())
     denoiser = DnCNN(depth=2, width=4, in_channels=channels)
     return DEQRED(
-        operator,
         denoiser,
         tau=1.0,
         solver=Picard(3, 1e-12),
@@ -75,14 +75,14 @@ def model_of(operator, image, differentiation):
     )
 
 
-def gradients(model, y, x0=None):
+def gradients(model, y, operator, x0=None):
     y = y.clone().requires_grad_()
-    model(y, x0).abs().sum().backward()
+    model(y, operator, x0).abs().sum().backward()
     return [y.grad, *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["the call alone", "what comes before it too"])
-@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()])
+@pytest.mark.parametrize("differentiation", [Implicit(Picard(3, 1e-12)), Unrolled()])
 @pytest.mark.parametrize("scan", SCANS)
 def test_gradients_after_a_first_call_in_inference_mode(scan, differentiation, before):
     def make(inference):
@@ -95,26 +95,26 @@ def test_gradients_after_a_first_call_in_inference_mode(scan, differentiation, b
         return operator, image, y
 
     operator, image, y = make(False)
-    expected = gradients(model_of(operator, image, differentiation), y)
+    expected = gradients(model_of(image, differentiation), y, operator)
     operator, image, y = make(True)
-    model = model_of(operator, image, differentiation)
+    model = model_of(image, differentiation)
     with torch.inference_mode():
         if before:
             operator.to(torch.float64).to(torch.float32)
-        x0 = model(y)
+        x0 = model(y, operator)
         if hasattr(operator, "fbp"):
             operator.fbp(y)
     assert x0.is_inference()
-    torch.testing.assert_close(gradients(model, y), expected)
+    torch.testing.assert_close(gradients(model, y, operator), expected)
     # A start and data from a validation loop.
     for own, differentiated in itertools.product((y, y.clone()), (True, False)):
         model.requires_grad_(differentiated)
-        x = model(own, x0)
+        x = model(own, operator, x0)
         assert x.requires_grad == differentiated
     assert all(not buffer.is_inference() for buffer in operator.buffers())
 
 
-@pytest.mark.parametrize("make", [lambda v: DEQRED(ct()[0], lambda x: x, tau=v, step_size=v), TotalVariation])
+@pytest.mark.parametrize("make", [lambda v: DEQRED(lambda x: x, tau=v, step=GradientStep(v)), TotalVariation])
 def test_settings_made_in_inference_mode(make):
     with torch.inference_mode():
         module = make(torch.tensor(0.01))
@@ -138,10 +138,10 @@ def test_a_spectral_norm_settles_in_inference_mode():
     torch.manual_seed(0)
     operator, image = ct()
     y = operator(image)
-    model = DEQRED(operator, UNet(channels=(4, 8)), tau=1.0, solver=Picard(3, 1e-12), on_failure="ignore")
+    model = DEQRED(UNet(channels=(4, 8)), tau=1.0, solver=Picard(3, 1e-12), on_failure="ignore")
     with torch.inference_mode():
-        model(y)
-    model(y).sum().backward()
+        model(y, operator)
+    model(y, operator).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not any(buffer.is_inference() for buffer in model.buffers())
 
@@ -149,12 +149,12 @@ def test_a_spectral_norm_settles_in_inference_mode():
 def test_derivatives_are_examined_in_inference_mode_too():
     operator, image = ct()
     y = operator(image)
-    model = model_of(operator, image, Implicit())
+    model = model_of(image, Implicit())
     seed = lambda: {"generator": torch.Generator().manual_seed(0), "iterations": 3}  # noqa: E731
-    expected = diagnose(model, y, image, **seed())
+    expected = diagnose(model, y, operator, image, **seed())
     estimate = estimate_lipschitz(model.denoiser, image[None], **seed())
     with torch.inference_mode():
-        found = diagnose(model, y.clone(), image.clone(), **seed())
+        found = diagnose(model, y.clone(), operator, image.clone(), **seed())
         assert torch.equal(found.norm, expected.norm)
         found = estimate_lipschitz(model.denoiser, image[None].clone(), **seed())
         assert torch.equal(found.denoiser, estimate.denoiser)

@@ -1,6 +1,9 @@
+import zipfile
+
 import h5py
 import numpy as np
 import pytest
+import scipy.io
 import torch
 
 from oder_fast import data
@@ -572,7 +575,7 @@ def test_other_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"note\.h5: its name ends in \.h5, but its content is not HDF5"):
         ks.read_kspace(path)
     path.rename(tmp_path / "note.txt")
-    with pytest.raises(ValueError, match=r"note\.txt: not an HDF5, NPY or NPZ file"):
+    with pytest.raises(ValueError, match=r"note\.txt: not an HDF5, NPY, NPZ or MATLAB file"):
         ks.read_kspace(tmp_path / "note.txt")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"note\.h5: the file is empty"):
@@ -597,3 +600,276 @@ def test_other_files_are_named(tmp_path):
         ks.read_kspace(tmp_path / "missing.h5")
     with pytest.raises(IsADirectoryError):
         ks.read_kspace(tmp_path)
+
+
+# ------------------------------------------------------------------ files from elsewhere
+
+
+def external_link(file, elsewhere):
+    file["kspace"] = h5py.ExternalLink(elsewhere, "kspace")
+
+
+def soft_link_by_way_of_another(file, elsewhere):
+    file["there"] = h5py.ExternalLink(elsewhere, "/")
+    file["kspace"] = h5py.SoftLink("/there/kspace")
+
+
+def virtual(file, elsewhere):
+    layout = h5py.VirtualLayout((1, 2, H, W), np.complex64)
+    layout[:] = h5py.VirtualSource(elsewhere, "kspace", (1, 2, H, W))
+    file.create_virtual_dataset("kspace", layout)
+
+
+def external_storage(file, elsewhere):
+    file.create_dataset("kspace", (1, 2, H, W), np.complex64, external=[(elsewhere, 0, h5py.h5f.UNLIMITED)])
+
+
+@pytest.mark.parametrize(
+    "write", [external_link, soft_link_by_way_of_another, virtual, external_storage], ids=lambda f: f.__name__
+)
+def test_hdf5_that_points_elsewhere(tmp_path, write):
+    write_fastmri(tmp_path / "secret.h5", noise(1, 2, H, W))
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        write(file, str(tmp_path / "secret.h5"))
+    for read in (ks.read_kspace, ks.read_kspace_header, data.read_array, data.KSpaceFolder):
+        with pytest.raises(ValueError, match=r"scan\.h5: its '\w+' is .* another file"):
+            read(tmp_path / "scan.h5")
+
+
+def test_links_within_a_file(tmp_path):
+    values = noise(1, 2, H, W)
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["raw/values"] = values
+        file["kspace"] = h5py.SoftLink("/raw/values")
+        file["nowhere"] = h5py.SoftLink("/raw/nothing")
+    np.testing.assert_array_equal(ks.read_kspace(tmp_path / "scan.h5").kspace, values)
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((10**12, 2, H, W), {"chunks": (1, 2, H, W)}, "takes 3072000000000000 bytes, and the file stores"),
+        ((3, 2, H, W), {"chunks": (1, 2, H, W)}, "0 of 3 parts were written"),
+        ((3, 2, H, W), {}, "0 of 1 parts were written"),
+        ((3, 2, H, W), {"chunks": (1, 2, H, W), "compression": "gzip"}, "0 of 3 parts were written"),
+        ((1, 2, H, W), {"chunks": (64, 64, 512, 512), "maxshape": (None,) * 4}, "a chunk of its 'kspace'"),
+    ],
+)
+def test_hdf5_that_claims_more_than_it_stores(tmp_path, shape, options, message):
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file.create_dataset("kspace", shape, np.complex64, **options)
+        file.attrs["more"] = np.zeros(4000)
+    for read in (ks.read_kspace, ks.read_kspace_header, data.read_array):
+        with pytest.raises(ValueError, match=rf"scan\.h5: .*({message})"):
+            read(tmp_path / "scan.h5")
+
+
+def test_what_unpacks_beyond_measure(tmp_path, monkeypatch):
+    monkeypatch.setattr("oder_fast.data.files.SMALL", 2**16)
+    values = np.zeros((1, 4, 512, 512), np.complex64)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("kspace", data=values, compression="gzip")
+    np.savez_compressed(tmp_path / "a.npz", kspace=values)
+    scipy.io.savemat(tmp_path / "a.mat", {"kspace": values}, do_compression=True)
+    for name in ("a.h5", "a.npz", "a.mat"):
+        for read in (ks.read_kspace, data.read_array):
+            with pytest.raises(
+                ValueError, match=rf"{name}: its 'kspace' .*takes \d+ bytes, and the file stores"
+            ):
+                read(tmp_path / name)
+
+
+def test_headers_that_ask_for_more(tmp_path):
+    content = b"kspace"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("kspace.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<c8", "fortran_order": False, "shape": (10**9, 8, 8)}
+        )
+        file.write(content)
+    with pytest.raises(ValueError, match=r"a\.npz: its 'kspace' of shape .* takes 512000000000 bytes"):
+        ks.read_kspace(tmp_path / "a.npz")
+    write_ismrmrd(tmp_path / "a.h5", [line(noise(2, H))], header(matrix=(60000, 60000, 1)))
+    with pytest.raises(ValueError, match=r"a\.h5: its k-space of shape \(1, 2, 60000, 60000\) takes"):
+        ks.read_kspace(tmp_path / "a.h5")
+    for matrix in ((0, W, 1), (-4, W, 1), ("many", W, 1), ("nan", W, 1), ("inf", W, 1)):
+        xml = header().replace(f"<x>{H}</x>", f"<x>{matrix[0]}</x>", 1)
+        write_ismrmrd(tmp_path / "a.h5", [line(noise(2, H))], xml)
+        with pytest.raises(ValueError, match=r"a\.h5: its ISMRMRD header has"):
+            ks.read_kspace(tmp_path / "a.h5")
+
+
+def test_a_heap_on_which_hdf5_would_not_return(tmp_path):
+    path = tmp_path / "scan.h5"
+    write_ismrmrd(path, scan_lines(noise(2, H, W), range(W)))
+    content = bytearray(path.read_bytes())
+    # The second object of the last heap gets the index and the size 0.
+    first = content.rindex(b"GCOL") + 16
+    length = int.from_bytes(content[first + 8 : first + 16], "little")
+    second = first + 16 + length + -length % 8
+    content[second : second + 16] = bytes(16)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"scan\.h5: it is damaged: a heap of its values is not filled by them"
+    ):
+        ks.read_kspace(path)
+
+
+# ------------------------------------------------------------------ MATLAB, masks
+
+
+def write_matlab(path, **arrays):
+    """As MATLAB's -v7.3 does."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, values in arrays.items():
+            stored = values.T
+            if np.iscomplexobj(values):
+                stored = np.empty(values.T.shape, [("real", "<f8"), ("imag", "<f8")])
+                stored["real"], stored["imag"] = values.T.real, values.T.imag
+            file[name] = stored
+            file[name].attrs["MATLAB_class"] = np.bytes_("logical" if values.dtype == np.uint8 else "double")
+        file["#refs#/a"] = np.ones(3)
+
+
+@pytest.mark.parametrize("version", ["7.3", "7", "6"])
+def test_matlab(tmp_path, version):
+    path, values, maps = tmp_path / "scan.mat", noise(3, 2, H, W), noise(2, H, W, seed=1)
+    mask = (np.arange(W) % 3 == 0).astype(np.uint8)[None]
+
+    def write(**arrays):
+        if version == "7.3":
+            write_matlab(path, **arrays)
+        else:
+            scipy.io.savemat(path, arrays | {"note": "text"}, do_compression=version == "7")
+
+    write(kspace=values, mask=mask, maps=maps)
+    kspace, found, metadata = ks.read_kspace(path, slice(1, 3))
+    np.testing.assert_allclose(kspace, values[1:], rtol=1e-6)
+    np.testing.assert_array_equal(found, np.broadcast_to(mask == 1, (2, H, W)))
+    assert metadata == {"format": "MATLAB", "slices": (1, 2)}
+    assert ks.read_kspace_header(path).shape == values.shape
+    np.testing.assert_allclose(data.read_array(path, "maps"), maps, rtol=1e-6)
+    write(first=values[0], second=values[1])
+    np.testing.assert_allclose(ks.read_kspace(path, array="second").kspace[0], values[1], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"scan\.mat: it holds 2 arrays, name one of: first, second"):
+        ks.read_kspace(path)
+    write(kspace=values.real)
+    with pytest.raises(ValueError, match=r"scan\.mat: its k-space is float(32|64), not complex"):
+        ks.read_kspace(path)
+
+
+def test_matlab_marks_what_is_no_array(tmp_path):
+    with h5py.File(tmp_path / "a.mat", "w") as file:
+        for name, kind in (("empty", b"double"), ("text", b"char")):
+            file[name] = np.array([0, 180], np.uint64)  # of what is empty MATLAB stores the size
+            file[name].attrs["MATLAB_class"] = np.bytes_(kind)
+        file["empty"].attrs["MATLAB_empty"] = np.int32(1)
+    with pytest.raises(ValueError, match=r"a\.mat: its 'empty' is empty"):
+        data.read_array(tmp_path / "a.mat", "empty")
+    with pytest.raises(ValueError, match=r"a\.mat: its 'text' is text, not numbers"):
+        data.read_array(tmp_path / "a.mat", "text")
+
+
+@pytest.mark.parametrize("dtype", ["?", "u1", "i8", "f4", "f8"])
+@pytest.mark.parametrize("shape", [(W,), (1, W), (H, 1), (H, W), (1, H, W), (2, 1, W), (2, H, W)])
+def test_masks(tmp_path, shape, dtype):
+    values = noise(2, 3, H, W)
+    sampled = np.random.default_rng(1).random(shape) < 0.5
+    for scale in (1,) if dtype == "?" else (1, 255):
+        stored = (sampled * scale).astype(dtype)
+        if dtype[0] == "f":
+            stored += np.random.default_rng(2).normal(size=shape).astype(dtype) * 1e-5 * scale
+        write_fastmri(tmp_path / "a.h5", values, mask=stored)
+        np.savez(tmp_path / "a.npz", kspace=values, mask=stored)
+        for name in ("a.h5", "a.npz"):
+            found = ks.read_kspace(tmp_path / name).mask
+            np.testing.assert_array_equal(found, np.broadcast_to(sampled, (2, H, W)))
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.zeros(W), "its mask samples nothing"),
+        (np.arange(W), "its mask holds values other than 0 and 1"),
+        (np.array([0, 0.5, 1] * (W // 3)), "its mask holds values other than 0 and 1"),
+        (np.array([0, 1, 255] * (W // 3)), "its mask holds values other than 0 and 1"),
+        (np.array([0, np.inf] * (W // 2)), "its mask holds values other than 0 and 1"),
+        (np.ones((W, 1)), r"its mask has the shape \(12, 1\)"),
+        (np.ones((1, 1, 1, W)), r"its mask has the shape \(1, 1, 1, 12\)"),
+        (np.ones(0), r"its mask has the shape \(0,\)"),
+        (np.ones(W, np.complex64), "its mask is complex64, not of numbers 0 and 1"),
+    ],
+)
+def test_masks_that_are_wrong(tmp_path, mask, message):
+    np.savez(tmp_path / "a.npz", kspace=noise(2, H, W), mask=mask)
+    with pytest.raises(ValueError, match=rf"a\.npz: {message}"):
+        ks.read_kspace(tmp_path / "a.npz")
+
+
+# ------------------------------------------------------------------ readouts
+
+
+def test_ismrmrd_complete_lines_that_run_backwards(tmp_path):
+    for height in (H, H + 1):
+        values = noise(2, height, W)
+        for center in {0, height // 2, (height - 1) // 2}:
+            lines = [
+                line(values[:, :: 1 - 2 * (j % 2), j], j, [22] * (j % 2), center=center) for j in range(W)
+            ]
+            write_ismrmrd(tmp_path / "scan.h5", lines, header(matrix=(height, W, 1)))
+            np.testing.assert_array_equal(ks.read_kspace(tmp_path / "scan.h5").kspace[0], values)
+
+
+@pytest.mark.parametrize(
+    "told, field, expected",
+    [
+        (2 * H, (320.0, 160.0), (H, 160.0)),  # oversampling was removed from the lines alone
+        (H // 2, (160.0, 160.0), (H, 320.0)),  # and kept out of the header
+        (H // 2, (320.0, 160.0), (H, 320.0)),  # of whose matrix alone
+        (H // 2, (319.9, 160.0), (H, 319.9)),
+        (H, (320.0, 160.0), (H, 320.0)),
+    ],
+)
+def test_ismrmrd_headers_that_disagree_with_the_lines(tmp_path, told, field, expected):
+    values = noise(2, H, W)
+    xml = header(matrix=(told, W, 1), fov=(field[0], 180.0, 5.0)).replace(
+        f"<x>{field[0] / 2}</x>", f"<x>{field[1]}</x>"
+    )
+    for center in (H // 2, 0):
+        write_ismrmrd(tmp_path / "scan.h5", [line(values[:, :, j], j, center=center) for j in range(W)], xml)
+        kspace, mask, metadata = ks.read_kspace(tmp_path / "scan.h5")
+        np.testing.assert_array_equal(kspace[0], values)
+        assert mask.all()
+        assert (metadata["encoded_matrix"][0], metadata["encoded_fov"][0]) == expected
+        assert metadata["voxel_size"][1] == pytest.approx(expected[1] / H)
+        assert ks.read_kspace_header(tmp_path / "scan.h5").shape == (1, 2, H, W)
+
+
+def test_ismrmrd_half_an_echo_is_no_readout_without_oversampling(tmp_path):
+    values = noise(2, H // 2, W)
+    lines = [line(values[:, :, j], j, center=0 if j < 0 else 1) for j in range(W)]
+    write_ismrmrd(tmp_path / "scan.h5", lines)
+    kspace, mask, _ = ks.read_kspace(tmp_path / "scan.h5")
+    np.testing.assert_array_equal(kspace[0, :, H // 2 - 1 : H - 1], values)
+    assert mask.sum() == H // 2 * W
+
+
+def test_ismrmrd_calibration_lines_that_are_of_the_image_too(tmp_path):
+    values = noise(2, H, W)
+    write_ismrmrd(tmp_path / "scan.h5", scan_lines(values, range(W), flags=[20, 21]))
+    np.testing.assert_array_equal(ks.read_kspace(tmp_path / "scan.h5").kspace[0], values)
+
+
+def test_each_image_of_a_file_can_be_selected(tmp_path):
+    values = noise(4, 2, H, W)
+    lines = [
+        one for k in range(4) for one in scan_lines(values[k], range(W), contrast=k // 2, set=3 * (k % 2))
+    ]
+    write_ismrmrd(tmp_path / "scan.h5", lines)
+    found = ks.kspace_selections(tmp_path / "scan.h5", {})
+    assert found == [{"contrast": c, "set": s} for c in (0, 1) for s in (0, 3)]
+    for k, select in enumerate(found):
+        np.testing.assert_array_equal(
+            ks.read_kspace(tmp_path / "scan.h5", select=select).kspace[0], values[k]
+        )
+    assert ks.kspace_selections(tmp_path / "scan.h5", {"contrast": 1}) == [{"set": 0}, {"set": 3}]
+    assert ks.kspace_selections(tmp_path / "scan.h5", {"contrast": 1, "set": 0}) == [{}]

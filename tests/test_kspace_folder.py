@@ -1,6 +1,7 @@
 import h5py
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from torch.utils.data import DataLoader
 
@@ -175,7 +176,7 @@ def test_groups_and_folders(tmp_path, scan):
         tmp_path.name,
         "sub",
     }
-    with pytest.raises(ValueError, match=r"no k-space \(HDF5, NPY, NPZ\) in it"):
+    with pytest.raises(ValueError, match=r"no k-space \(HDF5, NPY, NPZ, MATLAB\) in it"):
         data.KSpaceFolder([])
     with pytest.raises(FileNotFoundError):
         data.KSpaceFolder(tmp_path / "nowhere")
@@ -222,3 +223,39 @@ def test_arguments(tmp_path):
         TypeError, match=r"calibration may hold calibration_size, kernel_size, threshold, crop, got 'size'"
     ):
         data.KSpaceFolder(tmp_path, calibration={"size": 3})
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.npz", "a.npy", "a.mat"])
+def test_slices_without_signal_are_left_out(tmp_path, scan, name):
+    images, maps, kspace = scan
+    kspace = kspace.clone()
+    kspace[1] = 0
+    kspace[2, :, H // 2] = 0  # where one looks first
+    if name == "a.h5":
+        write(tmp_path / name, kspace, maps=maps)
+    elif name == "a.npy":
+        np.save(tmp_path / name, kspace)
+    elif name == "a.npz":
+        np.savez(tmp_path / name, kspace=kspace, maps=maps)
+    else:
+        scipy.io.savemat(tmp_path / name, {"kspace": kspace.numpy(), "maps": maps.numpy()})
+    dataset = data.KSpaceFolder(tmp_path, maps="espirit" if name == "a.npy" else "file")
+    assert dataset.names == [f"{name}[0]", f"{name}[2]"]
+    assert dataset.left_out == {"slice without signal": 1}
+    if name != "a.npy":
+        check(dataset[0], images, maps, 0)
+    np.save(tmp_path / "zeros.npy", np.zeros((2, C, H, W), np.complex64))
+    with pytest.raises(ValueError, match=r"zeros\.npy: its k-space is zero everywhere"):
+        data.KSpaceFolder(tmp_path / "zeros.npy")
+
+
+@pytest.mark.parametrize("encoded, kept", [(400.001, 20), (250, 32), (320, 25), (333.3, 24)])
+def test_readouts_are_cut_to_whole_pixels(tmp_path, scan, encoded, kept):
+    images, maps, kspace = scan
+    xml = header(2).replace(f"<x>{400}</x>", f"<x>{encoded}</x>")
+    write(tmp_path / "a.h5", kspace, ismrmrd_header=xml, maps=maps)
+    dataset = data.KSpaceFolder(tmp_path, maps="file")
+    assert dataset.shapes[0] == (kept, W)
+    top = H // 2 - kept // 2
+    middle = slice(top, top + kept)
+    check(dataset[0], images[:, middle], maps[:, middle], 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oder_fast.data import led_ring
 from oder_fast.deqred import DEQRED
-from oder_fast.fixed_point import Anderson, JacobianFree, Nesterov, Picard, Unrolled
+from oder_fast.fixed_point import Anderson, Implicit, JacobianFree, Nesterov, Picard, Unrolled
 from oder_fast.operators import (
     CartesianMRI,
     DiffractionTomography,
@@ -34,12 +33,13 @@ from oder_fast.operators import (
     ParallelBeamCT,
     split_blocks,
 )
-from oder_fast.training import train_fixed_point
+from oder_fast.operators.ct import CTLeastSquares
+from oder_fast.red import GradientStep, ProximalStep
 
 WORLD = 2
 # Of a collective call: a hang fails.
 TIMEOUT = timedelta(seconds=15)
-SIZE, VIEWS, TAU = 16, 13, 30.0
+SIZE, VIEWS, TAU = 16, 13, 0.1
 LOST = "lost contact with another of the 2 ranks: look in their output for the one that ended or hangs"
 SCENARIOS = {}
 
@@ -91,7 +91,7 @@ def problem(kind: str, rank: int, dtype: torch.dtype = torch.float32):
         mine = split_blocks(n, rank, WORLD)
         x = images(2, SIZE, 12, dtype=dtype)
         parallel = MeasurementParallel(CartesianMRI(maps[mine], mask))
-        return CartesianMRI(maps, mask), parallel, mine, torch.complex(x, x.flip(1)), 1.0
+        return CartesianMRI(maps, mask), parallel, mine, torch.complex(x, x.flip(1)), TAU
     leds = led_ring(6, 0.3)
     mine = split_blocks(len(leds), rank, WORLD)
 
@@ -100,7 +100,7 @@ def problem(kind: str, rank: int, dtype: torch.dtype = torch.float32):
         return DiffractionTomography((SIZE, SIZE), [-4.0, 0.0, 4.0], leds, **optics)
 
     x = 0.01 * images(2, 3, SIZE, SIZE, dtype=dtype)
-    return idt(leds), MeasurementParallel(idt(leds[mine])), mine, torch.complex(x, x.flip(2)), 2000.0
+    return idt(leds), MeasurementParallel(idt(leds[mine])), mine, torch.complex(x, x.flip(2)), TAU
 
 
 def everywhere(value: Tensor) -> list[Tensor]:
@@ -129,33 +129,34 @@ def check_operator(kind: str, rank: int) -> None:
     assert parallel.data_shape == (len(mine), *whole.data_shape[1:])
     assert relative(parallel(z), whole(z)[:, mine]) < 1e-5
     assert relative(parallel.adjoint(y[:, mine]), whole.adjoint(y)) < 1e-5
+    here, there = parallel.least_squares(y[:, mine]), whole.least_squares(y)
+    weight = torch.tensor(0.1 * whole.norm_squared())
+    tolerance = torch.full((len(z),), 1e-6)
     for got, expected in (
-        (parallel.gradient(z, y[:, mine]), whole.gradient(z, y)),
-        (parallel.gradient(z, None), whole.gradient(z, None)),
-        (
-            parallel.gradient(z, parallel.prepare_full_batch(y[:, mine]), prepared=True),
-            whole.gradient(z, y),
-        ),
+        (here.gradient(z), there.gradient(z)),
+        (here.normal(z), there.normal(z)),
+        (here.solve(z, weight, z, tolerance), there.solve(z, weight, z, tolerance)),
     ):
-        assert relative(got, expected) < 1e-5
+        # Of diffraction tomography the inner solves stop at their largest number of steps.
+        assert relative(got, expected) < (0.1 if kind == "idt" else 1e-4)
         assert_same_bits(got)
     start = parallel.initial(y[:, mine])
     assert_same_bits(start)
     if kind == "idt":
         # Conjugate gradients have not quite arrived.
-        assert relative(start, whole.initial(y)) < 0.05
+        assert relative(start, whole.initial(y)) < 0.1
     else:
         assert relative(start, whole.initial(y)) < 1e-5
     assert_same_bits(torch.tensor(parallel.norm_squared()))
     v = torch.randn(1, *whole.image_shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     for _ in range(1000):
-        v = whole.gradient(v / v.norm(), None)
+        v = there.normal(v / v.norm())
     assert 0.999 < parallel.norm_squared() / float(v.norm()) < 1.05
 
     # Backward: the vector-Jacobian products in the image and in the data, and those of those.
     def derivatives(operator, data: Tensor) -> list[Tensor]:
         point, data = z.clone().requires_grad_(), data.clone().requires_grad_()
-        gradient = operator.gradient(point * point, data)
+        gradient = operator.least_squares(data).gradient(point * point)
         first = torch.autograd.grad((gradient * gradient.conj()).real.sum(), (point, data), create_graph=True)
         second = torch.autograd.grad((first[0] * first[0].conj()).real.sum(), (point, data))
         return [*first, *second]
@@ -190,21 +191,22 @@ def check_model(kind: str, rank: int, **settings) -> None:
 
     def solve(operator, data: Tensor) -> tuple[Tensor, ...]:
         data = data.clone().requires_grad_()
-        tau_parameter, step = nn.Parameter(torch.tensor(tau)), 1 / (whole.norm_squared() + 2 * tau)
+        # The norm of all ranks is an estimate from above, and tau is in its units.
+        norm = operator.norm_squared()
+        tau_parameter = nn.Parameter(torch.tensor(tau * whole.norm_squared() / norm))
         model = DEQRED(
-            operator, Blur(), tau=tau_parameter, step_size=step, on_failure="ignore",
-            **{"solver": Nesterov(25, 1e-7)} | settings
-        )  # fmt: skip
+            Blur(0.9), tau=tau_parameter, on_failure="ignore", **{"solver": Anderson(25, 1e-5)} | settings
+        )
         # Of diffraction tomography the starts differ: conjugate gradients, and the solution in closed form.
-        value = model(data, 0.9 * x if kind == "idt" else None)
+        value = model(data, operator, 0.9 * x if kind == "idt" else None)
         (value - x).abs().square().sum().backward()
-        return value, model.denoiser.gain.grad, tau_parameter.grad, data.grad
+        return value, model.denoiser.gain.grad, tau_parameter.grad / norm, data.grad
 
     got = solve(parallel, y[:, mine])
     *expected, data_gradient = solve(whole, y)
     for one, other in zip(got, [*expected, data_gradient[:, mine]], strict=True):
-        assert relative(one, other) < 1e-4
-    assert relative(got[0], expected[0]) < 1e-5
+        assert relative(one, other) < 3e-3
+    assert relative(got[0], expected[0]) < 1e-4
     for one in got[:3]:
         assert_same_bits(one)
 
@@ -212,8 +214,10 @@ def check_model(kind: str, rank: int, **settings) -> None:
 @scenario
 def model_ct(rank):
     check_model("ct", rank)
-    check_model("ct", rank, solver=Anderson(15, 1e-6), differentiation=JacobianFree(), nonnegative=True)
-    check_model("ct", rank, solver=Picard(15, 1e-6), differentiation=Unrolled())
+    # The norm of all ranks is an estimate: steps of a given number of iterations are a little different.
+    check_model("ct", rank, differentiation=JacobianFree(), nonnegative=True)
+    check_model("ct", rank, solver=Picard(100, 1e-5), differentiation=Unrolled())
+    check_model("ct", rank, step=GradientStep(), solver=Anderson(500, 1e-4))
 
 
 @scenario
@@ -236,20 +240,22 @@ def minibatches(rank):
     even, _ = part_of_ct(rank, 12)
     assert not torch.equal(*everywhere(torch.stack([even.draw_blocks(2) for _ in range(10)])))
     assert torch.equal(state, torch.get_rng_state())
-    full = parallel.gradient(x, y)
-    estimates = torch.stack([parallel.gradient(x, y, blocks) for blocks in draws])
+    data_fidelity = parallel.least_squares(y)
+    full = data_fidelity.gradient(x)
+    estimates = torch.stack([data_fidelity.gradient(x, blocks) for blocks in draws])
     assert_same_bits(estimates)
     deviation = estimates.std(0).norm() / len(draws) ** 0.5
     assert 0 < (estimates.mean(0) - full).norm() < 2 * deviation < 0.1 * full.norm()
     # The expected smoothness bounds the second moment of a minibatch's normal operator.
-    _, parallel, _, z, _ = problem("mri", rank)
+    whole, parallel, mine, z, _ = problem("mri", rank)
+    data_fidelity = parallel.least_squares(whole(z)[:, mine])
     bound = parallel.minibatch_norm_squared(1)
     assert bound > parallel.norm_squared()
     v = torch.randn(1, *z.shape[1:], dtype=z.dtype, generator=torch.Generator().manual_seed(1))
     for _ in range(10):
-        many = [parallel.gradient(v, None, parallel.draw_blocks(1)) for _ in range(20)]
+        many = [data_fidelity.normal(v, parallel.draw_blocks(1)) for _ in range(20)]
         moment = torch.stack(many).abs().square().sum() / len(many)
-        assert moment < 1.2 * bound * (v.conj() * parallel.gradient(v, None)).real.sum()
+        assert moment < 1.2 * bound * (v.conj() * data_fidelity.normal(v)).real.sum()
         v = many[0] / many[0].norm()
 
 
@@ -258,17 +264,49 @@ def minibatches_find_the_same_fixed_point(rank):
     for kind in ("ct", "mri", "idt"):
         whole, parallel, mine, x, tau = problem(kind, rank)
         y = whole(x)
-        solver = Nesterov(3000, 3e-6)
         gradients = []
         for operator, data, size in ((whole, y, None), (parallel, y[:, mine], 2)):
-            model = DEQRED(operator, Blur(0.9), tau=2 * tau, minibatch_size=size, solver=solver)
-            value = model(data)
+            solver = Anderson(500, 1e-4) if size is None else Nesterov(3000, 3e-4)
+            step = GradientStep(None, size)
+            model = DEQRED(
+                Blur(0.9),
+                tau=2 * tau * whole.norm_squared() / operator.norm_squared(),
+                step=step,
+                solver=solver,
+                differentiation=Implicit(solver),
+            )
+            value = model(data, operator)
             value.abs().square().sum().backward()
             gradients.append((value, model.denoiser.gain.grad))
         for one, other in zip(*gradients, strict=True):
-            assert relative(one, other) < 1e-3, kind
+            assert relative(one, other) < 5e-3, kind
         assert_same_bits(value)
         assert_same_bits(model.denoiser.gain.grad)
+
+
+@scenario
+def coils_of_a_rank_may_see_nothing(rank):
+    """Zero maps on one rank, and maps that see nothing of one image; on all ranks they are refused."""
+    maps = torch.randn(4, SIZE, 12, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    mine = split_blocks(4, rank, WORLD)
+    mask = torch.arange(12) % 3 != 1
+    x = torch.complex(images(2, SIZE, 12), images(2, SIZE, 12).flip(2))
+    maps[split_blocks(4, 1, WORLD)] = 0
+    whole = CartesianMRI(maps, mask)
+    parallel = MeasurementParallel(CartesianMRI(maps[mine], mask))
+    y = whole(x)
+    solver = Nesterov(1000, 1e-6)
+    for size in (None, 1):
+        found = DEQRED(parallel, Blur(), tau=1.0, solver=solver, minibatch_size=size)(y[:, mine])
+        expected = DEQRED(whole, Blur(), tau=1.0, solver=solver)(y)
+        assert relative(found, expected) < 1e-3
+        assert_same_bits(found)
+    model = DEQRED(parallel, Blur(), tau=1.0, solver=solver)
+    with pytest.raises(ValueError, match="the coils of all ranks see nothing of image 1"):
+        model(torch.stack([y[0, mine], torch.zeros_like(y[1, mine])]))
+    with pytest.raises(ValueError, match="the coil maps of all ranks are zero everywhere"):
+        MeasurementParallel(CartesianMRI(torch.zeros_like(maps[mine]), mask))
+    assert_same_bits(model(y[:, mine]))
 
 
 @scenario
@@ -280,24 +318,26 @@ def images_that_converge_earlier_leave_on_all_ranks(rank):
     parallel = MeasurementParallel(CartesianMRI(maps[:, mine], mask))
     x = torch.complex(images(3, SIZE, SIZE), images(3, SIZE, SIZE).flip(2))
     y = whole(x)
-    solver = Nesterov(500, 1e-5)
-    reference = DEQRED(whole, Blur(), tau=1.0, solver=solver)
-    start = reference(y)
-    start = torch.stack([start[0], torch.zeros_like(start[1]), 0.99 * start[2]]).detach()
-    for size in (None, 1):
-        model = DEQRED(parallel, Blur(), tau=1.0, solver=solver, minibatch_size=size)
-        solution = model(y[:, mine], start, return_solution=True)
+    reference = DEQRED(Blur(0.9), tau=TAU, solver=Anderson(500, 1e-4))(y, whole).detach()
+    start = torch.stack([reference[0], torch.zeros_like(reference[1]), 0.99 * reference[2]])
+    for step in (ProximalStep(), GradientStep(None, 1)):
+        solver = Nesterov(1000, 1e-3) if isinstance(step, GradientStep) else Anderson(500, 1e-3)
+        with torch.no_grad():
+            weight = TAU * whole.norm_squared() / parallel.norm_squared()
+            solution = DEQRED(Blur(0.9), tau=weight, step=step, solver=solver)(
+                y[:, mine], parallel, start, return_solution=True
+            )
         assert len(set(solution.iterations.tolist())) > 1
         assert_same_bits(solution.iterations)
         assert_same_bits(solution.value)
-        assert relative(solution.value, reference(y)) < 1e-3
+        assert relative(solution.value, reference) < 5e-3
 
 
 class Rounded(Blur):
     """A denoiser whose rounding differs from rank to rank."""
 
     def __init__(self, rank: int) -> None:
-        super().__init__()
+        super().__init__(0.9)
         self.generator = torch.Generator().manual_seed(rank)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,15 +348,15 @@ class Rounded(Blur):
 def ranks_whose_rounding_differs_decide_alike(rank):
     whole, parallel, mine, x, tau = problem("ct", rank)
     y = whole(x)[:, mine]
-    for solver in (Nesterov(60, 1e-6), Anderson(60, 1e-6), Picard(60, 1e-6)):
-        model = DEQRED(parallel, Rounded(rank), tau=tau, solver=solver, on_failure="ignore")
-        solution = model(y, return_solution=True)
+    for solver in (Nesterov(30, 1e-6), Anderson(30, 1e-6), Picard(30, 1e-6)):
+        model = DEQRED(Rounded(rank), tau=tau, solver=solver, on_failure="ignore")
+        solution = model(y, parallel, return_solution=True)
         solution.value.square().sum().backward()
         assert_same_bits(solution.iterations)
         assert_same_bits(solution.residuals.nan_to_num())
         assert_same_bits(solution.adjoint[0].iterations)
         values = everywhere(solution.value)
-        assert 0 < relative(*values) < 1e-4
+        assert relative(*values) < 1e-4
 
 
 @scenario
@@ -327,7 +367,8 @@ def what_differs_is_refused_on_all_ranks(rank):
 
     def model(gain: float = 1.0, **settings) -> DEQRED:
         settings = {"tau": TAU, "solver": solver, "on_failure": "ignore"} | settings
-        return DEQRED(parallel, Blur(gain), **settings)
+        made = DEQRED(Blur(gain), **settings)
+        return lambda y, x0=None: made(y, parallel, x0)
 
     bad = y.clone()
     bad[0, 2, 3] = torch.nan
@@ -356,73 +397,47 @@ def what_differs_is_refused_on_all_ranks(rank):
         model()(y.requires_grad_(rank == 0))
     y.requires_grad_(False)
     with pytest.raises(ValueError, match=r"tau must be the same on all ranks, got 1.0 on rank 0 and 2.0 on"):
-        model(tau=1.0 + rank, step_size=0.01)(y)
+        model(tau=1.0 + rank)(y)
     with pytest.raises(ValueError, match="image_shape must be the same on all ranks"):
         MeasurementParallel(ParallelBeamCT(SIZE + rank, 5))
     mri = CartesianMRI(torch.ones(2, SIZE, SIZE, dtype=torch.complex64), torch.ones(SIZE, dtype=torch.bool))
     with pytest.raises(ValueError, match="the kind of operator must be the same on all ranks"):
         MeasurementParallel(ParallelBeamCT(SIZE, 5) if rank == 0 else mri)
-    with pytest.raises(ValueError, match="1 to 6 blocks, got 7"):
-        model(minibatch_size=7)
+    with pytest.raises(ValueError, match="at most 6, the blocks of MeasurementParallel, got 7"):
+        model(step=GradientStep(None, 7), solver=Picard(2))(y)
     # The ranks are still in step.
     assert_same_bits(model()(y))
 
 
 @scenario
-def training(rank):
-    whole, parallel, mine, _, tau = problem("ct", rank)
-
-    def batches(part):
-        def make_batch(generator):
-            x = torch.rand(1, SIZE, SIZE, generator=generator)
-            return whole(x)[:, part], x
-
-        return make_batch
-
-    found = []
-    for operator, part in ((whole, slice(None)), (parallel, mine)):
-        step = 1 / (whole.norm_squared() + 2 * tau)
-        model = DEQRED(operator, Blur(0.9), tau=nn.Parameter(torch.tensor(tau)), step_size=step)
-        losses = train_fixed_point(
-            model, batches(part), steps=4, learning_rate=0.05, progress=False,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        weights = torch.stack([*model.parameters()])
-        found.append((torch.tensor(losses), weights))
-    for one, other in zip(*found, strict=True):
-        assert relative(one, other) < 1e-3
-        assert_same_bits(other)
-    # Where weights start apart, or a GPU's rounding is not deterministic.
-    model = DEQRED(parallel, Blur(0.9 if rank == 0 else 0.1), tau=tau, on_failure="ignore")
-    assert not any("local" in name for name, _ in [*model.named_buffers(), *model.named_parameters()])
-    distributed = DistributedDataParallel(model)
-    y, x = batches(mine)(torch.Generator().manual_seed(0))
-    angles = parallel.local_operator.angles.clone()
-    value = distributed(y)
+def distributed_data_parallel(rank):
+    whole, parallel, mine, x, tau = problem("ct", rank)
+    y = whole(x)
+    # Weights that start apart.
+    model = DEQRED(Blur(0.9 if rank == 0 else 0.1), tau=tau, on_failure="ignore")
+    value = DistributedDataParallel(model)(y[:, mine], parallel)
     (value - x).square().sum().backward()
-    assert torch.equal(parallel.local_operator.angles, angles)
-    single = DEQRED(whole, Blur(0.9), tau=tau, step_size=model.current_step_size(), on_failure="ignore")
-    (single(whole(x)) - x).square().sum().backward()
-    assert relative(value, single(whole(x))) < 1e-3
-    assert relative(model.denoiser.gain.grad, single.denoiser.gain.grad) < 1e-3
+    single = DEQRED(Blur(0.9), tau=tau, on_failure="ignore")
+    (single(y, whole) - x).square().sum().backward()
+    assert relative(value, single(y, whole)) < 1e-2
+    assert relative(model.denoiser.gain.grad, single.denoiser.gain.grad) < 3e-2
 
 
 @scenario
 def copies_and_groups(rank):
     parallel, mine = part_of_ct(rank)
     y = whole_ct()(images(1, SIZE, SIZE))[:, mine]
-    model = DEQRED(parallel, Blur(), tau=TAU, minibatch_size=2, solver=Nesterov(5), on_failure="ignore")
-    model(y)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same_bits(other(y))
-    double = copy.deepcopy(model).double()
-    assert double(y.double()).dtype == torch.float64
+    other = copy.deepcopy(parallel)
+    assert_same_bits(other.adjoint(y))
+    assert other.group is parallel.group
+    double = copy.deepcopy(parallel).double()
+    assert double.adjoint(y.double()).dtype == torch.float64
     # Rank 1 first, then rank 0: the first of a group need not be process 0.
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
     single = MeasurementParallel(whole_ct(), alone)
     assert (single.rank, single.world_size) == (0, 1)
     x = images(1, SIZE, SIZE)
-    assert torch.equal(single.gradient(x, None), whole_ct().gradient(x, None))
+    assert torch.equal(single.adjoint(single(x)), whole_ct().adjoint(whole_ct()(x)))
     assert torch.equal(single.agree(x), x)
     again = copy.deepcopy(single)
     assert again.group is alone
@@ -436,13 +451,15 @@ def copies_and_groups(rank):
 class Killed(ParallelBeamCT):
     """A scan whose process is killed at its 20th gradient."""
 
-    calls = 0
+    def least_squares(self, y):
+        return KilledLeastSquares(self, y)
 
-    def gradient(self, x, y, blocks=None):
-        self.calls += 1
+
+class KilledLeastSquares(CTLeastSquares):
+    def _gradient(self, x, blocks):
         if self.calls == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().gradient(x, y, blocks)
+        return super()._gradient(x, blocks)
 
 
 def killed(rank):
@@ -451,9 +468,9 @@ def killed(rank):
     kind.__name__ = "ParallelBeamCT"
     parallel = MeasurementParallel(kind(SIZE, whole_ct().angles[mine]))
     y = whole_ct()(images(1, SIZE, SIZE))[:, mine]
-    model = DEQRED(parallel, Blur(), tau=TAU, step_size=1e-4, solver=Picard(1000, 1e-12))
+    model = DEQRED(Blur(), tau=TAU, step=GradientStep(0.01), solver=Picard(1000, 1e-12))
     print("solving", flush=True)
-    model(y)
+    model(y, parallel)
 
 
 def main(rank: int, folder: Path, names: list[str]) -> None:

@@ -1002,6 +1002,59 @@ def test_empty_slices_become_zeros_and_are_not_compared(tmp_path, ct, mri):
     found = tifffile.imread(tmp_path / "mr/scan.tif")
     assert not found[0].any()
     assert found[1].any()
+    assert report.notes == {"scan.npy": "1 of 2 images without signal, which became 0"}
+    # With a mask in the file, too.
+    np.savez(tmp_path / "masked.npz", kspace=kspace, mask=np.ones(32))
+    report = reconstruct(mri, tmp_path / "masked.npz", tmp_path / "mr", part="magnitude")
+    assert report.notes == {"masked.npz": "1 of 2 images without signal, which became 0"}
+
+
+def test_echoes_are_reconstructed_or_selected(tmp_path, mri, capsys):
+    _, kspace, _ = brain(2)
+    values = kspace[0].numpy()
+    xml = kspace_files.header((32, 32, 1), (320.0, 320.0, 5.0), center=16).replace(
+        "<x>160.0</x>", "<x>320.0</x>"
+    )
+    acquisitions = [
+        one
+        for k in range(2)
+        for one in kspace_files.scan_lines((k + 1) * values, range(32), contrast=k, average=k)
+    ]
+    kspace_files.write_ismrmrd(tmp_path / "scan.h5", [*acquisitions, acquisitions[0]], xml)
+    report = reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all")
+    assert report.done == ["scan.h5[contrast=0]", "scan.h5[contrast=1]"]
+    assert report.notes == {"scan.h5[contrast=0]": "2 measurements of a line averaged, at most"}
+    first, second = (np.load(tmp_path / f"all/scan-contrast{k}.npy") for k in range(2))
+    np.testing.assert_allclose(second, 2 * first, rtol=0, atol=0.02 * np.abs(second).max())
+    assert reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all").skipped == report.done
+    arguments = ["reconstruct", mri, tmp_path / "scan.h5", "--output", tmp_path / "one"]
+    assert main([*map(str, arguments), "--select", "contrast=1"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "one/scan.npy"), second)
+    assert main([*map(str, arguments[:-1]), str(tmp_path / "two"), "--select", "contrast=2"]) == 2
+    assert "scan.h5: it has no contrast 2, only: 0, 1" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_of_leds_is_one_file(tmp_path, checkpoints):
+    checkpoint = checkpoints("idt")
+    operator = load_model(checkpoint)[1].operator((3, 16, 16))
+    y = operator(cell_like(1, (3, 16, 16), generator=torch.Generator().manual_seed(1)))[0]
+    save(tmp_path / "stack.npy", y)
+    for folder in ("in/leds", "in/fewer"):
+        (tmp_path / folder).mkdir(parents=True)
+        for k, image in enumerate(y.numpy() if folder == "in/leds" else y[:7].numpy()):
+            tifffile.imwrite(tmp_path / folder / f"ring0_led{k:02}.tif", image)
+    # All images of a scan in one file, whatever its name.
+    tifffile.imwrite(tmp_path / "in/day1_scan2.tif", y.numpy())
+    report = reconstruct(checkpoint, tmp_path / "in", tmp_path / "out")
+    assert sorted(report.done) == ["day1_scan2.tif", "leds"]
+    assert report.failed["fewer"].startswith("measurements must be images (L, H, W) = (8, 16, 16) of LEDs")
+    assert report.notes["leds"].startswith("8 images of LEDs")
+    reconstruct(checkpoint, tmp_path / "stack.npy", tmp_path / "out2")
+    expected = np.load(tmp_path / "out2/stack.npy")
+    for name in ("leds", "day1_scan2"):
+        np.testing.assert_allclose(np.load(tmp_path / f"out/{name}.npy"), expected, rtol=1e-4, atol=1e-6)
+    reconstruct(checkpoint, tmp_path / "in/leds", tmp_path / "out3")
+    assert (tmp_path / "out3/leds.npy").exists()
 
 
 def test_the_magnitude_of_real_images_keeps_their_sign(tmp_path, ct):

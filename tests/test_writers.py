@@ -406,7 +406,7 @@ def test_arrays_that_are_wrong(tmp_path):
         with pytest.raises(ValueError, match=rf"a\.npy: .*{message}"):
             data.read_array(tmp_path / "a.npy")
     shutil.copy(CT, tmp_path / "a.dcm")
-    with pytest.raises(ValueError, match=r"a\.dcm: not an NPY, NPZ, TIFF or HDF5 file"):
+    with pytest.raises(ValueError, match=r"a\.dcm: not an NPY, NPZ, TIFF, HDF5 or MATLAB file"):
         data.read_array(tmp_path / "a.dcm")
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(ValueError, match="empty: the file is empty"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .files import (
@@ -23,28 +22,27 @@ from .files import (
     npz_name,
     read_npz,
 )
+from .hdf5 import Numbers, dataset, open_hdf5
 from .images import format_of
+from .matlab import is_matlab_file, open_matlab
 from .tiff import read_tiff_array, tiff_array_shape
 
 
 @contextmanager
-def _dataset(path: Path, array: str | None) -> Iterator[tuple[Any, bool, bool]]:
-    """Give the dataset of an HDF5 file, whether MATLAB stored it, with the first axis last, and complex as pairs."""
-    import h5py
+def _stored(path: Path, array: str | None) -> Iterator[Any]:
+    """Give an array of an HDF5 or MATLAB file: its shape, its dtype and, when asked for, its values."""
+    if is_hdf5(path):
+        import h5py
 
-    with h5py.File(path, "r") as file:
-        names: list[str] = []
-        file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
-        dataset = file[npz_name(names, array if array is None else array.strip("/"))]
-        yield dataset, "MATLAB_class" in dataset.attrs, dataset.dtype.names == ("real", "imag")
-
-
-def _read_hdf5(path: Path, array: str | None) -> NDArray[Any]:
-    with _dataset(path, array) as (dataset, reversed_axes, pairs):
-        values = np.asarray(dataset[()])
-    if pairs:
-        values = values["real"] + 1j * values["imag"]
-    return values.T if reversed_axes else values
+        with open_hdf5(path) as file:
+            names: list[str] = []
+            file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
+            # Under # MATLAB keeps what cells and objects refer to.
+            names = [name for name in names if name[0] != "#"]
+            yield Numbers(dataset(file, npz_name(names, array if array is None else array.strip("/"))))
+    else:
+        with open_matlab(path) as (names, read):
+            yield read(npz_name(names, array))
 
 
 def array_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
@@ -54,10 +52,9 @@ def array_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
         OSError: Where the file is missing or unreadable.
         ValueError: For a file of another kind, or an array that is not there.
     """
-    if is_hdf5(path):
-        with _dataset(path, array) as (dataset, reversed_axes, pairs):
-            shape = tuple(dataset.shape)
-            return (shape[::-1] if reversed_axes else shape), pairs or dataset.dtype.kind == "c"
+    if is_hdf5(path) or is_matlab_file(path):
+        with _stored(path, array) as stored:
+            return stored.shape, stored.dtype.kind == "c"
     kind = format_of(path)
     if kind == "NPY":
         values = map_npy(path)
@@ -72,17 +69,17 @@ def array_layout(path: Path, array: str | None) -> tuple[tuple[int, ...], bool]:
 
 
 def read_array(path: PathLike, array: str | None = None) -> Tensor:
-    """Read an array of numbers from an NPY, NPZ, TIFF or HDF5 file.
+    """Read an array of numbers from an NPY, NPZ, TIFF, HDF5 or MATLAB file.
 
     The kind of file is told from its content. The pages of a TIFF file are the first axis, or those of time, slice and
     channel; an OME-TIFF set of several files is read as a whole. Smaller pages beside the others, such as previews, are
-    left out with a warning. Arrays that MATLAB wrote to HDF5 (version 7.3) have their axes in the order that MATLAB
-    shows.
+    left out with a warning. Arrays of MATLAB files have their axes in the order that MATLAB shows. A file that points
+    to other files, or stores less than it claims, is refused.
 
     Args:
         path: The file.
-        array: Which array of an NPZ or HDF5 file (there with its groups, ``group/name``); needed only where there are
-            several.
+        array: Which array of an NPZ, HDF5 (there with its groups, ``group/name``) or MATLAB file; needed only where
+            there are several.
 
     Returns:
         Values as stored, of any shape, float32, or complex64 where they are complex.
@@ -108,8 +105,9 @@ def read_array(path: PathLike, array: str | None = None) -> Tensor:
             raise ValueError("the file is empty")
         if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             values = read_npz(path, array)
-        elif is_hdf5(path):
-            values = _read_hdf5(path, array)
+        elif is_hdf5(path) or is_matlab_file(path):
+            with _stored(path, array) as stored:
+                values = stored[:]
         else:
             named = False
             if head.startswith(b"\x93NUMPY"):
@@ -118,7 +116,7 @@ def read_array(path: PathLike, array: str | None = None) -> Tensor:
             elif head[:4] in TIFF_SIGNATURES and head[128:] != b"DICM":
                 values = read_tiff_array(path)
             else:
-                raise ValueError("not an NPY, NPZ, TIFF or HDF5 file")
+                raise ValueError("not an NPY, NPZ, TIFF, HDF5 or MATLAB file")
         if array is not None and not named:
             raise ValueError(f"it holds one array without a name, not {array!r}")
         if values.dtype.kind not in "biufc":

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .._torch import fft
 
 LEAST_SHIFTS = 5
@@ -47,6 +48,7 @@ def _check_finite(name: str, argument: str, values: Tensor) -> None:
         raise ValueError(f"{name}: {argument} must be finite, got {values[index].item()} at {index}")
 
 
+@takes_numpy
 def birdcage_maps(n_coils: int, shape: tuple[int, int], *, radius: float = 1.5) -> Tensor:
     r"""Model the coil sensitivity maps of a birdcage array, from straight wires around the image.
 
@@ -128,6 +130,7 @@ def _calibration_region(sampled: Tensor, size: int, kernel_size: int) -> tuple[s
     return slice(top, bottom), slice(left, right)
 
 
+@takes_numpy
 def espirit_maps(
     kspace: Tensor,
     mask: Tensor | None = None,
@@ -154,8 +157,8 @@ def espirit_maps(
     Args:
         kspace: Multi-coil Cartesian k-space with the zero frequency at ``(H // 2, W // 2)``, shape
             ``(C, H, W)``, complex.
-        mask: Sampling mask, shape ``(W,)`` (lines along the columns), ``(H, 1)`` or ``(H, W)``, bool. Where None, a
-            sample counts as measured where any coil is not zero.
+        mask: Sampling mask, shape ``(W,)`` or ``(1, W)`` (lines along the columns), ``(H, 1)`` or ``(H, W)``, bool.
+            Where None, a sample counts as measured where any coil is not zero.
         calibration_size: Most rows and columns of the calibration region. The largest fully sampled
             rectangle within it is used.
         kernel_size: Rows and columns of a patch, :math:`k`.
@@ -202,7 +205,7 @@ def espirit_maps(
         sampled = (kspace != 0).any(0)
     elif mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, got {mask.dtype}")
-    elif mask.shape not in ((width,), (height, 1), (height, width)):
+    elif mask.shape not in ((width,), (1, width), (height, 1), (height, width)):
         raise ValueError(
             f"{name}: mask must be ({width},), ({height}, 1) or ({height}, {width}) as kspace is, got "
             f"{tuple(mask.shape)}"
@@ -258,6 +261,7 @@ def _espirit(kspace: Tensor, calibration: Tensor, kernel_size: int, threshold: f
     return maps
 
 
+@takes_numpy
 def noise_covariance(noise: Tensor) -> Tensor:
     r"""Estimate the noise covariance of the coils from samples without signal.
 
@@ -293,6 +297,7 @@ def noise_covariance(noise: Tensor) -> Tensor:
     return samples @ samples.mH / samples.shape[1]
 
 
+@takes_numpy
 def whiten(kspace: Tensor, covariance: Tensor) -> Tensor:
     r"""Decorrelate the noise of the coils and bring it to unit variance (pre-whitening).
 
@@ -350,27 +355,28 @@ def whiten(kspace: Tensor, covariance: Tensor) -> Tensor:
     return torch.einsum("cd,...dhw->...chw", inverse.to(kspace.dtype), kspace)
 
 
+@takes_numpy
 def remove_oversampling(kspace: Tensor, axis: int, factor: float = 2) -> Tensor:
     r"""Cut the image to the middle of an oversampled readout.
 
-    .. math:: \tilde y = F_{n / f} \, C \, F_n^{-1} y
+    .. math:: \tilde y = F_{[n / f]} \, C \, F_n^{-1} y
 
-    with centred orthonormal transforms :math:`F` and :math:`C` the middle :math:`n / f` pixels, so that the
-    zero frequency moves from ``n // 2`` to ``(n / f) // 2`` and pixel values stay what they were. White noise
+    with centred orthonormal transforms :math:`F` and :math:`C` the middle :math:`n / f` pixels, rounded, so that the
+    zero frequency moves to the middle of those and pixel values stay what they were. White noise
     keeps its variance in each sample and the pixel keeps its size; the field of view shrinks. Where the
-    object lies inside, the samples are those of every `factor`-th one times the square root of `factor`.
+    object lies inside, the samples of a whole `factor` are those of every `factor`-th one times its square root.
 
     Args:
         kspace: Centred k-space, any shape, complex.
         axis: Readout axis, which must be sampled fully (``metadata["readout_axis"]`` of `read_kspace`).
-        factor: Oversampling :math:`f`, at least 1; must divide the samples of the readout.
+        factor: Oversampling :math:`f`, at least 1.
 
     Returns:
-        K-space with the readout `factor` times shorter, dtype of `kspace`; differentiable.
+        K-space with ``round(n / factor)`` samples along the readout, dtype of `kspace`; differentiable.
 
     Raises:
         TypeError: Where `kspace` is not complex.
-        ValueError: For an axis that is not there, or a factor that does not divide it.
+        ValueError: For an axis that is not there, or a factor below 1 or that leaves nothing of it.
 
     Example:
         >>> import torch
@@ -385,7 +391,7 @@ def remove_oversampling(kspace: Tensor, axis: int, factor: float = 2) -> Tensor:
     if not (math.isfinite(factor) and factor >= 1):
         raise ValueError(f"{name}: factor must be finite and at least 1, got {factor}")
     kept = round(n / factor)
-    if kept < 1 or not math.isclose(kept * factor, n, rel_tol=1e-9):
-        raise ValueError(f"{name}: factor must divide the {n} samples of axis {axis}, got {factor}")
+    if kept < 1:
+        raise ValueError(f"{name}: factor must leave some of the {n} samples of axis {axis}, got {factor}")
     image = centered_fft(kspace, axis, inverse=True).narrow(axis, n // 2 - kept // 2, kept)
     return centered_fft(image, axis, inverse=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import uuid
@@ -23,6 +24,12 @@ Stamp = tuple[str, int, int]
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
+SMALL = 2**28
+"""Bytes that a file may unpack to, however small it is."""
+
+MOST_PACKED = 100
+"""Bytes that one stored byte may unpack to; images and k-space with zeros around them take less."""
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -34,14 +41,30 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Decoders report damaged content as an OSError without an errno.
-        if error.errno is not None:
+        # Decoders report damaged content as an OSError without an errno, or seek to where it sends them.
+        if error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def check_size(what: str, claimed: int, stored: int, packed: bool) -> None:
+    """Refuse content that asks for more memory than its file stores.
+
+    Args:
+        what: Subject of the message.
+        claimed: Bytes that it asks for.
+        stored: Bytes that there are of it at most.
+        packed: Whether it is compressed, or spreads over more than is stored.
+
+    Raises:
+        ValueError: For more than is stored; for what is packed, `MOST_PACKED` times that and more than `SMALL`.
+    """
+    if claimed > (max(SMALL, MOST_PACKED * stored) if packed else stored):
+        raise ValueError(f"{what} takes {claimed} bytes, and the file stores {stored}")
 
 
 def stamp(path: Path) -> Stamp:
@@ -141,27 +164,44 @@ def npz_name(names: list[str], array: str | None) -> str:
     return array or names[0]
 
 
+@contextmanager
+def open_npz(path: Path) -> Iterator[tuple[list[str], Callable[[str], NDArray[Any]]]]:
+    """Give the names of the arrays of an NPZ file, and a function that reads one of them."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+
+        def read(name: str) -> NDArray[Any]:
+            npz_layout(path, lambda _: name)
+            values: NDArray[Any] = archive[name]
+            return values
+
+        yield archive.files, read
+
+
 def read_npz(path: Path, array: str | None) -> NDArray[Any]:
     """Read the array asked for, or the only one, of an NPZ file."""
-    if npz_layout(path, lambda names: npz_name(names, array))[1].hasobject:
-        raise ValueError("it holds Python objects, not numbers")
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        values: NDArray[Any] = archive[npz_name(archive.files, array)]
-        return values
+    with open_npz(path) as (names, read):
+        return read(npz_name(names, array))
 
 
 def npz_layout(path: Path, choose: Callable[[list[str]], str]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read the shape and the kind of numbers of one array of an NPZ file, chosen from their names."""
+    """Read the shape and the kind of numbers of one array of an NPZ file, chosen from their names.
+
+    Raises:
+        ValueError: Where the array is larger than what is stored of it.
+    """
     with zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        member = archive.getinfo(choose(names) + ".npy")
-        with archive.open(member) as file:
+        entry = archive.getinfo(choose(names) + ".npy")
+        with archive.open(entry) as file:
             version = np.lib.format.read_magic(file)
             if version == (1, 0):
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-            stored, needed = member.file_size - file.tell(), math.prod(shape) * dtype.itemsize
-            if needed != stored and not dtype.hasobject:
-                raise ValueError(f"its array of shape {shape} takes {needed} bytes, and {stored} are stored")
-            return shape, dtype
+            stored = entry.file_size - file.tell()
+        size = math.prod(shape) * dtype.itemsize
+        what = f"its {entry.filename.removesuffix('.npy')!r} of shape {shape}"
+        if size != stored and not dtype.hasobject:
+            raise ValueError(f"{what} takes {size} bytes, and {stored} are stored")
+        check_size(what, size, entry.compress_size, True)
+        return shape, dtype

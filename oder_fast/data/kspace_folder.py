@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -15,44 +16,50 @@ from torch import Tensor
 from .cache import Store
 from .coils import centered_fft, espirit_maps, one_thread, remove_oversampling
 from .datasets import Files, group_of
-from .files import PathLike, first_bad, is_hdf5, naming, npz_layout, npz_name, read_npz, stamp
-from .kspace import HDF5_SUFFIXES, KSpaceHeader, read_kspace, read_kspace_header, readout_oversampling
+from .files import PathLike, first_bad, is_hdf5, naming, npz_name, open_npz, stamp
+from .hdf5 import dataset, open_hdf5
+from .kspace import (
+    NAMED,
+    SUFFIXES,
+    KSpaceHeader,
+    read_kspace,
+    read_kspace_header,
+    readout_oversampling,
+    slices_with_signal,
+)
+from .matlab import is_matlab_file, open_matlab
 from .samples import Sample, Samples
-
-SUFFIXES = (*HDF5_SUFFIXES, ".npy", ".npz")
 
 # Of espirit_maps, what is not about one scan.
 CALIBRATION = tuple(inspect.signature(espirit_maps).parameters)[2:]
 
 
-def _maps_shape(path: Path) -> tuple[int, ...]:
-    if is_hdf5(path):
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            if not isinstance(file.get("maps"), h5py.Dataset):
+@contextmanager
+def _stored_maps(path: Path) -> Iterator[Any]:
+    """Give the maps of a file, of which the slices that are used are read (of NPZ all)."""
+    if is_hdf5(path) and not is_matlab_file(path):
+        with open_hdf5(path) as file:
+            stored = dataset(file, "maps")
+            if stored is None:
                 raise ValueError(
                     "it holds no coil maps under the name 'maps'; estimate them with maps='espirit'"
                 )
-            shape: tuple[int, ...] = file["maps"].shape
-            return shape
+            yield stored
+        return
     if path.suffix.lower() == ".npy":
         raise ValueError(
             "an NPY file holds k-space alone, without coil maps; estimate them with maps='espirit'"
         )
-    return npz_layout(path, lambda names: npz_name(names, "maps"))[0]
+    with (open_matlab if is_matlab_file(path) else open_npz)(path) as (names, read):
+        yield read(npz_name(names, "maps"))
 
 
 def _read_maps(path: Path, number: int) -> NDArray[Any]:
     """Return the maps (C, H, W) of a slice; those of a file may be the same for all slices."""
-    if is_hdf5(path):
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            dataset = file["maps"]
-            return np.asarray(dataset[number] if dataset.ndim == 4 else dataset[()])
-    values = read_npz(path, "maps")
-    return values[number] if values.ndim == 4 else values
+    with _stored_maps(path) as stored:
+        per_slice = len(stored.shape) == 4
+        values = np.asarray(stored[number : number + 1] if per_slice else stored[:])
+    return values[0] if per_slice else values
 
 
 def _check_sampling(sampled: Tensor) -> None:
@@ -77,8 +84,9 @@ class KSpaceFolder(Samples):
     scan has. Zero frequencies are at ``(H // 2, W // 2)``, as `CartesianMRI` expects by default. Lines that are missing
     at the ends of the phase encoding (asymmetric or zero-filled) are zeros, as in the files.
 
-    Files are those that `read_kspace` reads: fastMRI and ISMRMRD (HDF5), NPY and NPZ. Of a folder, hidden files and
-    those with other suffixes are left out. Headers alone are read to begin with, of ISMRMRD those of all lines.
+    Files are those that `read_kspace` reads: fastMRI and ISMRMRD (HDF5), NPY, NPZ and MATLAB. Of a folder, hidden files
+    and those with other suffixes are left out, and of a file slices that are zero everywhere. Headers are read to begin
+    with, of ISMRMRD those of all lines, and the middle of each slice.
 
     Args:
         source: A folder, a file, or a list of files.
@@ -87,15 +95,15 @@ class KSpaceFolder(Samples):
             shape ``(slices, C, H, W)`` or ``(C, H, W)``. Of a single coil the estimated map is 1.
         calibration: Arguments of `espirit_maps`: ``calibration_size``, ``kernel_size``, ``threshold``, ``crop``.
         cache: Folder for estimated maps, made where it is not there; later runs and other processes use them, too.
-        remove_oversampling: Cut the readout to the field of view that the header asks for.
-        array: Which array of NPZ files; needed where none is called ``kspace`` and they hold several.
+        remove_oversampling: Cut the readout to the field of view that the header asks for, a whole number of pixels.
+        array: Which array of NPZ and MATLAB files; needed where none is called ``kspace`` and they hold several.
         select: Counters of ISMRMRD files; see `read_kspace`.
         group: From the path of a file to the name of the patient it shows. None for the patient that its header names,
             and else the file itself.
 
     Attributes:
         coils: How many coils each sample has.
-        left_out: Numbers of files left out, by reason.
+        left_out: Numbers of files and slices left out, by reason.
 
     Raises:
         OSError: Where the folder or a file is missing or unreadable.
@@ -148,18 +156,25 @@ class KSpaceFolder(Samples):
                 header = read_kspace_header(path, array=array, select=self.select)
                 shape = self._image_shape(header)
                 if maps == "file":
-                    _check_maps(_maps_shape(path), header.shape, shape)
+                    with _stored_maps(path) as stored:
+                        _check_maps(stored.shape, header.shape, shape)
+                numbers = slices_with_signal(path, array, self.select)
+                if not numbers:
+                    raise ValueError("its k-space is zero everywhere")
+            if len(numbers) < header.shape[0]:
+                reason = "slice without signal"
+                self.left_out[reason] = self.left_out.get(reason, 0) + header.shape[0] - len(numbers)
             patient = header.metadata.get("patient_id") or files.name(path)
             member = group_of(path, files, patient, group, "KSpaceFolder")
-            self._where += [(len(self._files), number) for number in range(header.shape[0])]
-            self.names += [f"{files.name(path)}[{number}]" for number in range(header.shape[0])]
-            self.groups += [member] * header.shape[0]
-            self.shapes += [shape] * header.shape[0]
-            self.coils += [header.shape[1]] * header.shape[0]
+            self._where += [(len(self._files), number) for number in numbers]
+            self.names += [f"{files.name(path)}[{number}]" for number in numbers]
+            self.groups += [member] * len(numbers)
+            self.shapes += [shape] * len(numbers)
+            self.coils += [header.shape[1]] * len(numbers)
             self._files.append((path, header))
         if not self.groups:
             where = files.root if files.from_folder else "KSpaceFolder: source"
-            raise ValueError(f"{where}: no k-space (HDF5, NPY, NPZ) in it")
+            raise ValueError(f"{where}: no k-space (HDF5, NPY, NPZ, MATLAB) in it")
 
     def _image_shape(self, header: KSpaceHeader) -> tuple[int, int]:
         _, _, height, width = header.shape
@@ -186,7 +201,7 @@ class KSpaceFolder(Samples):
             return Sample(self.names[self._check(index)], image / largest, kspace / largest, maps)
 
     def _kspace(self, path: Path, header: KSpaceHeader, number: int) -> Tensor:
-        array = self.array if header.format == "NPZ" else None
+        array = self.array if header.format in NAMED else None
         values, mask, _ = read_kspace(path, number, array=array, select=self.select)
         lines = (values[0] != 0).flatten(0, 1).any(0).expand(values.shape[-2:])
         _check_sampling(lines if mask is None else lines & mask[0])

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._numpy import takes_numpy
+
 GOLDEN_ANGLE = math.pi * (math.sqrt(5) - 1) / 2
 """Angle between successive spokes, pi over the golden ratio (111.246 degrees), in radians."""
 
@@ -50,6 +52,7 @@ def _center_lines(name: str, n: int, acceleration: float, center_fraction: float
     return lines
 
 
+@takes_numpy
 def random_lines(
     n: int, acceleration: float, center_fraction: float, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -90,6 +93,7 @@ def random_lines(
     return mask
 
 
+@takes_numpy
 def equispaced_lines(
     n: int,
     acceleration: float,
@@ -146,6 +150,7 @@ def equispaced_lines(
     return mask
 
 
+@takes_numpy
 def gaussian_lines(
     n: int,
     acceleration: float,
@@ -224,6 +229,7 @@ def _throw_darts(order: NDArray[np.int64], reach: NDArray[np.int64], taken: NDAr
     return accepted
 
 
+@takes_numpy
 def poisson_disc(
     shape: tuple[int, int],
     acceleration: float,
@@ -323,6 +329,7 @@ def poisson_disc(
     return torch.from_numpy(mask.reshape(shape))
 
 
+@takes_numpy
 def radial(
     shape: tuple[int, int], n_spokes: int, *, golden_angle: bool = True, first_angle: float = 0.0
 ) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
+
 
 def _check_real(name: str, *images: Tensor) -> None:
     if any(image.is_complex() for image in images):
@@ -15,6 +17,7 @@ def _range(truth: Tensor, data_range: float | None) -> float:
     return float(truth.max() - truth.min()) if data_range is None else data_range
 
 
+@takes_numpy
 def snr(image: Tensor, truth: Tensor) -> float:
     """Return the signal-to-noise ratio in dB, ``20 log10(|truth| / |truth - image|)``, over all entries.
 
@@ -26,6 +29,7 @@ def snr(image: Tensor, truth: Tensor) -> float:
     return float(20 * torch.log10(ratio))
 
 
+@takes_numpy
 def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
     """Return the peak signal-to-noise ratio in dB of real images; `data_range` is that of the truth where None."""
     _check_real("psnr", image, truth)
@@ -34,6 +38,7 @@ def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
     return float(peak_signal_noise_ratio(truth.numpy(), image.numpy(), data_range=_range(truth, data_range)))
 
 
+@takes_numpy
 def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
     """Return the structural similarity of real images ``(H, W)``; `data_range` as in `psnr`.
 

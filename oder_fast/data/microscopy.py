@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .files import PathLike
 from .images import read_image
 
@@ -46,6 +47,7 @@ def _check_positive(name: str, **values: Any) -> None:
             raise ValueError(f"{name}: {argument} must be a finite number above 0, got {value}")
 
 
+@takes_numpy
 def led_grid(
     n_rows: int,
     n_columns: int,
@@ -105,6 +107,7 @@ def led_grid(
     return illuminations, index
 
 
+@takes_numpy
 def led_ring(n: int, numerical_aperture: float, *, start: float = 0.0) -> Tensor:
     r"""List the illuminations of a ring of evenly spaced LEDs around the optical axis.
 
@@ -234,6 +237,7 @@ def _moving_average(images: Tensor, size: int, dim: int) -> Tensor:
     return (total.narrow(dim, size, n) - total.narrow(dim, 0, n)) / size
 
 
+@takes_numpy
 def normalize_background(images: Tensor, window: int | tuple[int, int] | None = None) -> Tensor:
     r"""Divide images by their background, a moving average, and subtract 1.
 

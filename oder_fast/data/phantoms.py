@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
+
 # Value, half axes, centre (x right, y up) and rotation in degrees, in units of half the image: the contrasts
 # of Toft's variant, which shows the small ellipses.
 SHEPP_LOGAN = (
@@ -64,6 +66,7 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+@takes_numpy
 def shepp_logan(size: int) -> Tensor:
     """Draw the Shepp-Logan phantom, with the contrasts of Toft's variant.
 
@@ -110,6 +113,7 @@ def _cover(u: Tensor, v: Tensor, a: Tensor, b: Tensor, size: int, stretch: Tenso
     return (0.5 - (norm / stretch - 1) / slope.clamp_min(1e-6) * size / 2).clamp(0, 1)
 
 
+@takes_numpy
 def random_shepp_logan(
     n: int, size: int, generator: torch.Generator | None = None, *, spread: float = 1.0
 ) -> Tensor:
@@ -165,6 +169,7 @@ def random_shepp_logan(
     return (value * cover).sum(1).clamp(0, 1)
 
 
+@takes_numpy
 def random_ellipses(
     n: int,
     size: int,
@@ -220,6 +225,7 @@ def random_ellipses(
     return (image * cover[:, 0]).clamp(0, 1)
 
 
+@takes_numpy
 def smooth_phase(
     n: int,
     shape: tuple[int, int],
@@ -259,6 +265,7 @@ def smooth_phase(
     return constant + amplitude * _smooth_noise(n, shape, cells, generator)
 
 
+@takes_numpy
 def brain_like(
     n: int, size: int, generator: torch.Generator | None = None, *, texture: float = 0.01
 ) -> Tensor:
@@ -411,6 +418,7 @@ def _paint_cell(volume: _Volume, generator: torch.Generator | None) -> None:
         volume.paint(place(0.85, center, inner), size, rotation, number(0.8, 1.0) * dense, max(pigment, 0.0))
 
 
+@takes_numpy
 def cell_like(
     n: int,
     shape: tuple[int, int, int],
@@ -477,6 +485,7 @@ def cell_like(
     return contrast
 
 
+@takes_numpy
 def patches(image: Tensor, size: int, n: int, generator: torch.Generator | None = None) -> Tensor:
     """Cut random patches, each in one of its 8 orientations.
 

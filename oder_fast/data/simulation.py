@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .._torch import fft
 
 STEEPEST = 0.2
@@ -16,6 +17,7 @@ PUPIL_TOLERANCE = 1 + 1e-9
 """An illumination made to lie on the pupil's edge passes, whatever its rounding."""
 
 
+@takes_numpy
 def add_gaussian_noise(y: Tensor, snr_db: float, generator: torch.Generator | None = None) -> Tensor:
     r"""Add white Gaussian noise at an exact signal-to-noise ratio.
 
@@ -49,6 +51,7 @@ def add_gaussian_noise(y: Tensor, snr_db: float, generator: torch.Generator | No
     return noisy
 
 
+@takes_numpy
 def add_poisson_noise(sinogram: Tensor, photons: float, generator: torch.Generator | None = None) -> Tensor:
     r"""Replace line integrals by what a detector that counts photons measures of them.
 
@@ -132,6 +135,7 @@ def _through_slice(wave: Tensor, phase: Tensor, obliquity: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@takes_numpy
 def beam_propagation(
     contrast: Tensor,
     illuminations: Tensor,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .coils import centered_fft
 from .samples import Sample
 
@@ -65,6 +66,7 @@ class Compose:
         return sample
 
 
+@takes_numpy
 class Patches:
     """Cut a patch at a random place; of a volume, through all its slices.
 
@@ -97,6 +99,7 @@ class Patches:
         return Sample(sample.name, image.contiguous())
 
 
+@takes_numpy
 class RandomFlip:
     """Mirror half of the samples left to right, and half top to bottom; k-space and coil maps with them.
 
@@ -129,6 +132,7 @@ class RandomRotate90:
         return _moved(sample, lambda values: values.rot90(turns, (-2, -1))) if turns else sample
 
 
+@takes_numpy
 class RandomRotation:
     """Turn by a small random angle, with bicubic interpolation; 0 comes in from outside.
 
@@ -168,6 +172,7 @@ class RandomRotation:
         return Sample(sample.name, turned)
 
 
+@takes_numpy
 class RandomScaleIntensity:
     """Multiply image and k-space by one random factor.
 

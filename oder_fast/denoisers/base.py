@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .._torch import kept
-
 
 Predicts = Literal["residual", "image"]
 
 
+@takes_numpy
 class Denoiser(nn.Module):
     r"""Turn what a network predicts into the denoised image.
 
@@ -101,7 +102,9 @@ def set_scalar(module: nn.Module, name: str, value: float | Tensor, *, positive:
         raise TypeError(f"{owner}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
     number = float(value.detach()) if isinstance(value, Tensor) else float(value)
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        raise ValueError(f"{owner}: {name} must be finite and {'above' if positive else 'at least'} 0, got {number}")
+        raise ValueError(
+            f"{owner}: {name} must be finite and {'above' if positive else 'at least'} 0, got {number}"
+        )
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, kept(value))
     else:

@@ -8,9 +8,11 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .base import check_image, set_scalar
 
 
+@takes_numpy
 class BM3D(nn.Module):
     r"""Denoise by block matching and collaborative filtering, with the package ``bm3d`` of the authors.
 

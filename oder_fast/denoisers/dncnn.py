@@ -7,10 +7,12 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from .._numpy import takes_numpy
 from .base import Denoiser, Predicts
 from .lipschitz import bound_lipschitz
 
 
+@takes_numpy
 class DnCNN(Denoiser):
     """Denoise with a chain of convolutions 3x3 and ReLU.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
+from .._numpy import takes_numpy
 from ._checkpoints import load_fitting
 from .base import Denoiser, Predicts, pad_to_multiple, set_scalar
 from .lipschitz import bound_lipschitz, conv_norm
@@ -34,6 +35,7 @@ class ResidualBlock(nn.Module):
         return 1 + bound_lipschitz(self.res)
 
 
+@takes_numpy
 class DRUNet(Denoiser):
     r"""Denoise with a residual U-Net that takes the noise level as one more channel.
 

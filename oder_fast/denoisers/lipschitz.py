@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
@@ -105,6 +106,7 @@ class LipschitzEstimate:
         return self.message
 
 
+@takes_numpy
 def estimate_lipschitz(
     denoiser: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -210,13 +212,13 @@ def _describe(norm: Tensor, residual_norm: Tensor, ends: Tensor, errors: Tensor)
         text.append(
             "Expansive here, but x - D(x) is strongly monotone: RED converges near here for step sizes below "
             f"2 tau m / (|A|^2 + tau r)^2 with m = {smallest:.3g}, r = {of_residual:.3g}; the default step size may "
-            "be too long. Lower step_size, or see diagnose(model, y) for the whole map."
+            "be too long. Lower step_size, or see diagnose(model, y, operator) for the whole map."
         )
     else:
         text.append(
             "Expansive here, and x - D(x) is not monotone: RED converges only where the data make up for it. "
             "Lower tau; train longer, through the fixed point or with spectral norms; or see "
-            "diagnose(model, y) for the whole map."
+            "diagnose(model, y, operator) for the whole map."
         )
     return " ".join(text)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .base import set_scalar
 
 
+@takes_numpy
 class AtNoiseLevel(nn.Module):
     r"""Call a denoiser of two arguments, ``denoiser(x, sigma)``, at one noise level.
 

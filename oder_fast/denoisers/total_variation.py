@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from .base import check_image, set_scalar
 
 # Squared norm of the forward differences along two axes.
@@ -17,6 +18,7 @@ DIFFERENCES_NORM_SQUARED = 8
 CHECK_EVERY = 10
 
 
+@takes_numpy
 class TotalVariation(nn.Module):
     r"""Denoise by the proximal map of total variation.
 

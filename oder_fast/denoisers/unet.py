@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, cat, nn
 from torch.nn.utils import parametrizations
 
+from .._numpy import takes_numpy
 from ._checkpoints import load_fitting
 from ._fused import FusedSequential
 from .base import Denoiser, Predicts, pad_to_multiple
@@ -45,6 +46,7 @@ def _block(
     )
 
 
+@takes_numpy
 class UNet(Denoiser):
     """Denoise with a U-Net; the defaults are the official network, 7,759,539 parameters.
 

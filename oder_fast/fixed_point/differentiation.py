@@ -26,7 +26,11 @@ class Differentiation(ABC):
 
     @abstractmethod
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        adjoint_start: Tensor | None = None,
     ) -> Solution:
         """Solve for the fixed point; where gradients are recorded, the solution's value carries them.
 
@@ -75,7 +79,11 @@ class Implicit(Differentiation):
             raise TypeError(f"Implicit: solver must be a Solver or None, got {self.solver!r}")
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        adjoint_start: Tensor | None = None,
     ) -> Solution:
         """Solve without a graph; attach the equation there, and the adjoint solve to its gradient."""
         solution = _solve_without_graph(fixed_point_map, start, solver)
@@ -131,7 +139,11 @@ class JacobianFree(Differentiation):
     """
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        adjoint_start: Tensor | None = None,
     ) -> Solution:
         """Solve without a graph; attach the equation there."""
         solution = _solve_without_graph(fixed_point_map, start, solver)
@@ -150,7 +162,11 @@ class Unrolled(Differentiation):
     """
 
     def solve(
-        self, fixed_point_map: FixedPointMap, start: Tensor, solver: Solver[Any], adjoint_start: Tensor | None = None
+        self,
+        fixed_point_map: FixedPointMap,
+        start: Tensor,
+        solver: Solver[Any],
+        adjoint_start: Tensor | None = None,
     ) -> Solution:
         """Solve with a graph, checkpointed."""
         if not torch.is_grad_enabled():

@@ -90,7 +90,12 @@ class FixedPointMap:
         return self.finish(self(point), point, previous, momentum)
 
     def finish(
-        self, image: Tensor, point: Tensor, previous: Tensor | None, momentum: Tensor | None, anchor: Anchor = ()
+        self,
+        image: Tensor,
+        point: Tensor,
+        previous: Tensor | None,
+        momentum: Tensor | None,
+        anchor: Anchor = (),
     ) -> Step:
         """Return the step to `image`, extrapolated, with its reductions."""
         change = image - point

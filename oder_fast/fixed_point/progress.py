@@ -132,4 +132,5 @@ class Progress:
 
 
 def _norm(images: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(images.flatten(1), dim=1).double()
+    norms: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norms.double()

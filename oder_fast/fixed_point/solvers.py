@@ -11,7 +11,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .maps import Anchor, FixedPointMap, Step, as_map, inner, per_image
+from .maps import Anchor, FixedPointMap, Step, as_map, per_image
 from .progress import Progress
 from .solution import Solution
 
@@ -163,9 +163,7 @@ class Solver(ABC, Generic[StateT]):
             grew = bool(last.any()) and bool(solution.residuals[last].isfinite().all())
             how = "grew far beyond its start" if grew else "became NaN or infinite"
             at = int(solution.iterations[images].max())
-            return (
-                f"{name}: the residual {how} by iteration {at} (images {images} of {n}); {fixed_point_map.advice}"
-            )
+            return f"{name}: the residual {how} by iteration {at} (images {images} of {n}); {fixed_point_map.advice}"
         left = ~solution.converged
         if not bool(left.any()):
             return f"{name}: all images are within the relative distance {self.tolerance:g} of their fixed points"
@@ -432,7 +430,7 @@ class Anderson(Solver[AndersonState]):
         return replace(state, point=point, mixed=state.valid.any(1)), step
 
     def _remember(self, state: AndersonState, image: Tensor, residual: Tensor, good: Tensor) -> AndersonState:
-        """Put the difference to the last accepted evaluation in the place of the oldest; forget all after a rejection."""
+        """Put the difference to the last accepted evaluation in the oldest one's place; forget all if rejected."""
         if state.count == 0:
             return state
         slot = (state.count - 1) % self.memory

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class MeasurementOperator(nn.Module):
     data_shape: tuple[int, ...] | None = None
     n_blocks: int = 1
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._norms: dict[tuple[Any, ...], float] = {}
+        self._like: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Measure images ``(B, *image_shape)``: data ``(B, *data_shape)``."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
@@ -64,13 +70,47 @@ class MeasurementOperator(nn.Module):
         r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2`."""
         return LeastSquares(self, y)
 
+    def least_squares_part(self, y: Tensor) -> LeastSquares:
+        """Return the data fidelity of a part of the measurements, which alone may see nothing."""
+        return self.least_squares(y)
+
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: the adjoint over the norm squared."""
-        return self.adjoint(y) / self.norm_squared()
+        image = self.adjoint(y)
+        self._like = image.detach()[:1]
+        return image / self.norm_squared()
 
     def norm_squared(self) -> float:
-        r"""Return :math:`\|A\|^2`, the Lipschitz constant of the full gradient."""
-        raise NotImplementedError(f"{type(self).__name__} must define norm_squared()")
+        r"""Return :math:`\|A\|^2`, the Lipschitz constant of the full gradient.
+
+        By power iteration on images like the last start or, where there was none, of `image_shape`; kept for each
+        shape.
+
+        Raises:
+            ValueError: Where there was no start and `image_shape` is None.
+        """
+        like = self._like
+        if like is None:
+            if self.image_shape is None:
+                raise ValueError(
+                    f"{self._name}: the norm needs the shape of an image: set image_shape, or call initial(y) first"
+                )
+            tensors = (*self.parameters(), *self.buffers())
+            numbers = next((t for t in tensors if t.is_floating_point() or t.is_complex()), torch.empty(0))
+            like = torch.zeros(1, *self.image_shape, dtype=numbers.real.dtype, device=numbers.device)
+        key = (tuple(like.shape), like.dtype, like.device)
+        if key not in self._norms:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+            with torch.no_grad():
+                # Complex where the operator makes it so.
+                x = self.adjoint(self(x))
+            self._norms[key] = power_iteration(lambda v: self.adjoint(self(v)), x)
+        return self._norms[key]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def minibatch_norm_squared(self, size: int) -> float:
         r"""Return what takes the place of :math:`\|A\|^2` where each step sees a minibatch of `size` blocks."""
@@ -147,9 +187,10 @@ class LeastSquares:
         Arguments as of `solve`.
         """
         target = self._target(rhs, weight, start, tolerance)
-        largest = self.operator.norm_squared() + weight
+        # A power iteration ends a little below the norm.
+        largest = 1.01 * self.operator.norm_squared() + weight
         return inner.nonnegative(
-            self._regularized(weight), rhs, start, target, self._preconditioner(weight), largest
+            self._regularized(weight), rhs, start, target, self._preconditioner(weight), weight, largest
         )
 
     def counted_anew(self) -> LeastSquares:
@@ -185,21 +226,28 @@ class LeastSquares:
         return lambda v: v
 
 
+@dataclass
+class Known:
+    """What has been found out of a foreign operator: its norms by shape, and whether its adjoint is exact."""
+
+    norms: dict[tuple[Any, ...], float]
+    exact: bool | None = None
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+
+
 class ForeignOperator(MeasurementOperator):
     """Anything with ``A(x)`` and ``A_adjoint(y)``, such as a physics of deepinv, as an operator."""
 
+    physics: Any
+
     def __init__(self, physics: Any) -> None:
         super().__init__()
-        # No submodule, and no cycle with the table that keeps one of these for each physics.
-        object.__setattr__(self, "_physics", weakref.ref(physics))
-        self._norms: dict[tuple[Any, ...], float] = {}
-        self._exact: bool | None = None
-        self._probe: Tensor | None = None
-
-    @property
-    def physics(self) -> Any:
-        """What is wrapped."""
-        return self._physics()
+        # No submodule: what is wrapped is not this operator's to move or to train.
+        object.__setattr__(self, "physics", physics)
+        self._known = _KNOWN.setdefault(physics, Known({}))
+        self._norms = self._known.norms
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``A(x)``."""
@@ -220,16 +268,10 @@ class ForeignOperator(MeasurementOperator):
             raise ValueError(
                 f"{self._name}: A_adjoint(y) must hold {y.shape[0]} images, as y does, got {got}"
             )
-        self._probe = like[:1]
-        if self._exact is None:
-            self._exact = self._test_adjoint(like, y)
-        return LeastSquares(self, y) if self._exact else InexactLeastSquares(self, y)
-
-    def initial(self, y: Tensor) -> Tensor:
-        """Reconstruct a start for iterations: the adjoint over the norm squared."""
-        image = self.adjoint(y)
-        self._probe = image[:1].detach()
-        return image / self.norm_squared()
+        self._like = like[:1]
+        if self._known.exact is None:
+            self._known.exact = self._test_adjoint(like, y)
+        return LeastSquares(self, y) if self._known.exact else InexactLeastSquares(self, y)
 
     @property
     def _name(self) -> str:
@@ -259,20 +301,6 @@ class ForeignOperator(MeasurementOperator):
         )
         return False
 
-    def norm_squared(self) -> float:
-        r"""Compute :math:`\|A\|^2` by power iteration on images like those of the last data; kept for each shape."""
-        if self._probe is None:
-            raise ValueError(
-                f"{self._name}: the norm needs the shape of an image: call least_squares(y) first"
-            )
-        like = self._probe
-        key = (tuple(like.shape), like.dtype, like.device)
-        if key not in self._norms:
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
-            self._norms[key] = power_iteration(lambda v: self.adjoint(self.forward(v)), x)
-        return self._norms[key]
-
 
 class InexactLeastSquares(LeastSquares):
     """The data fidelity of an operator whose adjoint is not the transpose of its forward."""
@@ -280,9 +308,6 @@ class InexactLeastSquares(LeastSquares):
     @property
     def _method(self) -> Callable[..., Tensor]:
         return inner.minimal_residuals
-
-
-_FOREIGN: weakref.WeakKeyDictionary[Any, ForeignOperator] = weakref.WeakKeyDictionary()
 
 
 def as_operator(operator: Any) -> MeasurementOperator:
@@ -293,7 +318,7 @@ def as_operator(operator: Any) -> MeasurementOperator:
             deepinv.
 
     Returns:
-        The operator; of one object always the same one, so that its norm and the test of its adjoint are kept.
+        The operator. The norm of an object and the test of its adjoint are kept for as long as the object lives.
 
     Raises:
         TypeError: For anything else.
@@ -317,9 +342,7 @@ def as_operator(operator: Any) -> MeasurementOperator:
             "operator must be a MeasurementOperator, or have A(x) and A_adjoint(y) as a physics of deepinv has, got "
             f"{type(operator).__name__}"
         )
-    if operator not in _FOREIGN:
-        _FOREIGN[operator] = ForeignOperator(operator)
-    return _FOREIGN[operator]
+    return ForeignOperator(operator)
 
 
 def power_iteration(
@@ -334,6 +357,8 @@ def power_iteration(
         max_iterations: At the most.
     """
     last = value = 0.0
+    if not bool(x.any()):
+        return value
     with torch.no_grad():
         for _ in range(max_iterations):
             x = x / torch.linalg.vector_norm(x)

@@ -12,6 +12,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator, power_iteration
@@ -27,6 +28,7 @@ MARGIN = 1.25
 POINTS = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
 
+@takes_numpy
 class ParallelBeamCT(MeasurementOperator):
     r"""Parallel-beam CT: sinograms of images, and everything a fixed point needs of them.
 
@@ -62,6 +64,7 @@ class ParallelBeamCT(MeasurementOperator):
         torch.Size([1, 30, 91])
     """
 
+    image_shape: tuple[int, int]
     angles: Tensor
 
     def __init__(
@@ -123,12 +126,12 @@ class ParallelBeamCT(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of views."""
         return self._exact_angles.shape[0]
 
     @property
-    def data_shape(self) -> tuple[int, int]:
+    def data_shape(self) -> tuple[int, int]:  # type: ignore[override]
         """``(V, D)``."""
         return self.n_blocks, self.n_bins
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
@@ -40,6 +41,7 @@ class Pairs(NamedTuple):
     vectors: Tensor
 
 
+@takes_numpy
 class DiffractionTomography(MeasurementOperator):
     r"""Intensity diffraction tomography: images of a weakly scattering volume under plane waves from many directions.
 
@@ -101,6 +103,7 @@ class DiffractionTomography(MeasurementOperator):
         Biomedical Optics Express 9 (2018).
     """
 
+    image_shape: tuple[int, int, int]
     illuminations: Tensor
     depths: Tensor
     support: Tensor
@@ -218,12 +221,12 @@ class DiffractionTomography(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of illuminations."""
         return len(self.transfer)
 
     @property
-    def data_shape(self) -> tuple[int, int, int]:
+    def data_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(L, H, W)``."""
         return self.n_blocks, *self.image_shape[1:]
 

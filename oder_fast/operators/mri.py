@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator
@@ -17,6 +19,7 @@ from .base import LeastSquares, MeasurementOperator
 ROUNDING = 1e-6
 
 
+@takes_numpy
 class CartesianMRI(MeasurementOperator):
     r"""Parallel MRI: undersampled k-space of images, and everything a fixed point needs of them.
 
@@ -50,7 +53,8 @@ class CartesianMRI(MeasurementOperator):
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For shapes that disagree, no sampled line or point, or a readout that is too short.
+        ValueError: For shapes that disagree, no sampled line or point, a readout that is too short, or (without a
+            process group) maps that are zero everywhere.
 
     Example:
         >>> import torch
@@ -65,6 +69,7 @@ class CartesianMRI(MeasurementOperator):
         in Medicine 42 (1999).
     """
 
+    image_shape: tuple[int, int]
     coil_maps: Tensor
     mask: Tensor
     sampling: Tensor
@@ -98,7 +103,9 @@ class CartesianMRI(MeasurementOperator):
         maps = maps if maps.ndim == 4 else maps[None]
         if not bool(torch.view_as_real(maps).isfinite().all()):
             raise ValueError("CartesianMRI: coil_maps must be finite")
-        if not bool((maps != 0).any()):
+        # Coils that one of several processes has may see nothing; `MeasurementParallel` looks at those of all.
+        alone = not (dist.is_available() and dist.is_initialized())
+        if alone and not bool((maps != 0).any()):
             raise ValueError("CartesianMRI: coil_maps are zero everywhere")
         self.image_shape = (maps.shape[2], maps.shape[3])
         self.centered = centered
@@ -163,12 +170,12 @@ class CartesianMRI(MeasurementOperator):
         )
 
     @property
-    def n_blocks(self) -> int:
+    def n_blocks(self) -> int:  # type: ignore[override]
         """Number of coils."""
         return self.coil_maps.shape[1]
 
     @property
-    def data_shape(self) -> tuple[int, int, int]:
+    def data_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(C, H', W')``."""
         return self.n_blocks, *self._kspace_shape
 
@@ -210,6 +217,18 @@ class CartesianMRI(MeasurementOperator):
             ValueError: For a shape that does not fit, samples that are NaN or infinite, or data that disagree with the
                 mask: values where nothing is sampled, or nothing at all where something is.
         """
+        self._check("k-space", y, self.data_shape)
+        if not torch.compiler.is_compiling():
+            empty = (y.detach() == 0).flatten(1).all(1)
+            if bool(empty.any()):
+                image = int(empty.nonzero()[0])
+                raise ValueError(
+                    f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it"
+                )
+        return self.least_squares_part(y)
+
+    def least_squares_part(self, y: Tensor) -> MRILeastSquares:
+        """Return the data fidelity of some of the coils, which may see nothing of an image."""
         return MRILeastSquares(self, y)
 
     def _samples(self, y: Tensor) -> Tensor:
@@ -227,10 +246,6 @@ class CartesianMRI(MeasurementOperator):
                 f"CartesianMRI: mask and k-space disagree: the mask is 0 at index {where}, where k-space is "
                 f"{values[where].item():.3g}; give the mask it was measured with, or y * mask"
             )
-        empty = (values == 0).flatten(1).all(1)
-        if bool(empty.any()):
-            image = int(empty.nonzero()[0])
-            raise ValueError(f"CartesianMRI: k-space of image {image} is zero wherever the mask samples it")
         return samples
 
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:

@@ -95,7 +95,8 @@ class MeasurementParallel(MeasurementOperator):
 
     Raises:
         RuntimeError: Without a process group, or where a rank is lost.
-        ValueError: For operators of different kinds or image shapes.
+        ValueError: For operators of different kinds or image shapes, or coil maps that are zero everywhere on all
+            ranks; on some they may be.
 
     Example:
         >>> import tempfile, torch.distributed as dist
@@ -131,12 +132,16 @@ class MeasurementParallel(MeasurementOperator):
             same["image_shape"] = tuple(local_operator.image_shape)
         # No submodule: DistributedDataParallel would give all ranks the geometry of the first.
         object.__setattr__(self, "local_operator", local_operator)
-        self.n_blocks: int = min(self._gather(local_operator.n_blocks))
+        seen = not isinstance(local_operator, CartesianMRI) or bool((local_operator.coil_maps != 0).any())
+        blocks, sees = zip(*self._gather((local_operator.n_blocks, seen)), strict=True)
+        if not any(sees):
+            raise ValueError("MeasurementParallel: the coil maps of all ranks are zero everywhere")
+        self.n_blocks: int = min(blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeasurementParallel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.local_operator, nn.Module):
-            self.local_operator._apply(fn, recurse)
+            self.local_operator._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -345,19 +350,29 @@ class MeasurementParallel(MeasurementOperator):
 
         Returns:
             Shape ``(B, *image_shape)``, the same bits on all ranks; differentiable in `y`.
+
+        Raises:
+            ValueError: For an image of which the coils of all ranks together see nothing.
         """
         if isinstance(self.local_operator, ParallelBeamCT):
             return self._sum(self.local_operator.initial(y * self._view_weights(y)))
         if isinstance(self.local_operator, CartesianMRI):
-            return self._sum(self.local_operator.initial(y))
+            start = self._sum(self.local_operator.initial(y))
+            empty = (start == 0).flatten(1).all(1)
+            if bool(empty.any()):
+                image = int(empty.nonzero()[0])
+                raise ValueError(f"MeasurementParallel: the coils of all ranks see nothing of image {image}")
+            return start
         return self._regularized(y)
 
     def _view_weights(self, y: Tensor) -> Tensor:
         """Return what each view weighs among those of all ranks, over what it weighs here: (V, 1)."""
         if self._view_scale is None:
+            local = self.local_operator
+            assert isinstance(local, ParallelBeamCT)
             views = [
                 torch.tensor(v, dtype=torch.float64)
-                for v in self._gather(self.local_operator.angles.tolist())
+                for v in self._gather(local.angles.tolist())
             ]
             among_all = _angular_weights(torch.cat(views)).split([len(v) for v in views])[self.rank]
             here = _angular_weights(views[self.rank])
@@ -381,16 +396,16 @@ class MeasurementParallel(MeasurementOperator):
 
 
 class ParallelLeastSquares(LeastSquares):
-    """The data fidelity of `MeasurementParallel`: the sum of those of the ranks, in which each is unbiased.
+    r"""The data fidelity of `MeasurementParallel`: the sum of those of the ranks, in which each is unbiased.
 
-    .. math:: \\sum_r \\frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
+    .. math:: \sum_r \frac{n_r}{|B_r|} A_{B_r}^H (A_{B_r} x - y_{B_r})
     """
 
     operator: MeasurementParallel
 
     def __init__(self, operator: MeasurementParallel, y: Tensor) -> None:
         super().__init__(operator, y)
-        self.local = operator.local_operator.least_squares(y)
+        self.local = operator.local_operator.least_squares_part(y)
 
     def solve(
         self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor, free: Tensor | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, faces
@@ -330,6 +330,7 @@ register("diffraction_gram", _gram_impl, _like_image, _gram_backward, _gram_setu
 # ------------------------------------------------------------------ matrices
 
 
+@takes_numpy
 def transfer_at(
     transfer: Tensor,
     depths: Tensor,
@@ -361,6 +362,7 @@ def transfer_at(
     return torch.where(inside, reference.waves(transfer, depths, list(optics), rows, columns, shape), 0)
 
 
+@takes_numpy
 def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
     """Return the rows and columns of the pairs of `diffraction_gram`.
 
@@ -378,6 +380,7 @@ def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
     return 2 * largest_row + 1, int(torch.where(both, end, 1).max())
 
 
+@takes_numpy
 def gram_matrices(
     transfer: Tensor, depths: Tensor, support: Tensor, optics: Optics, width: int
 ) -> tuple[Tensor, Tensor]:
@@ -414,6 +417,7 @@ def gram_matrices(
     return auto, pairs
 
 
+@takes_numpy
 def normal_matrices(
     transfer: Tensor,
     depths: Tensor,
@@ -505,6 +509,7 @@ def _check_image(op: str, image: Tensor, depths: Tensor) -> None:
         _checks.shape(op, "image", image, expected, "batch, depths, H, W")
 
 
+@takes_numpy
 def diffraction_forward(
     image: Tensor,
     transfer: Tensor,
@@ -566,6 +571,7 @@ def diffraction_forward(
     return result
 
 
+@takes_numpy
 def diffraction_adjoint(
     intensities: Tensor,
     transfer: Tensor,
@@ -623,6 +629,7 @@ def diffraction_adjoint(
     return result
 
 
+@takes_numpy
 def diffraction_gradient(
     image: Tensor,
     spectra: Tensor | None,
@@ -703,6 +710,7 @@ def _check_gradient(
     return numbers, chosen
 
 
+@takes_numpy
 def diffraction_gram(
     image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, *, backend: str = "auto"
 ) -> Tensor:

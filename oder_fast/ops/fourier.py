@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import fourier as reference
+from .._numpy import takes_numpy
 from .._torch import kept
+from ..reference import fourier as reference
 from . import _checks, faces
 from ._library import LIBRARY, register
 
@@ -298,6 +299,7 @@ def _check_samples(
     _checks.shape(op, "samples", samples, expected, why)
 
 
+@takes_numpy
 def fourier_forward(
     image: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
 ) -> Tensor:
@@ -347,6 +349,7 @@ def fourier_forward(
     return result
 
 
+@takes_numpy
 def fourier_adjoint(
     samples: Tensor, coil_maps: Tensor, sampling: Tensor, *, axis: int = -2, backend: str = "auto"
 ) -> Tensor:
@@ -408,6 +411,7 @@ def _check_fidelity(
     return coil_maps, axis, chosen
 
 
+@takes_numpy
 def fourier_gradient(
     image: Tensor,
     samples: Tensor | None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import group_norm_prelu as reference
 from . import _checks, faces
 from ._library import LIBRARY, register
@@ -239,6 +240,7 @@ def _check_parameter(name: str, value: Tensor, image: Tensor, sizes: tuple[int, 
         raise ValueError(f"{op}: {name} must have {rule} elements, got {value.shape[0]}")
 
 
+@takes_numpy
 def group_norm_prelu(
     image: Tensor,
     groups: int,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import radon as reference
 from . import _checks, faces
 from ._library import LIBRARY, register
@@ -324,6 +325,7 @@ def _check_fidelity(
         _checks.index(op, "views", views, angles.shape[0], image.device)
 
 
+@takes_numpy
 def radon_forward(
     image: Tensor,
     angles: Tensor,
@@ -380,6 +382,7 @@ def radon_forward(
     return result
 
 
+@takes_numpy
 def radon_adjoint(
     sinogram: Tensor,
     angles: Tensor,
@@ -423,6 +426,7 @@ def radon_adjoint(
     return _back("radon_adjoint", sinogram, angles, image_shape, geometry, backend)
 
 
+@takes_numpy
 def radon_backproject(
     sinogram: Tensor,
     angles: Tensor,
@@ -495,6 +499,7 @@ def _back(
     return result
 
 
+@takes_numpy
 def radon_gradient(
     image: Tensor,
     sinogram: Tensor | None,

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numpy import takes_numpy
 from ..reference import red_update as reference
 from . import _checks, faces
-from ._library import LIBRARY, contiguous, register
+from ._library import LIBRARY, register
 
 SCALAR = (int, float)
 # Numbers that a GPU block updates at least, before one image is split over more blocks.
@@ -213,6 +214,7 @@ def check_prior(
     return momentum
 
 
+@takes_numpy
 def red_update(
     image: Tensor,
     fidelity_grad: Tensor,

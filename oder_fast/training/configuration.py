@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from ..data.kspace import COUNTERS
+
 
 def _named(name: str) -> str:
     if not name or "\0" in name:
@@ -186,7 +188,9 @@ class Data(_Section):
         phantoms: In place of files.
         kspace: Whether files hold k-space.
         scale: How values come to a unit: ``"slice"``, ``"none"`` or the window ``[low, high]``.
-        array: Which array of NPZ files.
+        array: Which array of NPZ and MATLAB files.
+        select: Counters of ISMRMRD files, as ``{contrast: 1}``: ``contrast``, ``phase``, ``set``, ``average``,
+            ``repetition`` (see `oder_fast.data.read_kspace`).
         patch: Train on random squares of this size.
         augment: Flip, turn by right angles and scale the brightness at random.
         cache: Folder in which what was read is kept.
@@ -200,6 +204,7 @@ class Data(_Section):
     kspace: bool = False
     scale: Literal["slice", "none"] | tuple[FiniteFloat, FiniteFloat] = "slice"
     array: Name | None = None
+    select: dict[str, CountFrom0] = {}
     patch: Side | None = None
     augment: bool = True
     cache: Name | None = None
@@ -211,6 +216,11 @@ class Data(_Section):
             raise ValueError("needs either train (files) or phantoms")
         if self.phantoms is not None and (self.kspace or self.validation is not None):
             raise ValueError("kspace and validation are for files, not for phantoms")
+        unknown = [name for name in self.select if name not in COUNTERS]
+        if unknown:
+            raise ValueError(f"select takes {', '.join(COUNTERS)}, got {unknown[0]!r}")
+        if self.select and not self.kspace:
+            raise ValueError("select is for k-space; set kspace: true")
         if self.kspace and self.patch is not None:
             raise ValueError("k-space cannot be cut into patches; drop patch")
         return self

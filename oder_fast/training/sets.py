@@ -40,7 +40,7 @@ def _files(source: settings.Source, configuration: Configuration) -> Samples:
     section, kind = configuration.data, configuration.operator.kind
     dataset: Samples
     if section.kspace:
-        scans = KSpaceFolder(source, array=section.array, cache=section.cache)
+        scans = KSpaceFolder(source, array=section.array, select=section.select, cache=section.cache)
         other = next((k for k, n in enumerate(scans.coils) if n != scans.coils[0]), None)
         if other is not None and configuration.training.steps and configuration.training.batch_size > 1:
             raise ValueError(

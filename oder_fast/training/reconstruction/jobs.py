@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,9 +15,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from ...data import Sample
+from ...data.arrays import array_layout
 from ...data.datasets import IMAGE_SUFFIXES, Scale, is_image
 from ...data.images import DICOM_SUFFIXES
-from ...data.kspace import HDF5_SUFFIXES
+from ...data.kspace import SUFFIXES
+from ...data.microscopy import LED_NAME
 from ...data.nifti import NIFTI_SUFFIXES
 from ..configuration import MOST_PIXELS
 
@@ -37,6 +41,7 @@ class Choices:
     image_size: tuple[int, int] | None
     scale: Scale | None
     array: str | None
+    select: Mapping[str, int] | None
     maps: str | Path | None
     normalize: bool
 
@@ -59,7 +64,7 @@ class Choices:
 
 @dataclass
 class Job:
-    """An input file.
+    """An input file, one of several images of its slices, or a folder of images of LEDs.
 
     Attributes:
         path: Of the file.
@@ -70,6 +75,8 @@ class Job:
         complex: Whether the images to be written are complex.
         by_slice: Whether slices can be read one by one, without the others.
         is_kspace: Whether it holds k-space.
+        select: Counters of the acquisitions of this job, of a file with several images of its slices.
+        notes: What the user should know of what was read.
     """
 
     path: Path
@@ -80,12 +87,19 @@ class Job:
     complex: bool
     by_slice: bool
     is_kspace: bool = False
+    select: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     base: str = ""
     images: dict[int, Tensor] = field(default_factory=dict)
     quality: list[list[float]] = field(default_factory=list)
     converged: bool = True
     voxel_size: tuple[float, float, float] | None = None
     failed: str | None = None
+
+    def note(self, what: str, count: int) -> None:
+        """Count something that the user should know of."""
+        if count:
+            self.notes[what] = self.notes.get(what, 0) + count
 
     def chunks(self, size: int) -> list[slice | None]:
         """Return what is read at once."""
@@ -177,6 +191,11 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else json.dumps(c)[1:-1] for c in text)
 
 
+def label_of(select: Mapping[str, int]) -> str:
+    """Return what is added to the name of a file for one of its images."""
+    return f"[{','.join(f'{name}={n}' for name, n in select.items())}]" if select else ""
+
+
 def reason_of(error: Exception, path: Path) -> str:
     """Return what went wrong with a file, in a line without its name."""
     said = " ".join(str(error).removeprefix(f"{path}: ").split())
@@ -192,12 +211,33 @@ def is_picture(path: Path) -> bool:
     return picture or path.name.lower().endswith((*NIFTI_SUFFIXES, *DICOM_SUFFIXES))
 
 
+def led_files(folder: Path) -> list[Path]:
+    """Return the files of a folder whose names tell the row and column of an LED."""
+    visible = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    return [path for path in visible if re.search(LED_NAME, path.name, re.IGNORECASE)]
+
+
+def is_led_stack(folder: Path) -> bool:
+    """Tell whether a folder holds images of LEDs, one in each file; a file may hold the images of all, too."""
+    files = led_files(folder)
+    if not files:
+        return False
+    with suppress(ValueError):
+        return len(array_layout(files[0], None)[0]) == 2
+    return False
+
+
 def _is_known(path: Path) -> bool:
-    return path.name.lower().endswith(HDF5_SUFFIXES) or is_image(path)
+    return path.name.lower().endswith(SUFFIXES) or is_image(path)
 
 
-def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
+def find_files(inputs: Iterable[Path], output: Path, leds: bool) -> list[Found]:
     """Return the files in an order that does not depend on the system.
+
+    Args:
+        inputs: Files and folders.
+        output: Folder that is no input.
+        leds: Whether a folder of images of LEDs is found as a whole.
 
     Raises:
         InputError: For a file that is missing, or folders without files of a known kind.
@@ -215,10 +255,14 @@ def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
             raise InputError(f"{output}: is an input too; choose another output folder")
         for folder, folders, files in os.walk(given, followlinks=False):
             here = Path(folder)
+            stack = led_files(here) if leds and is_led_stack(here) else []
+            if stack:
+                name = here.relative_to(given).as_posix() if here != given else given.resolve().name
+                found.setdefault(here, Found(here, name, here == given))
             folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() != own)
             for name in sorted(files):
                 path = here / name
-                if name[0] != "." and path.is_file() and _is_known(path):
+                if name[0] != "." and path not in stack and path.is_file() and _is_known(path):
                     found.setdefault(path, Found(path, path.relative_to(given).as_posix(), False))
     if not found:
         raise InputError(f"no file of a known kind in {', '.join(map(str, inputs)) or 'nothing'}")
@@ -227,10 +271,11 @@ def find_files(inputs: Iterable[Path], output: Path) -> list[Found]:
 
 def name_outputs(jobs: list[Job]) -> None:
     """Name outputs as inputs, less the suffix; with it where two would be the same."""
-    suffixes = sorted((*IMAGE_SUFFIXES, *HDF5_SUFFIXES), key=len, reverse=True)
+    suffixes = sorted((*IMAGE_SUFFIXES, *SUFFIXES), key=len, reverse=True)
     for job in jobs:
-        cut = next((len(s) for s in suffixes if job.name.lower().endswith(s)), 0)
-        job.base = job.name[: len(job.name) - cut]
+        file = job.name.removesuffix(label_of(job.select))
+        cut = 0 if job.path.is_dir() else next((len(s) for s in suffixes if file.lower().endswith(s)), 0)
+        job.base = file[: len(file) - cut] + "".join(f"-{name}{n}" for name, n in job.select.items())
     counts: dict[str, int] = {}
     for job in jobs:
         counts[job.base] = counts.get(job.base, 0) + 1

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from ...data import atomic
 from ..trainer import RunError
-from .jobs import InputError, Job, escaped
+from .jobs import InputError, Job, escaped, led_files
 
 LEDGER, QUALITY = "reconstructed.jsonl", "quality.csv"
 MEASURES = ("psnr", "ssim", "psnr_start", "ssim_start")
@@ -168,12 +168,12 @@ class Ledger:
         self._append_text(json.dumps(line.model_dump()) + "\n")
 
     def _stamp(self, job: Job) -> dict[str, Any]:
-        status = job.path.stat()
+        files = [path.stat() for path in (led_files(job.path) if job.path.is_dir() else [job.path])]
         return {
             "file": job.name,
             "path": str(job.path.resolve()),
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
+            "size": sum(file.st_size for file in files),
+            "mtime_ns": max(file.st_mtime_ns for file in files),
             "checkpoint": self.checkpoint,
             "settings": self.digest,
         }

@@ -80,6 +80,8 @@ class Report:
         skipped: Of those that an earlier run had finished.
         failed: Of those that could not be, with the reasons.
         not_converged: Of those of `done` with an image that is not within the tolerance.
+        notes: What is to be known of files that were done now: how many of their images had no signal, what was left
+            out of them.
         quality: With `simulate` the mean ``psnr``, ``ssim``, ``psnr_start`` and ``ssim_start`` over all files.
     """
 
@@ -87,6 +89,7 @@ class Report:
     skipped: list[str]
     failed: dict[str, str]
     not_converged: list[str]
+    notes: dict[str, str]
     quality: dict[str, float]
 
 
@@ -101,6 +104,7 @@ def reconstruct_files(
     image_size: tuple[int, int] | None = None,
     scale: Scale | None = None,
     array: str | None = None,
+    select: Mapping[str, int] | None = None,
     maps: str | Path | None = None,
     normalize: bool = False,
     tolerance: float | None = None,
@@ -116,9 +120,10 @@ def reconstruct_files(
 ) -> Report:
     r"""Reconstruct files by a checkpoint of `Trainer`.
 
-    What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF or
-    HDF5; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is not 0, and
-    coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus 1. With
+    What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF,
+    HDF5 or MATLAB; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is
+    not 0, and coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus
+    1, or a folder of an image for each LED (`read_led_stack`), by row and column in the order of illuminations. With
     `simulate` the files hold images, which are measured as the checkpoint's operator says and compared with what
     comes out; or all of k-space (HDF5, or ``kspace`` in NPZ), which is then undersampled.
 
@@ -130,7 +135,8 @@ def reconstruct_files(
 
     Each result is written whole or not at all, and then noted in ``reconstructed.jsonl``; a run that was broken off
     goes on when it is called again, and does again what was damaged since. A file that fails is noted in
-    ``failed.txt``, a line with its name and the reason; the others are done. There and in ``quality.csv`` names are
+    ``failed.txt``, a line with its name and the reason; the others are done. Slices without signal become zeros, and
+    the report's notes count them. In ``failed.txt`` and ``quality.csv`` names are
     written with the escapes of Python where they hold more than printed characters: ``\n``, ``\\``, ``\udce9`` for the
     byte E9. An image's noise and mask depend on its file's name and its number there, not on other files; minibatches
     are drawn alike for each batch. So what else is reconstructed, and `batch`, make no difference beyond the solver's
@@ -147,7 +153,9 @@ def reconstruct_files(
         image_size: Rows and columns that sinograms or intensities are of; by default those of the images that the run
             was validated with.
         scale: In place of the run's: ``"slice"``, ``"none"`` or the window ``(low, high)``.
-        array: Which array of NPZ and HDF5 files.
+        array: Which array of NPZ, HDF5 and MATLAB files.
+        select: Counters of the acquisitions of ISMRMRD files, as ``{"contrast": 1}``, in place of the run's (see
+            `read_kspace`). Of several contrasts, phases or sets each is reconstructed where none is selected.
         maps: File of coil maps, ``(C, H, W)`` or ``(S, C, H, W)``, in place of ESPIRiT's.
         normalize: Divide intensities by their background, and subtract 1 (`normalize_background`).
         tolerance: Of the solver, in place of the run's.
@@ -196,7 +204,7 @@ def reconstruct_files(
         raise InputError("inputs, output: must be names of files and folders, got ''")
     run = _Run(
         Path(checkpoint),
-        Choices(format, part, simulate, image_size, scale, array, maps, normalize),
+        Choices(format, part, simulate, image_size, scale, array, select, maps, normalize),
         {"tolerance": tolerance, "max_iterations": max_iterations, "minibatch_size": minibatch},
         device,
         denoiser,
@@ -257,6 +265,7 @@ class _Run(Task):
             "scale": self.source.scale,
             "image_size": self.image_shape[-2:],
             "array": self.source.array,
+            "select": self.source.select or None,
         }
         solver = {
             "tolerance": self.model.solver.tolerance,
@@ -272,7 +281,7 @@ class _Run(Task):
         self, inputs: list[Path], output: Path, batch: int, workers: int, overwrite: bool, progress: bool
     ) -> Report:
         """Do it all."""
-        found = find_files(inputs, output)
+        found = find_files(inputs, output, self.idt and not self.choices.simulate)
         jobs, failed = self._plan(found)
         name_outputs(jobs)
         taken: dict[str, Job] = {}
@@ -312,7 +321,12 @@ class _Run(Task):
             quality = ledger.write_quality(names)
         done = [job for job in left if job.failed is None]
         unsettled = [job.name for job in done if not job.converged]
-        return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, quality)
+        notes = {
+            job.name: ", ".join(f"{count} {what}" for what, count in job.notes.items())
+            for job in done
+            if job.notes
+        }
+        return Report([j.name for j in done], [j.name for j in skipped], failed, unsettled, notes, quality)
 
     def _list_failed(self, output: Path, jobs: list[Job], failed: dict[str, str]) -> None:
         """Add the jobs that failed, and write the list: name and reason, each `escaped`, a line for each file."""
@@ -330,18 +344,18 @@ class _Run(Task):
         fits: dict[tuple[int, ...], str | None] = {}
         for path, name, named in found:
             try:
-                job = self.source.inspect(path, name)
-                shape = job.image_shape
-                if shape not in fits:
-                    fits[shape] = self._try(shape)
-                if fits[shape] is not None:
-                    raise ValueError(f"{path}: {fits[shape]}")
+                those = self.source.inspect(path, name)
+                for shape in {job.image_shape for job in those}:
+                    if shape not in fits:
+                        fits[shape] = self._try(shape)
+                    if fits[shape] is not None:
+                        raise ValueError(f"{path}: {fits[shape]}")
             except Exception as error:
                 # Such as the index of a DICOM medium.
                 if named or not isinstance(error.__cause__, NoImageError):
                     _note(failed, name, path, reason_of(error, path))
                 continue
-            jobs.append(job)
+            jobs += those
         if not jobs:
             listed = "".join(
                 f"\n  {escaped(name)}: {escaped(reason)}" for name, reason in [*failed.items()][:10]
@@ -419,6 +433,7 @@ class _Run(Task):
 
     def _nothing(self, item: Item) -> Solved:
         """Return what becomes of an image or data that are 0 everywhere."""
+        item.job.note(f"of {item.job.count} images without signal, which became {item.low:g}", 1)
         shape = item.job.image_shape if item.sample is None else tuple(item.sample.image.shape)
         image = torch.full(shape, item.low, dtype=torch.complex64 if item.job.complex else torch.float32)
         return Solved(image, True, [math.nan] * len(MEASURES) if self.choices.simulate else None)

@@ -15,19 +15,21 @@ from ...data import (
     normalize_background,
     read_array,
     read_kspace,
+    read_led_stack,
     remove_oversampling,
 )
 from ...data.arrays import array_layout
 from ...data.datasets import Scale
 from ...data.files import is_hdf5, naming
 from ...data.images import format_of
-from ...data.kspace import read_kspace_header, readout_oversampling
+from ...data.kspace import kspace_selections, read_kspace_header, readout_oversampling
+from ...data.matlab import is_matlab_file
 from ...data.nifti import is_nifti, nifti_layout
 from ...operators import CartesianMRI
 from ..configuration import Configuration
 from ..scans import IDTScan, MRIScan, Scan
 from ..stream import seed_of
-from .jobs import Choices, InputError, Item, Job, is_picture
+from .jobs import Choices, InputError, Item, Job, is_picture, label_of, led_files
 
 FULL = 0.95
 """Share of its samples that are not 0 from which on a line of k-space counts as measured: some may be 0 by chance."""
@@ -45,6 +47,7 @@ class Source:
     Attributes:
         scale: How values come to the model's unit.
         array: Which array of files that hold several.
+        select: Counters of the acquisitions of ISMRMRD files.
         mri: Whether the scan is one of MRI.
         idt: Whether it is one of diffraction tomography.
 
@@ -61,9 +64,11 @@ class Source:
         scale: Scale = configuration.data.scale if choices.scale is None else choices.scale
         self.scale: Scale = "none" if self.idt else scale
         self.array = choices.array or configuration.data.array
+        self.select = dict(configuration.data.select if choices.select is None else choices.select)
         self.maps = self._read_maps()
         for name, value, kind, wanted in (
             ("normalize", choices.normalize, "intensities", self.idt and not choices.simulate),
+            ("select", choices.select, "k-space", self.mri),
             ("maps", choices.maps, "k-space", self.mri),
             ("image_size", choices.image_size, "sinograms", not self.mri and not choices.simulate),
         ):
@@ -89,15 +94,19 @@ class Source:
             return 1.0
         return float(_norms(self.maps[k] if self.maps.ndim == 4 else self.maps))
 
-    def inspect(self, path: Path, name: str) -> Job:
-        """Look at a file's header."""
+    def inspect(self, path: Path, name: str) -> list[Job]:
+        """Look at a file's header; return a job for each of the images that it holds of its slices."""
+        if path.is_dir():
+            return [self._inspect_leds(path, name)]
         if self.choices.simulate and not self._is_kspace(path):
-            return self._inspect_image(path, name)
+            return [self._inspect_image(path, name)]
         hint = "it holds images; give --simulate (simulate=True) to measure and reconstruct them"
         if is_picture(path):
             raise ValueError(f"{path}: {hint}")
         if self.mri:
-            return self._inspect_kspace(path, name)
+            with naming(path):
+                selections = kspace_selections(path, self.select)
+            return [self._inspect_kspace(path, name, one) for one in selections]
         shape, is_complex = self._layout(path)
         wanted = self._data_shape(path)
         axes = "(V, D)" if not self.idt else "(L, H, W)"
@@ -110,11 +119,21 @@ class Source:
                 f"geometry is fixed, so train with this scan's, or give another image size (--image-size){looks}"
             )
         count = shape[0] if len(shape) > len(wanted) else 1
-        return Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)
+        return [Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)]
+
+    def _inspect_leds(self, path: Path, name: str) -> Job:
+        wanted, leds = self._data_shape(path), led_files(path)
+        height, width = array_layout(leds[0], None)[0]
+        if (len(leds), height, width) != wanted:
+            raise ValueError(
+                f"{path}: measurements must be images (L, H, W) = {wanted} of LEDs, got {(len(leds), height, width)}; "
+                "the run's geometry is fixed, so train with this scan's, or give another image size (--image-size)"
+            )
+        return Job(path, name, 1, wanted, self.image_shape, True, False)
 
     def _is_kspace(self, path: Path) -> bool:
         """Tell whether a file to be measured holds all of k-space, which is then undersampled, and not images."""
-        if not self.mri or is_hdf5(path):
+        if not self.mri or is_hdf5(path) or is_matlab_file(path):
             return self.mri
         if path.suffix.lower() != ".npz" or self.array not in (None, "kspace"):
             return False
@@ -128,15 +147,18 @@ class Source:
             raise ValueError(f"{path}: {error}") from error
         return shape
 
-    def _inspect_kspace(self, path: Path, name: str) -> Job:
+    def _inspect_kspace(self, path: Path, name: str, select: dict[str, int]) -> Job:
         with naming(path):
-            kind, (slices, coils, height, width), metadata = read_kspace_header(path, array=self._array(path))
+            kind, (slices, coils, height, width), metadata = read_kspace_header(
+                path, array=self._array(path), select=self.select | select
+            )
             if self.maps is not None and self.maps.shape[-3] != coils:
                 raise ValueError(
                     f"it has {coils} coils, and {self.choices.maps} maps of {self.maps.shape[-3]}"
                 )
         image = (round(height / readout_oversampling(metadata)), width)
-        return Job(path, name, slices, (coils, height, width), image, True, kind != "NPZ", True)
+        named, shape = name + label_of(select), (coils, height, width)
+        return Job(path, named, slices, shape, image, True, kind != "NPZ", True, select)
 
     def _inspect_image(self, path: Path, name: str) -> Job:
         if self.maps is not None:
@@ -163,7 +185,7 @@ class Source:
 
     def _array(self, path: Path) -> str | None:
         """Return the name of the array to be read, of files that have names."""
-        named = path.suffix.lower() == ".npz" or (not self.mri and is_hdf5(path))
+        named = path.suffix.lower() == ".npz" or is_matlab_file(path) or (not self.mri and is_hdf5(path))
         return self.array.strip("/") if named and self.array is not None else None
 
     def _layout(self, path: Path) -> tuple[tuple[int, ...], bool]:
@@ -176,7 +198,11 @@ class Source:
             return self._read_kspace(job, chunk)
         if self.choices.simulate:
             return self._read_images(job, chunk)
-        values = read_array(job.path, self._array(job.path))
+        if job.path.is_dir():
+            values, _ = read_led_stack(job.path)
+            job.note("images of LEDs, taken as the illuminations by row, then by column", len(values))
+        else:
+            values = read_array(job.path, self._array(job.path))
         data = values.reshape(-1, *job.shape)
         if self.choices.normalize:
             with naming(job.path):
@@ -198,18 +224,25 @@ class Source:
         return items
 
     def _read_kspace(self, job: Job, chunk: slice | None) -> list[Item]:
-        kspace, masks, metadata = read_kspace(job.path, chunk, array=self._array(job.path))
+        array, select = self._array(job.path), self.select | job.select
+        kspace, masks, metadata = read_kspace(job.path, chunk, array=array, select=select)
         first = 0 if chunk is None else chunk.start
         job.voxel_size = metadata.get("voxel_size")
+        if first == 0:
+            for reason, count in metadata.get("left_out", {}).items():
+                job.note(f"acquisitions left out ({reason})", count)
+            averages = metadata.get("averages", 1)
+            job.note("measurements of a line averaged, at most", averages if averages > 1 else 0)
         items = []
         for k, y in enumerate(kspace, first):
             mask = _sampled(y) if masks is None else masks[k - first]
-            if not bool(mask.any()):
-                # An empty slice at an end of the volume.
+            y = y * mask
+            if not bool(y.any()):
+                # An empty slice, such as those at the ends of a volume.
                 nothing = torch.zeros(len(y), job.image_shape[-2], y.shape[-1], dtype=y.dtype)
                 items.append(Item(job, k, data=nothing, maps=nothing, mask=mask[: nothing.shape[-2]]))
                 continue
-            y, factor = y * mask, readout_oversampling(metadata)
+            factor = readout_oversampling(metadata)
             if factor > 1:
                 if not bool((mask == mask[:1]).all()):
                     raise ValueError(
