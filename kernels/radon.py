@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Edge of the square of pixels of a program, as TILE in oder_fast/ops/radon.py.
+# Edge of the square of pixels of a program.
 TILE = tl.constexpr(32)
 # As in the reference: views at 45 degrees march over rows although their cosines differ in the last bit.
 TIE_MARGIN = tl.constexpr(1e-9)
@@ -383,24 +383,6 @@ def radon_backproject(*args: Tensor | float) -> None:
     radon_adjoint(*args, matched=False)
 
 
-def _residual(
-    image: Tensor,
-    measured: Tensor | None,
-    residual: Tensor,
-    angles: Tensor,
-    views: Tensor | None,
-    n_used: int,
-    n_bins: int,
-    spacing: float,
-    offset: float,
-    pixel_size: float,
-) -> Tensor:
-    """Write the residual of the minibatch and return the table of its views."""
-    table = _table(angles, views, n_used, *image.shape[1:], n_bins, spacing, offset)
-    _project(image, table, measured, views, residual, angles.shape[0], n_bins, pixel_size)
-    return table
-
-
 def radon_gradient(
     dtype: int,
     image: Tensor,
@@ -422,6 +404,7 @@ def radon_gradient(
 ) -> None:
     """Launch the gradient of the data fidelity."""
     spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
+    table = _table(angles, views, n_used, height, width, n_bins, spacing, offset)
+    _project(image, table, measured, views, sums, n_views, n_bins, pixel_size)
     scale = pixel_size * n_views / n_used
     _gather(sums, table, gradient, (batch, height, width), n_bins, spacing, scale)
