@@ -207,11 +207,11 @@ def _radon_gather_kernel(
                 aside = tl.load(row + 2) + (j + j0) * slope - (i + i0)
             middle = (n_bins - 1) * tl.full([], 0.5, tl.float64)
             near = tl.abs(per_bin) / sigma
-            begin = tl.ceil(middle - aside / per_bin - near / tl.abs(per_bin))
+            begin = tl.ceil(middle - aside * (1 / per_bin) - 1 / sigma)
             begin = tl.minimum(tl.maximum(begin, 0.0), n_bins * 1.0).to(tl.int32)
             for k in range(0, count):
                 d = begin + k
-                weight = tl.maximum(1.0 - tl.abs((d - middle) * per_bin + aside) / near, 0.0) * peak
+                weight = tl.maximum(1.0 - tl.abs((d - middle) * per_bin + aside) * (1 / near), 0.0) * peak
                 sums += weight.to(tl.float32) * tl.load(source + d, d < n_bins, 0.0).to(tl.float32)
         else:
             # A tile beyond the limits is as far from the detector as one at them.
