@@ -383,7 +383,7 @@ def _add_demos(demos: Any) -> None:
         action="store_true",
         help="measure by beam propagation, not by the model that reconstructs",
     )
-    for demo, steps, through in ((ct, 1200, 60), (mri, 600, 20), (idt, 600, 20)):
+    for demo, steps, through in ((ct, 1200, 60), (mri, 600, 60), (idt, 600, 100)):
         option(demo, "--steps", _whole_number(1), "N", "training steps on noise", steps)
         option(
             demo,

@@ -207,17 +207,17 @@ def test_batches_give_what_single_images_do(tmp_path, checkpoints, kind, options
     checkpoint = checkpoints(kind)
     for k, values in enumerate(ellipses(5, 3) if options else sinograms(5, 3)):
         save(tmp_path / f"in/{k}.npy", values)
-    options, found = options | {"tolerance": 1e-5}, {}
+    options, found = options | {"tolerance": 1e-4}, {}
     for batch in (1, 2, 5):
         output = tmp_path / str(batch)
         report = reconstruct(checkpoint, tmp_path / "in", output, batch=batch, workers=batch, **options)
         assert (len(report.done), report.not_converged) == (5, [])
         found[batch] = np.stack([tifffile.imread(output / f"{k}.tif") for k in range(5)])
     for batch in (2, 5):
-        np.testing.assert_allclose(found[batch], found[1], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(found[batch], found[1], rtol=0, atol=2e-4)
     # Nor do noise and masks depend on what else is reconstructed.
     reconstruct(checkpoint, tmp_path / "in/3.npy", tmp_path / "alone", **options)
-    np.testing.assert_allclose(tifffile.imread(tmp_path / "alone/3.tif"), found[1][3], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "alone/3.tif"), found[1][3], rtol=0, atol=2e-4)
 
 
 def test_windows(tmp_path, ct):

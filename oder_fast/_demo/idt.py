@@ -36,7 +36,7 @@ UNIT = 2 * MEDIUM * INDEX_CONTRAST
 WEIGHTS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
 START = 1e-3
 # The share of |A|^2 that the prior's weight is at 10 dB; it follows the amplitude of the noise.
-TAU = 0.006
+TAU = 0.004
 TRAINING_VOLUMES = 100
 LARGEST_TRAINING_SIZE = 128
 
@@ -99,7 +99,7 @@ def _recipe(slices: int) -> common.Recipe:
     return common.Recipe(
         network={"depth": 4, "width": 48, "in_channels": 2 * slices, "predicts": "image", "bias": False},
         sigma=(0.0, 0.1),
-        learning_rates=(1.5e-3, 1e-4),
+        learning_rates=(1.5e-3, 2e-4),
         kind=AboveBackground,
         batches=(2, 1),
     )

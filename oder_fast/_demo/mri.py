@@ -27,7 +27,7 @@ CENTER_TIMES_ACCELERATION = 0.32
 RECIPE = common.Recipe(
     network={"depth": 5, "width": 32, "in_channels": 2, "bias": False},
     sigma=(0.0, 0.04),
-    learning_rates=(2e-3, 3e-5),
+    learning_rates=(2e-3, 4e-4),
 )
 # Weight of the prior at 30 dB, where |A| is 1; it follows the amplitude of the noise.
 TAU = 0.02
