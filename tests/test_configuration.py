@@ -223,13 +223,13 @@ def test_kinds_of_operators():
         read_configuration(LEAST, ["operator={kind: idt}"])
 
 
-def test_the_configurations_of_the_readme():
+def test_the_configurations_of_the_documentation():
     import yaml
 
-    readme = Path(__file__).parents[1] / "README.md"
-    if not readme.exists():
-        pytest.skip("no README beside the tests")
-    blocks = re.findall(r"```yaml\n(.*?)```", readme.read_text(), re.S)
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    if not page.exists():
+        pytest.skip("no documentation beside the tests")
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S)
     assert {read_configuration(yaml.safe_load(block)).operator.kind for block in blocks} == {
         "ct",
         "mri",

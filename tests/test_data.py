@@ -205,7 +205,7 @@ def test_an_array_that_asks_for_more_than_is_stored(tmp_path, ramp):
         archive.writestr("a.npy", header.getvalue() + ramp.tobytes())
     for read in (data.read_image, data.read_array, data.ImageFolder):
         with pytest.raises(
-            ValueError, match=r"a\.npz: its array of shape \(3, 9999\) takes 59994 bytes, and 24 are"
+            ValueError, match=r"a\.npz: its 'a' of shape \(3, 9999\) takes 59994 bytes, and 24 are"
         ):
             read(tmp_path / "a.npz")
 

@@ -363,7 +363,7 @@ def test_a_map_that_does_not_contract_is_reported():
     solution = Picard(max_iterations=50).solve(rotate, torch.zeros(1, 2, dtype=torch.float64))
     assert not solution.converged.any()
     assert float(solution.contraction) > 0.99
-    assert "1 of 1 images are not within the relative distance 0.003" in solution.message
+    assert "1 of 1 images are not within the relative distance 0.001" in solution.message
     assert "raise max_iterations" in solution.message
     with pytest.raises(NotConvergedError, match="raise max_iterations") as caught:
         solution.require("raise")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._numpy import takes_numpy
 from . import solve as inner
 
 # Relative mismatch of a dot test beyond which an adjoint is called wrong, for each precision.
@@ -129,6 +130,7 @@ class MeasurementOperator(nn.Module):
         return numbers
 
 
+@takes_numpy
 class LeastSquares:
     r"""The data fidelity of an operator, bound to data.
 
