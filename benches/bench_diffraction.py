@@ -44,7 +44,7 @@ class Scan:
         shape = (1, slices, size, size)
         self.image, other = (torch.randn(shape, dtype=torch.complex64, generator=generator) for _ in range(2))
         self.intensities = self.operator(other)
-        self.spectra = self.operator.prepare(self.intensities)
+        self.spectra = torch.fft.rfft2(self.intensities, norm="ortho")
         self.right = torch.fft.fft2(self.operator.adjoint(self.intensities), norm="ortho")
         if peers:
             self.phase, self.absorption = self._stored()
@@ -194,34 +194,6 @@ def test_minibatches(report, one_thread):
         peers={"all 64": times["all"], "all through Gram matrices": times["gram"]},
         note=f"of which the slices' transforms are {1e3 * times['transforms']:.1f} ms, those of torch "
         f"{1e3 * times['library']:.1f} ms",
-    )
-
-
-def test_red_update(report, one_thread):
-    scan = Scan(256, 64, 8, peers=False)
-    few = torch.arange(0, 64, 8)
-    denoised, previous = torch.randn_like(scan.image), torch.randn_like(scan.image)
-    step, momentum = torch.tensor(0.01), torch.tensor([0.9])
-    prior, options = (denoised, step, step), {"previous": previous, "momentum": momentum}
-    red_update = scan.operator.red_update
-
-    def fused():
-        return red_update(scan.image, scan.spectra, few, *prior, **options, prepared=True).image
-
-    def apart():
-        return ops.red_update(scan.image, scan.ours(few), *prior, **options).image
-
-    error = relative_error(fused(), apart())
-    assert error < 1e-6
-    report.benchmark.pedantic(fused, rounds=3, warmup_rounds=1)
-    times = in_turn({"fused": fused, "gradient, then update": apart}, 5)
-    report.add(
-        "diffraction_red_update",
-        "cpu",
-        f"{name_of((256, 64, 8))}, 8 a step",
-        times.pop("fused"),
-        peers=times,
-        error=error,
     )
 
 

@@ -53,13 +53,13 @@ class Scan:
         self.kspace = (
             self.operator(draw(batch, height, width)) + 0.1 * draw(batch, coils, height, width) * mask
         )
-        self.prepared = self.operator.prepare(self.kspace)
+        self.data_fidelity = self.operator.least_squares(self.kspace)
         corner = oder_fast.CartesianMRI(self.maps[0], self.rolled, centered=False, backend=backend)
         # k-space for transforms without shifts that have the same gradient.
-        self.corner = corner._restore(self.prepared)
+        self.corner = corner._restore(self.data_fidelity.samples)
 
     def ours(self, blocks: torch.Tensor | None = None) -> torch.Tensor:
-        return self.operator.gradient(self.image, self.prepared, blocks, prepared=True)
+        return self.data_fidelity.gradient(self.image, blocks)
 
     def plain(self) -> torch.Tensor:
         """torch.fft with the zero frequency at index 0."""
@@ -188,24 +188,13 @@ def test_other_packages(report, one_thread, deepinv):
     report.add("fourier_gradient", "cpu", f"{name_of(CASES[0])}, R=4 lines", times.pop("ours"), peers=times)
 
 
-def test_minibatches_and_fused_steps(report, one_thread):
+def test_minibatches(report, one_thread):
     scan = Scan(*CASES[0])
     four = torch.tensor([1, 6, 11, 15])
-    denoised = torch.randn_like(scan.image)
     report.benchmark.pedantic(lambda: scan.ours(four), rounds=3, warmup_rounds=1)
-
-    def fused():
-        return scan.operator.red_update(scan.image, scan.prepared, four, denoised, 0.5, 0.1, prepared=True)
-
-    def apart():
-        return oder_fast.red_update(scan.image, scan.ours(four), denoised, 0.5, 0.1)
-
-    times = in_turn({"four": lambda: scan.ours(four), "all": scan.ours, "fused": fused, "apart": apart}, 2)
+    times = in_turn({"four": lambda: scan.ours(four), "all": scan.ours}, 2)
     shape = f"{name_of(CASES[0])}, R=4 lines, 4 coils a step"
     report.add("fourier_gradient", "cpu", shape, times["four"], peers={"all 16 coils": times["all"]})
-    report.add(
-        "fourier_red_update", "cpu", shape, times["fused"], peers={"gradient, then update": times["apart"]}
-    )
 
 
 def test_two_threads(report):
@@ -360,6 +349,7 @@ def on_gpu(scan: Scan) -> Scan:
         if isinstance(value, torch.Tensor):
             setattr(scan, name, value.cuda())
     scan.operator.cuda()
+    scan.data_fidelity = scan.operator.least_squares(scan.kspace)
     return scan
 
 
@@ -377,7 +367,7 @@ def test_gpu_gradient(report, case, points):
 
     def gradient(scan: Scan, backend: str, kind: torch.dtype = torch.complex64) -> torch.Tensor:
         mri = scan.operator
-        image, samples, maps = (v.to(kind) for v in (scan.image, scan.prepared, mri.coil_maps))
+        image, samples, maps = (v.to(kind) for v in (scan.image, scan.data_fidelity.samples, mri.coil_maps))
         return ops.fourier_gradient(image, samples, maps, mri.sampling, axis=mri._axis, backend=backend)
 
     ours = {backend: lambda k, backend=backend: gradient(sets[k], backend) for backend in ("cuda", "triton")}

@@ -172,21 +172,9 @@ def test_radon_gradient_of_a_minibatch(report, face, one_thread, generator):
         },
         seconds=6,
     )
-    denoised = torch.rand_like(x)
-    fused = in_turn(
-        {
-            "fused": lambda: oder_fast.radon_red_update(
-                x, y, angles, views, denoised, 1e-5, 1.0, backend=face.backend
-            ),
-            "apart": lambda: oder_fast.red_update(x, ours(), denoised, 1e-5, 1.0, backend=face.backend),
-        }
-    )
     seconds = times.pop("ours")
     shape = f"1 x {N}x{N}, {BINS} bins, 30 of {n_views} views"
     report.add("radon_gradient", face.name, shape, seconds, peers=times, error=error)
-    report.add(
-        "radon_red_update", face.name, shape, fused["fused"], peers={"gradient, then update": fused["apart"]}
-    )
 
 
 def test_two_threads(report, generator):
@@ -291,21 +279,18 @@ def test_peak_memory_of_a_gradient(report):
     )  # fmt: skip
 
 
-def test_fixed_point_step(report, generator):
-    """What an iteration costs beyond the operator: the Python of the layers."""
+def test_small_gradient(report, generator):
+    """What a call costs: the Python of the layers."""
     ct = ParallelBeamCT(16, angles=6)
-    x, y = torch.rand(1, 16, 16), torch.rand(1, *ct.data_shape)
-    denoised, angles = torch.rand_like(x), ct.angles
-    views = ct.draw_blocks(2, generator)
+    x, views = torch.rand(1, 16, 16), ct.draw_blocks(2, generator)
+    data_fidelity = ct.least_squares(torch.rand(1, *ct.data_shape))
 
     def call():
-        return ct.red_update(x, y, views, denoised, 1e-3, 1.0)
+        return data_fidelity.gradient(x, views)
 
     report.benchmark.pedantic(call, rounds=20, iterations=20, warmup_rounds=1)
-    times = in_turn({"op": call, "forward": lambda: oder_fast.radon_forward(x, angles, ct.n_bins)}, 0.5)
-    report.add(
-        "radon_red_update", "cpu", "1 x 16x16, 2 of 6 views", times["op"], note="mostly the cost of a call"
-    )
+    seconds = in_turn({"gradient": call}, 0.5)["gradient"]
+    report.add("radon_gradient", "cpu", "1 x 16x16, 2 of 6 views", seconds, note="mostly the cost of a call")
 
 
 # ------------------------------------------------------------------ on a GPU

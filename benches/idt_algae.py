@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oder_fast import DEQRED, DiffractionTomography, DnCNN, Nesterov
+from oder_fast import DEQRED, Anderson, DiffractionTomography, DnCNN
 from oder_fast.data import led_grid, normalize_background, random_ellipses, read_led_stack, save_npz
-from oder_fast.training import train_denoiser
 
 OPTICS = {
     "pixel_size": 6.5,
@@ -64,10 +63,32 @@ def read(source: Path, crop: int) -> tuple[Tensor, Tensor]:
     return y[:, top : top + crop, left : left + crop], lights
 
 
+def trained() -> DnCNN:
+    """Train a small denoiser on ellipses, noise up to 0.1."""
+    torch.manual_seed(0)
+    denoiser = DnCNN(depth=4, width=24, bias=False)
+    optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        clean = random_ellipses(8, 64, generator)[:, None] - 0.3
+        sigma = 0.1 * torch.rand(8, 1, 1, 1, generator=generator)
+        noisy = clean + sigma * torch.randn(clean.shape, generator=generator)
+        optimizer.zero_grad()
+        (denoiser(noisy) - clean).square().mean().backward()
+        optimizer.step()
+    return denoiser
+
+
 def unexplained(idt: DiffractionTomography, x: Tensor, y: Tensor) -> float:
     """Return the share of the data's energy, within the pupils, that a reconstruction leaves."""
-    inside = idt.prepare(idt(idt.adjoint(y))) != 0
-    residual, data = idt.prepare(idt(x) - y)[inside], idt.prepare(y)[inside]
+    height, width = y.shape[-2:]
+    columns = torch.arange(width // 2 + 1)
+    rows = -torch.arange(height) % height
+    # The pupils in half a spectrum, and what they see of the other half, mirrored.
+    begin, end = idt.support.unbind(-1)
+    inside = (columns >= begin[..., None]) & (columns < end[..., None])
+    inside |= (-columns >= begin[:, rows, None]) & (-columns < end[:, rows, None])
+    residual, data = (torch.fft.rfft2(v)[:, inside] for v in (idt(x) - y, y))
     return float((residual.norm() / data.norm()) ** 2)
 
 
@@ -79,8 +100,8 @@ def main() -> None:
     )
     parser.add_argument("--crop", type=int, default=384, help="pixels along a side, from the middle")
     parser.add_argument("--slices", type=int, default=13)
-    parser.add_argument("--weight", type=float, default=1e-3, help="of Tikhonov, over |A|^2")
-    parser.add_argument("--tau", type=float, default=1e-2, help="over |A|^2")
+    parser.add_argument("--weight", type=float, default=1e-3, help="of Tikhonov, in units of |A|^2")
+    parser.add_argument("--tau", type=float, default=1e-2, help="in units of |A|^2")
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("idt-algae"))
     arguments = parser.parse_args()
@@ -103,30 +124,18 @@ def main() -> None:
     start = time.perf_counter()
     tikhonov = idt.tikhonov(y, weight)
     print(f"Tikhonov leaves {100 * unexplained(idt, tikhonov, y):.1f} %, {time.perf_counter() - start:.0f} s")
-    torch.manual_seed(0)
-    denoiser = DnCNN(depth=4, width=24, bias=False)
-    generator = torch.Generator().manual_seed(0)
-    train_denoiser(
-        denoiser,
-        lambda g: random_ellipses(8, 64, g)[:, None] - 0.3,
-        steps=400,
-        sigma=(0.0, 0.1),
-        learning_rate=2e-3,
-        generator=generator,
-    )
+    denoiser = trained()
     # Every seventh value is enough for a quantile, and few enough for torch.quantile.
     unit = float(tikhonov.abs().flatten()[::7].quantile(0.999))
     model = DEQRED(
-        idt,
         Slicewise(denoiser, unit),
-        tau=arguments.tau * idt.norm_squared(),
-        solver=Nesterov(arguments.iterations, 1e-4),
-        minibatch_size=None,
+        tau=arguments.tau,
+        solver=Anderson(arguments.iterations),
         on_failure="ignore",
     )
     start = time.perf_counter()
     with torch.no_grad():
-        solution = model(y, tikhonov, return_solution=True)
+        solution = model(y, idt, tikhonov, return_solution=True)
     red = solution.value
     print(
         f"RED leaves {100 * unexplained(idt, red, y):.1f} %, {time.perf_counter() - start:.0f} s; {solution.message}"

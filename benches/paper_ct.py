@@ -20,11 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from oder_fast import DnCNN, ParallelBeamCT, UNet
+from oder_fast import DnCNN, ParallelBeamCT, UNet, oder
 from oder_fast.data import add_gaussian_noise, read_image, save_npz, shepp_logan, snr
-from oder_fast.denoisers import frozen
 
 VIEWS, SNR, ITERATIONS, SIZE = 90, 50.0, 180, 512
 STEP_TIMES_NORM = 0.777
@@ -54,7 +52,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="default: the Shepp-Logan phantom")
     parser.add_argument("--tau", type=float, default=1.18034, help="as in the official code")
     parser.add_argument("--minibatch", type=int, default=30, help=f"views a step; {VIEWS} is RED (DEQ)")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="two at least")
     parser.add_argument("--seed", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, metavar="FILE.npz")
@@ -72,34 +70,27 @@ def main() -> None:
     ct.to(arguments.device)
     generator = torch.Generator().manual_seed(arguments.seed)
     y = add_gaussian_noise(ct(truth), SNR, generator)
-    step = STEP_TIMES_NORM / ct.norm_squared()
-    tau = OFFICIAL_STEP * arguments.tau / step
+    drawn = generator.get_state()
     initial = ct.fbp(y, filter="hann").clamp(min=0)
-    image = point = initial
-    t = 1.0
-    start = time.perf_counter()
-    with torch.no_grad(), frozen(denoiser) as fixed:
-        for _ in tqdm(range(arguments.iterations)):
-            before = image
-            blocks = None if arguments.minibatch == VIEWS else ct.draw_blocks(arguments.minibatch, generator)
-            t_next = 0.5 * (1 + math.sqrt(1 + 4 * t * t))
-            update = ct.red_update(
-                point,
-                y,
-                blocks,
-                fixed(point[:, None])[:, 0],
-                step,
-                tau,
-                previous=image,
-                momentum=(t - 1) / t_next,
-                nonnegative=True,
-            )
-            image, point, t = update.image, update.extrapolated, t_next
-    if truth.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    print(f"FBP, Hann, clipped: SNR {snr(initial, truth):.2f} dB")
+    before = image = initial
+    seconds = 0.0
     # The official code reports the iterate before the last update.
+    for iterations in (arguments.iterations - 1, arguments.iterations):
+        model = oder(
+            denoiser,
+            OFFICIAL_STEP * arguments.tau / STEP_TIMES_NORM,
+            arguments.minibatch,
+            step_size=STEP_TIMES_NORM,
+            max_iterations=iterations,
+            generator=generator.set_state(drawn),
+        )
+        start = time.perf_counter()
+        with torch.no_grad():
+            before, image = image, model(y, ct, initial)
+        if truth.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    print(f"FBP, Hann, clipped: SNR {snr(initial, truth):.2f} dB")
     print(
         f"{arguments.minibatch} of {VIEWS} views a step, {arguments.iterations} iterations: SNR "
         f"{snr(before, truth):.2f} dB (official metric), {snr(image, truth):.2f} dB at the end; {seconds:.1f} s"

@@ -47,7 +47,7 @@ void define_fourier(pybind11::module_& m, const char* name, Call call) {
                                      n_coils,
                                      n,
                                      width};
-        call(dtype, head..., batch, scan, threads);
+        call(dtype, at(head)..., batch, scan, threads);
       },
       pybind11::call_guard<pybind11::gil_scoped_release>());
 }
@@ -141,21 +141,9 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       },
       release());
 
-  define_fourier<Address, Address>(
-      m, "fourier_forward",
-      [](int dtype, Address image, Address samples, int64_t batch, const auto& scan, int threads) {
-        oder::fourier_forward(dtype, at(image), at(samples), batch, scan, threads);
-      });
-  define_fourier<Address, Address>(
-      m, "fourier_adjoint",
-      [](int dtype, Address samples, Address image, int64_t batch, const auto& scan, int threads) {
-        oder::fourier_adjoint(dtype, at(samples), at(image), batch, scan, threads);
-      });
-  define_fourier<Address, Address, Address>(
-      m, "fourier_gradient",
-      [](int dtype, Address image, Address samples, Address gradient, int64_t batch, const auto& scan, int threads) {
-        oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), batch, scan, threads);
-      });
+  define_fourier<Address, Address>(m, "fourier_forward", oder::fourier_forward);
+  define_fourier<Address, Address>(m, "fourier_adjoint", oder::fourier_adjoint);
+  define_fourier<Address, Address, Address>(m, "fourier_gradient", oder::fourier_gradient);
 
   define_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
   define_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);

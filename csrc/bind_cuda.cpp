@@ -39,13 +39,13 @@ RadonScan scan_of(int64_t height, int64_t width, Address angles, int64_t n_views
           narrow(n_bins, "n_bins"), bin_spacing / pixel_size, bin_offset / pixel_size};
 }
 
-// Binds an operator that takes `First...`, then a scan.
+// Binds an operator of a Cartesian scan: all of them end with the same arguments.
 template <class... First, class Launch>
 void def_fourier(py::module_& m, const char* name, Launch launch) {
   m.def(
       name,
-      [launch](First... first, int maps_dtype, Address maps, bool shared_maps, Address sampling, int64_t n_lines,
-               bool shared_sampling, Address coils, int64_t n_used, bool transposed, Address roots_n,
+      [launch](int dtype, First... first, int maps_dtype, Address maps, bool shared_maps, Address sampling,
+               int64_t n_lines, bool shared_sampling, Address coils, int64_t n_used, bool transposed, Address roots_n,
                Address roots_width, Address workspace, int64_t batch, int64_t n_coils, int64_t n, int64_t width,
                Address stream) {
         const FourierScan scan{maps_dtype,
@@ -64,12 +64,12 @@ void def_fourier(py::module_& m, const char* name, Launch launch) {
                                narrow(n_coils, "n_coils"),
                                narrow(n, "n"),
                                narrow(width, "width")};
-        launch(first..., scan, at(stream));
+        launch(dtype, at(first)..., scan, at(stream));
       },
       release());
 }
 
-// The same of a scan in diffraction tomography.
+// The same of an operator of diffraction tomography.
 template <class... First, class Launch>
 void def_diffraction(py::module_& m, const char* name, Launch launch) {
   m.def(
@@ -152,19 +152,9 @@ PYBIND11_MODULE(ODER_MODULE, m) {
       },
       release());
 
-  def_fourier<int, Address, Address>(
-      m, "fourier_forward", [](int dtype, Address image, Address samples, const FourierScan& scan, void* stream) {
-        oder::fourier_forward(dtype, at(image), at(samples), scan, stream);
-      });
-  def_fourier<int, Address, Address>(
-      m, "fourier_adjoint", [](int dtype, Address samples, Address image, const FourierScan& scan, void* stream) {
-        oder::fourier_adjoint(dtype, at(samples), at(image), scan, stream);
-      });
-  def_fourier<int, Address, Address, Address>(
-      m, "fourier_gradient",
-      [](int dtype, Address image, Address samples, Address gradient, const FourierScan& scan, void* stream) {
-        oder::fourier_gradient(dtype, at(image), at(samples), at(gradient), scan, stream);
-      });
+  def_fourier<Address, Address>(m, "fourier_forward", oder::fourier_forward);
+  def_fourier<Address, Address>(m, "fourier_adjoint", oder::fourier_adjoint);
+  def_fourier<Address, Address, Address>(m, "fourier_gradient", oder::fourier_gradient);
 
   def_diffraction<Address, Address>(m, "diffraction_forward", oder::diffraction_forward);
   def_diffraction<Address, Address>(m, "diffraction_adjoint", oder::diffraction_adjoint);

@@ -147,12 +147,18 @@ std::vector<Lines<T>> lines_of(const Scan<T>& scan) {
   return result;
 }
 
-// A strip of one vector of columns of an image, from where the strip begins; in memory [n, width], or [width, n] where
-// transposed.
+// Where strip `strip` of image b begins, in numbers.
 template <class T>
-void load_strip(const Scan<T>& scan, const T* image, int64_t column, T factor, Cx<T>* x) {
+int64_t strip_offset(const Scan<T>& scan, int64_t b, int64_t strip) {
+  return b * scan.n * scan.width + strip * scan.L * (scan.transposed ? scan.n : 1);
+}
+
+// A strip of one vector of columns of image b; in memory [n, width], or [width, n] where transposed.
+template <class T>
+void load_strip(const Scan<T>& scan, const T* images, int64_t b, int64_t strip, T factor, Cx<T>* x) {
   constexpr int L = lanes<T>;
-  const int valid = scan.valid(column);
+  const T* const image = images + 2 * strip_offset(scan, b, strip);
+  const int valid = scan.valid(strip * L);
   if (!scan.transposed) {
     for (int64_t i = 0; i < scan.n; ++i) {
       x[i] = scaled(load_complex(image + 2 * i * scan.width, valid), factor);
@@ -173,13 +179,14 @@ void load_strip(const Scan<T>& scan, const T* image, int64_t column, T factor, C
   }
 }
 
-// The reverse, into an image whose rows are `stride` numbers apart.
+// The reverse.
 template <class T>
-void store_strip(const Scan<T>& scan, const Cx<T>* x, int64_t column, T factor, T* image, int64_t stride) {
+void store_strip(const Scan<T>& scan, const Cx<T>* x, int64_t b, int64_t strip, T factor, T* images) {
   constexpr int L = lanes<T>;
-  const int valid = scan.valid(column);
+  T* const image = images + 2 * strip_offset(scan, b, strip);
+  const int valid = scan.valid(strip * L);
   if (!scan.transposed) {
-    for (int64_t i = 0; i < scan.n; ++i) store_complex(image + 2 * i * stride, scaled(x[i], factor), valid);
+    for (int64_t i = 0; i < scan.n; ++i) store_complex(image + 2 * i * scan.width, scaled(x[i], factor), valid);
     return;
   }
   for (int64_t i = 0; i < scan.n; i += L) {
@@ -191,15 +198,9 @@ void store_strip(const Scan<T>& scan, const Cx<T>* x, int64_t column, T factor, 
     transpose_square<T>(rows);
     for (int l = 0; l < L; ++l) {
       const int r = column_of<T>(l);
-      if (r < valid) store_complex(image + 2 * (r * stride + i), rows[l], count);
+      if (r < valid) store_complex(image + 2 * (r * scan.n + i), rows[l], count);
     }
   }
-}
-
-// Where strip `column` of image b begins, in numbers.
-template <class T>
-int64_t strip_offset(const Scan<T>& scan, int64_t b, int64_t column) {
-  return b * scan.n * scan.width + (scan.transposed ? column * scan.n : column);
 }
 
 // Strips side by side, which a thread works on together: a visit to a page of memory then serves them all.
@@ -266,8 +267,7 @@ void for_tiles(const Scan<T>& scan, int threads, const F& f) {
 template <class T>
 void load_images(const Scan<T>& scan, const Tile& tile, const T* image, T factor, Cx<T>* to) {
   for (int64_t v = 0; v < tile.strips; ++v) {
-    const int64_t column = (tile.first + v) * scan.L;
-    load_strip(scan, image + 2 * strip_offset(scan, tile.image, column), column, factor, to + v * scan.n);
+    load_strip(scan, image, tile.image, tile.first + v, factor, to + v * scan.n);
   }
 }
 
@@ -294,9 +294,8 @@ void forward_lines(const Scan<T>& scan, const T* image, T* samples, int threads)
   });
 }
 
-// finish(b, strip, sum, factor) takes the image, times 1 / factor.
-template <class T, class Finish>
-void adjoint_lines(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
+template <class T>
+void adjoint_lines(const Scan<T>& scan, const T* samples, T* image, int threads) {
   const std::vector<Lines<T>> lines = lines_of(scan);
   for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
     const int64_t b = tile.image;
@@ -314,13 +313,13 @@ void adjoint_lines(const Scan<T>& scan, const T* samples, int threads, const Fin
       }
     }
     for (int64_t v = 0; v < tile.strips; ++v) {
-      finish(b, tile.first + v, work.sum + v * scan.n, scan.transform.scale);
+      store_strip(scan, work.sum + v * scan.n, b, tile.first + v, scan.transform.scale, image);
     }
   });
 }
 
-template <class T, class Finish>
-void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
+template <class T>
+void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, T* gradient, int threads) {
   const std::vector<Lines<T>> lines = lines_of(scan);
   for_tiles(scan, threads, [&](const Tile& tile, Work<T>& work) {
     const int64_t b = tile.image;
@@ -341,7 +340,7 @@ void gradient_lines(const Scan<T>& scan, const T* image, const T* samples, int t
       }
     }
     for (int64_t v = 0; v < tile.strips; ++v) {
-      finish(b, tile.first + v, work.sum + v * scan.n, scan.weight() * scan.transform.scale);
+      store_strip(scan, work.sum + v * scan.n, b, tile.first + v, scan.weight() * scan.transform.scale, gradient);
     }
   });
 }
@@ -402,10 +401,7 @@ struct Planes {
   void begin(const T* x, int64_t b) const {
 #pragma omp for schedule(static)
     for (int64_t strip = 0; strip < scan.strips(); ++strip) {
-      if (x) {
-        load_strip(scan, x + 2 * strip_offset(scan, b, strip * scan.L), strip * scan.L,
-                   scan.transform.scale * rows.scale, image + strip * scan.n);
-      }
+      if (x) load_strip(scan, x, b, strip, scan.transform.scale * rows.scale, image + strip * scan.n);
       std::fill(sum + strip * scan.n, sum + (strip + 1) * scan.n, Cx<T>{});
     }
   }
@@ -419,8 +415,9 @@ struct Planes {
     }
   }
 
-  // Coil c's image, transformed along n.
-  void columns_forward(int64_t b, int64_t c, Work<T>& work) const {
+  // Coil c's image, transformed along n. Not inlined, nor is its inverse: which products are contracted, and so the
+  // last bit, would depend on who calls.
+  __attribute__((noinline)) void columns_forward(int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
     for_tiles(b, [&](const Tile& tile) {
       load_map(scan, tile, c, work.map);
@@ -435,7 +432,7 @@ struct Planes {
   }
 
   // The spectrum transformed back along n, and added to the sum.
-  void columns_inverse(int64_t b, int64_t c, Work<T>& work) const {
+  __attribute__((noinline)) void columns_inverse(int64_t b, int64_t c, Work<T>& work) const {
     constexpr int L = lanes<T>;
     for_tiles(b, [&](const Tile& tile) {
       load_map(scan, tile, c, work.map);
@@ -465,11 +462,11 @@ struct Planes {
     }
   }
 
-  template <class Finish>
-  void hand_over(int64_t b, T factor, const Finish& finish) const {
+  // Writes the sum down as image b, times `factor`.
+  void end(int64_t b, T factor, T* result) const {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < scan.strips(); ++strip) {
-      finish(b, strip, sum + strip * scan.n, factor * scan.transform.scale * rows.scale);
+      store_strip(scan, sum + strip * scan.n, b, strip, factor * scan.transform.scale * rows.scale, result);
     }
   }
 };
@@ -508,8 +505,8 @@ void forward_points(const Scan<T>& scan, const T* image, T* samples, int threads
   }
 }
 
-template <class T, class Finish>
-void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Finish& finish) {
+template <class T>
+void adjoint_points(const Scan<T>& scan, const T* samples, T* image, int threads) {
   const Planes<T> planes(scan, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -525,13 +522,13 @@ void adjoint_points(const Scan<T>& scan, const T* samples, int threads, const Fi
         });
         planes.columns_inverse(b, c, work);
       }
-      planes.hand_over(b, T(1), finish);
+      planes.end(b, T(1), image);
     }
   }
 }
 
-template <class T, class Finish>
-void gradient_points(const Scan<T>& scan, const T* image, const T* samples, int threads, const Finish& finish) {
+template <class T>
+void gradient_points(const Scan<T>& scan, const T* image, const T* samples, T* gradient, int threads) {
   const Planes<T> planes(scan, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -549,29 +546,9 @@ void gradient_points(const Scan<T>& scan, const T* image, const T* samples, int 
             });
         planes.columns_inverse(b, c, work);
       }
-      planes.hand_over(b, scan.weight(), finish);
+      planes.end(b, scan.weight(), gradient);
     }
   }
-}
-
-// ---------------------------------------------------------------- what becomes of an image
-
-// Takes the strips of a gradient or an adjoint: writes them down.
-template <class T>
-struct Write {
-  const Scan<T>& scan;
-  T* image;
-  void operator()(int64_t b, int64_t strip, const Cx<T>* sum, T factor) const {
-    const int64_t column = strip * scan.L;
-    store_strip(scan, sum, column, factor, image + 2 * strip_offset(scan, b, column),
-                scan.transposed ? scan.n : scan.width);
-  }
-};
-
-template <class T, class Finish>
-void gradient(const Scan<T>& scan, const void* image, const void* samples, int threads, const Finish& finish) {
-  const T *const x = static_cast<const T*>(image), *const y = static_cast<const T*>(samples);
-  scan.n_lines > 0 ? gradient_lines(scan, x, y, threads, finish) : gradient_points(scan, x, y, threads, finish);
 }
 
 template <class F>
@@ -598,17 +575,19 @@ void fourier_adjoint(int dtype, const void* samples, void* image, int64_t batch,
     using T = decltype(value);
     const Scan<T> scan(fourier, batch);
     const T* const y = static_cast<const T*>(samples);
-    const Write<T> write{scan, static_cast<T*>(image)};
-    scan.n_lines > 0 ? adjoint_lines(scan, y, threads, write) : adjoint_points(scan, y, threads, write);
+    T* const x = static_cast<T*>(image);
+    scan.n_lines > 0 ? adjoint_lines(scan, y, x, threads) : adjoint_points(scan, y, x, threads);
   });
 }
 
-void fourier_gradient(int dtype, const void* image, const void* samples, void* result, int64_t batch,
+void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, int64_t batch,
                       const FourierScan& fourier, int threads) {
   with_dtype(dtype, [&](auto value) {
     using T = decltype(value);
     const Scan<T> scan(fourier, batch);
-    gradient(scan, image, samples, threads, Write<T>{scan, static_cast<T*>(result)});
+    const T *const x = static_cast<const T*>(image), *const y = static_cast<const T*>(samples);
+    T* const g = static_cast<T*>(gradient);
+    scan.n_lines > 0 ? gradient_lines(scan, x, y, g, threads) : gradient_points(scan, x, y, g, threads);
   });
 }
 

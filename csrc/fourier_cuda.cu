@@ -490,8 +490,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
   }
 }
 
-// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along the other axis, of a
-// mask.
+// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along the other axis, of a mask.
 //
 // Computes        kForward: samples[b,u,m,k] = mask[b,m,k] scale sum_j w^(m j) workspace[b,u,k,j], w = exp(-2 pi i /
 //                 width). kAdjoint: workspace, by its conjugate transpose. kNormal: that of the forward result less the
@@ -654,16 +653,6 @@ void check_dtype(int dtype) {
   }
 }
 
-void normal(const void* image, const void* samples, void* gradient, const FourierScan& scan, void* stream) {
-  // Measured samples are only read.
-  Pair* const measured = pairs(const_cast<void*>(samples));
-  if (scan.n_lines > 0) return lines(kNormal, pairs(image), measured, pairs(gradient), scan, stream);
-  Pair* const workspace = pairs(static_cast<void*>(scan.workspace));
-  lines(kForward, pairs(image), workspace, nullptr, scan, stream);
-  points(kNormal, measured, scan, stream);
-  lines(kAdjoint, pairs(image), workspace, pairs(gradient), scan, stream);
-}
-
 }  // namespace
 
 void fourier_forward(int dtype, const void* image, void* samples, const FourierScan& scan, void* stream) {
@@ -684,7 +673,13 @@ void fourier_adjoint(int dtype, const void* samples, void* image, const FourierS
 void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, const FourierScan& scan,
                       void* stream) {
   check_dtype(dtype);
-  normal(image, samples, gradient, scan, stream);
+  // Measured samples are only read.
+  Pair* const measured = pairs(const_cast<void*>(samples));
+  if (scan.n_lines > 0) return lines(kNormal, pairs(image), measured, pairs(gradient), scan, stream);
+  Pair* const workspace = pairs(static_cast<void*>(scan.workspace));
+  lines(kForward, pairs(image), workspace, nullptr, scan, stream);
+  points(kNormal, measured, scan, stream);
+  lines(kAdjoint, nullptr, workspace, pairs(gradient), scan, stream);
 }
 
 }  // namespace oder

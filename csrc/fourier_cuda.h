@@ -26,7 +26,7 @@ struct FourierScan {
 };
 
 // Device addresses throughout, a cudaStream_t last. Samples are [batch, n_coils, n_lines, width], or [batch, n_coils,
-// width, n] of a mask; null for zeros in the gradient and the update.
+// width, n] of a mask; null for zeros in the gradient.
 void fourier_forward(int dtype, const void* image, void* samples, const FourierScan& scan, void* stream);
 void fourier_adjoint(int dtype, const void* samples, void* image, const FourierScan& scan, void* stream);
 void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, const FourierScan& scan,

@@ -76,10 +76,10 @@ struct Walk {
 };
 
 struct View {
-  bool by_rows;    // marches over rows; else over columns
-  bool reversed;   // bins in reverse order
-  int64_t source;  // row of the sinogram
-  int64_t slot;    // place among the used views
+  bool by_rows;                       // marches over rows; else over columns
+  bool reversed;                      // bins in reverse order
+  int64_t source;                     // row of the sinogram
+  int64_t slot;                       // place among the used views
   double inv, slope, centre, middle;  // of radon_rays; sigma is inv
   double origin;                      // position of bin 0 on step 0
   double weight;                      // length of a step
@@ -406,8 +406,8 @@ void add_transposed(const T* from, T* to, int n_rows, int n_columns) {
 
 // Back-project M images into one tile. sums: two orientations of [block][step][image][lane].
 template <class T, int M>
-void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T* rows, int64_t b,
-                 T* image, T* sums, int64_t* origins) {
+void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T* rows, int64_t b, T* image, T* sums,
+                 int64_t* origins) {
   constexpr int kBlocks = kTile / kLanes, kBlock = kTile * M * kLanes;  // elements of one column block
   constexpr int kSide = kBlocks * kBlock;
   const int64_t tiles_w = (g.width + kTile - 1) / kTile;
@@ -424,9 +424,10 @@ void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T
     const auto generic = [&](const View& v) {
       for (int r = 0; r < n_steps; ++r)
         for (int m = 0; m < M; ++m)
-          (plan.matched ? scatter_generic<T> : interpolate_generic<T>)(
-              v, g.n_bins, r0 + r, u0, n_u, rows + m * row_size + v.slot * plan.stride + plan.pad_low,
-              side + (r * M + m) * kLanes, kBlock);
+          (plan.matched ? scatter_generic<T>
+                        : interpolate_generic<T>)(v, g.n_bins, r0 + r, u0, n_u,
+                                                  rows + m * row_size + v.slot * plan.stride + plan.pad_low,
+                                                  side + (r * M + m) * kLanes, kBlock);
     };
     if constexpr (std::is_same_v<T, float>) {
       constexpr int R = M == 1 ? 4 : 2;
@@ -541,8 +542,7 @@ void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& 
 }
 
 template <class T>
-void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Plan& plan, int threads,
-                  T* image) {
+void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Plan& plan, int threads, T* image) {
   const int64_t tiles = ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
   struct Task {
     int64_t tile, b;

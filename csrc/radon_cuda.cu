@@ -18,7 +18,7 @@ constexpr int kMargin = 4;
 // Views of a block at a time.
 constexpr int kProjectViews = 16;
 constexpr int kGatherViews = 128;
-// Edge of the square of pixels of a block that gathers, as TILE in oder_fast/ops/radon.py.
+// Edge of the square of pixels of a block that gathers.
 constexpr int kTile = 32;
 constexpr int kPixels = kTile * kTile / kThreads;
 constexpr int kWindowBytes = 40 * 1024;

@@ -1,8 +1,59 @@
 #include "cuda_types.h"
-#include "red_update_cuda.cuh"
+#include "red_update_cuda.h"
 
 namespace oder {
 namespace {
+
+constexpr int kThreads = 256;
+
+// The numbers of one image's step, read on the device.
+struct RedStep {
+  float step, tau, momentum;
+  bool nonnegative;
+};
+
+ODER_DEVICE RedStep red_step(const RedOperands& red, int64_t b) {
+  return {static_cast<float>(*red.step_size), static_cast<float>(*red.tau),
+          red.momentum ? static_cast<float>(red.momentum[b]) : 0.0f, red.nonnegative};
+}
+
+// Updates one number; the extrapolation and the sums take `updated` before it is rounded to its storage.
+ODER_DEVICE void red_pixel(const RedStep& p, float x, float gradient, float denoised, float previous, bool has_previous,
+                           float& updated, float& extrapolated, float sums[3]) {
+  float u = x - p.step * (gradient + p.tau * (x - denoised));
+  if (p.nonnegative && u < 0.0f) u = 0.0f;
+  const float change = u - x;
+  sums[0] += change * change;
+  sums[1] += u * u;
+  updated = u;
+  if (has_previous) {
+    const float direction = u - previous;
+    extrapolated = u + p.momentum * direction;
+    sums[2] -= change * direction;
+  }
+}
+
+// Sums of a block of kThreads threads, in an order that is always the same; thread 0 has the result.
+ODER_DEVICE void red_block_sums(double sums[3]) {
+  ODER_SHARED(double, warp_sums, 3 * kThreads / 32);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) sums[k] += shuffle_down(sums[k], offset);
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) warp_sums[3 * warp + k] = sums[k];
+  }
+  __syncthreads();
+  if (thread != 0) return;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    sums[k] = 0;
+    for (int w = 0; w < kThreads / 32; ++w) sums[k] += warp_sums[3 * w + k];
+  }
+}
 
 // CUDA face of red_update.
 //
@@ -14,10 +65,9 @@ namespace {
 //                 follows the last, and everything where the operands are not aligned alike.
 // Shared memory   the sums of 8 warps.
 // Accumulation    float32 over one run, float64 beyond; order fixed by the sizes alone.
-// Preconditions   contiguous; one dtype; no operand overlaps an output, but for exactly equal addresses.
+// Preconditions   contiguous; one dtype; no operand overlaps an output.
 template <class T>
-ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
-    red_update_kernel(const T* image, const T* gradient, RedOperands red, int64_t n) {
+ODER_KERNEL ODER_BOUNDS(kThreads, 4) red_update_kernel(const T* image, const T* gradient, RedOperands red, int64_t n) {
   constexpr int kRun = 16 / sizeof(T);
   using Run = Pack<T, kRun>;
   const int64_t b = blockIdx.x / red.n_partials, part = blockIdx.x % red.n_partials;
@@ -51,12 +101,12 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
     if (momentum) extrapolated[k] = from_float<T>(e);
     for (int m = 0; m < 3; ++m) sums[m] += part_sums[m];
   };
-  for (int64_t k = threadIdx.x; k < head; k += kRedThreads) one(k);
-  for (int64_t k = tail + threadIdx.x; k < length; k += kRedThreads) one(k);
+  for (int64_t k = threadIdx.x; k < head; k += kThreads) one(k);
+  for (int64_t k = tail + threadIdx.x; k < length; k += kThreads) one(k);
 
   const auto run_of = [head](const T* p) { return reinterpret_cast<const Run*>(p + head); };
 #pragma unroll 2
-  for (int64_t k = threadIdx.x; k < runs; k += kRedThreads) {
+  for (int64_t k = threadIdx.x; k < runs; k += kThreads) {
     const Run xs = run_of(x)[k], gs = run_of(g)[k], ds = run_of(denoised)[k];
     Run ps = xs, us, es;
     if (momentum) ps = run_of(previous)[k];
@@ -81,16 +131,16 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 4)
   }
 }
 
-// Second stage of the reductions of red_update and radon_red_update.
+// Second stage of the reductions of red_update.
 //
 // Computes        reductions[b,m] = sum_p partials[b,p,m].
 // Thread mapping  grid (batch), block 256: a thread adds every 256th partial sum of image b.
 // Shared memory   the sums of 8 warps.
 // Accumulation    float64; order fixed by n_partials alone.
 // Preconditions   none.
-ODER_KERNEL ODER_BOUNDS(kRedThreads, 1) red_finish_kernel(RedOperands red) {
+ODER_KERNEL ODER_BOUNDS(kThreads, 1) red_finish_kernel(RedOperands red) {
   double sums[3] = {0, 0, 0};
-  for (int64_t p = threadIdx.x; p < red.n_partials; p += kRedThreads) {
+  for (int64_t p = threadIdx.x; p < red.n_partials; p += kThreads) {
     const double* const partial = red.partials + 3 * (blockIdx.x * red.n_partials + p);
     for (int m = 0; m < 3; ++m) sums[m] += partial[m];
   }
@@ -102,18 +152,14 @@ ODER_KERNEL ODER_BOUNDS(kRedThreads, 1) red_finish_kernel(RedOperands red) {
 
 }  // namespace
 
-void red_finish(const RedOperands& red, int64_t batch, void* stream) {
-  ODER_LAUNCH(red_finish_kernel, batch, kRedThreads, 0, stream, red);
-}
-
 void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
                 void* stream) {
   with_storage(dtype, [&](auto value) {
     using T = decltype(value);
-    ODER_LAUNCH(red_update_kernel<T>, batch * red.n_partials, kRedThreads, 0, stream, static_cast<const T*>(image),
+    ODER_LAUNCH(red_update_kernel<T>, batch * red.n_partials, kThreads, 0, stream, static_cast<const T*>(image),
                 static_cast<const T*>(gradient), red, n);
   });
-  red_finish(red, batch, stream);
+  ODER_LAUNCH(red_finish_kernel, batch, kThreads, 0, stream, red);
 }
 
 }  // namespace oder

@@ -1,4 +1,4 @@
-// What the CUDA face of red_update offers to the bindings and to the CUDA face of radon.
+// What the CUDA face of red_update offers to the bindings.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,6 @@ struct RedOperands {
   double* partials;    // [batch, n_partials, 3]
   int64_t n_partials;
 };
-
-// Adds the partial sums to the reductions of each image.
-void red_finish(const RedOperands& red, int64_t batch, void* stream);
 
 void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
                 void* stream);

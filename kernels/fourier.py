@@ -266,12 +266,7 @@ def _transform(
     )
 
 
-def _combine(
-    scan: Scan,
-    spectra: Tensor,
-    image: Tensor,
-    scale: float = 1.0,
-) -> None:
+def _combine(scan: Scan, spectra: Tensor, image: Tensor, scale: float = 1.0) -> None:
     tiles = triton.cdiv(scan.n, ROWS) * triton.cdiv(scan.width, COLUMNS)
     _fourier_combine_kernel[(tiles * scan.batch,)](
         spectra,
@@ -297,19 +292,6 @@ def _combine(
         num_stages=STAGES,
         enable_fp_fusion=True,
     )
-
-
-def _residual(scan: Scan, image: Tensor, samples: Tensor | None) -> Tensor:
-    """Return the residual that `_combine` takes, of a mask transformed back along its second axis."""
-    before, after = scan.workspace[0], scan.workspace[-1]
-    rows, columns = (scan.width, 1), (1, scan.width)
-    if scan.mask is None:
-        _transform(scan, image, scan.image_strides, after, rows, data=samples)
-        return after
-    _transform(scan, image, rows, before, rows)
-    _transform(scan, before, columns, after, columns, along_width=True, data=samples, masked=True)
-    _transform(scan, after, columns, before, columns, along_width=True, inverse=True)
-    return before
 
 
 def fourier_forward(dtype: int, image: Tensor, samples: Tensor, *args: object) -> None:
@@ -339,4 +321,12 @@ def fourier_gradient(
 ) -> None:
     """Launch the transform less the data, and the transpose of that."""
     scan = Scan(*args)
-    _combine(scan, _residual(scan, image, samples), gradient, scan.n_coils / scan.n_used)
+    spectra, after = scan.workspace[0], scan.workspace[-1]
+    rows, columns = (scan.width, 1), (1, scan.width)
+    if scan.mask is None:
+        _transform(scan, image, scan.image_strides, spectra, rows, data=samples)
+    else:
+        _transform(scan, image, rows, spectra, rows)
+        _transform(scan, spectra, columns, after, columns, along_width=True, data=samples, masked=True)
+        _transform(scan, after, columns, spectra, columns, along_width=True, inverse=True)
+    _combine(scan, spectra, gradient, scan.n_coils / scan.n_used)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Edge of the square of pixels of a program, as TILE in oder_fast/ops/radon.py.
+# Edge of the square of pixels of a program.
 TILE = tl.constexpr(32)
 # As in the reference: views at 45 degrees march over rows although their cosines differ in the last bit.
 TIE_MARGIN = tl.constexpr(1e-9)
@@ -207,11 +207,11 @@ def _radon_gather_kernel(
                 aside = tl.load(row + 2) + (j + j0) * slope - (i + i0)
             middle = (n_bins - 1) * tl.full([], 0.5, tl.float64)
             near = tl.abs(per_bin) / sigma
-            begin = tl.ceil(middle - aside / per_bin - near / tl.abs(per_bin))
+            begin = tl.ceil(middle - aside * (1 / per_bin) - 1 / sigma)
             begin = tl.minimum(tl.maximum(begin, 0.0), n_bins * 1.0).to(tl.int32)
             for k in range(0, count):
                 d = begin + k
-                weight = tl.maximum(1.0 - tl.abs((d - middle) * per_bin + aside) / near, 0.0) * peak
+                weight = tl.maximum(1.0 - tl.abs((d - middle) * per_bin + aside) * (1 / near), 0.0) * peak
                 sums += weight.to(tl.float32) * tl.load(source + d, d < n_bins, 0.0).to(tl.float32)
         else:
             # A tile beyond the limits is as far from the detector as one at them.
@@ -383,24 +383,6 @@ def radon_backproject(*args: Tensor | float) -> None:
     radon_adjoint(*args, matched=False)
 
 
-def _residual(
-    image: Tensor,
-    measured: Tensor | None,
-    residual: Tensor,
-    angles: Tensor,
-    views: Tensor | None,
-    n_used: int,
-    n_bins: int,
-    spacing: float,
-    offset: float,
-    pixel_size: float,
-) -> Tensor:
-    """Write the residual of the minibatch and return the table of its views."""
-    table = _table(angles, views, n_used, *image.shape[1:], n_bins, spacing, offset)
-    _project(image, table, measured, views, residual, angles.shape[0], n_bins, pixel_size)
-    return table
-
-
 def radon_gradient(
     dtype: int,
     image: Tensor,
@@ -422,6 +404,7 @@ def radon_gradient(
 ) -> None:
     """Launch the gradient of the data fidelity."""
     spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _residual(image, measured, sums, angles, views, n_used, n_bins, spacing, offset, pixel_size)
+    table = _table(angles, views, n_used, height, width, n_bins, spacing, offset)
+    _project(image, table, measured, views, sums, n_views, n_bins, pixel_size)
     scale = pixel_size * n_views / n_used
     _gather(sums, table, gradient, (batch, height, width), n_bins, spacing, scale)

@@ -10,7 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def red_step(
+def _red_step(
     x, gradient, denoised, previous, step_size, tau, momentum,
     MOMENTUM: tl.constexpr, NONNEGATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _red_update_kernel(
         p = x
         if MOMENTUM:
             p = tl.load(previous + at, inside, 0.0).to(tl.float32)
-        u, e, term0, term1, term2 = red_step(x, g, d, p, step, weight, factor, MOMENTUM, NONNEGATIVE)
+        u, e, term0, term1, term2 = _red_step(x, g, d, p, step, weight, factor, MOMENTUM, NONNEGATIVE)
         tl.store(updated + at, u.to(image.dtype.element_ty), inside)
         if MOMENTUM:
             tl.store(extrapolated + at, e.to(image.dtype.element_ty), inside)
@@ -92,11 +92,6 @@ def _red_finish_kernel(partials, reductions, n_partials, BLOCK: tl.constexpr):
         at = 3 * (program // 3 * n_partials + p) + program % 3
         total += tl.load(partials + at, p < n_partials, 0.0)
     tl.store(reductions + program, tl.sum(total))
-
-
-def red_finish(partials: Tensor, reductions: Tensor, batch: int, n_partials: int) -> None:
-    """Add up the parts of each image."""
-    _red_finish_kernel[(3 * batch,)](partials, reductions, n_partials, BLOCK=BLOCK, enable_fp_fusion=True)
 
 
 def red_update(
@@ -137,4 +132,4 @@ def red_update(
         BLOCK=BLOCK,
         enable_fp_fusion=True,
     )
-    red_finish(partials, reductions, batch, n_partials)
+    _red_finish_kernel[(3 * batch,)](partials, reductions, n_partials, BLOCK=BLOCK, enable_fp_fusion=True)

@@ -207,6 +207,12 @@ class ProximalMap(REDMap):
     minibatch_size: int | None = None
 
     @property
+    def rounding(self) -> float:  # type: ignore[override]
+        r"""Where `A` sees nothing, the inner solve divides the rounding of :math:`A^H A x` by the weight."""
+        eps = float(torch.finfo(self.fidelity.y.dtype).eps)
+        return max(super().rounding, eps * self.fidelity.operator.norm_squared() / float(self.weight.detach()))
+
+    @property
     def _minibatch_size(self) -> int | None:
         return self.minibatch_size
 

@@ -259,23 +259,16 @@ def _gradient_inputs(
     return (_draw(shape["image"], dtype, device, generator), sinogram, angles, views), geometry
 
 
-def _prior_inputs(
-    size: Sequence[int], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    step_size = torch.tensor(0.01, dtype=torch.float64, device=device)
-    tau = torch.tensor(1.3, dtype=torch.float64, device=device)
-    momentum = torch.rand(size[0], dtype=torch.float64, generator=generator).to(device)
-    options = {"previous": _draw(size, dtype, device, generator), "momentum": momentum}
-    return (_draw(size, dtype, device, generator), step_size, tau), options
-
-
 def _red_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     size = shape["image"]
-    images = [_draw(size, dtype, device, generator) for _ in range(2)]
-    prior, options = _prior_inputs(size, dtype, device, generator)
-    return (*images, *prior), options | {"nonnegative": not dtype.is_complex}
+    image, fidelity_grad = (_draw(size, dtype, device, generator) for _ in range(2))
+    momentum = torch.rand(size[0], dtype=torch.float64, generator=generator).to(device)
+    previous, denoised = (_draw(size, dtype, device, generator) for _ in range(2))
+    step_size, tau = (torch.tensor(v, dtype=torch.float64, device=device) for v in (0.01, 1.3))
+    options = {"previous": previous, "momentum": momentum, "nonnegative": not dtype.is_complex}
+    return (image, fidelity_grad, denoised, step_size, tau), options
 
 
 RADON: dict[str, Any] = {

@@ -116,25 +116,6 @@ def test_minibatches_average_to_the_full_gradient(points, face, generator):
     assert relative_error(sum(parts) / 3, full) < 1e-6
 
 
-def test_the_red_update_is_gradient_then_update(face, generator):
-    x, d, p = (draw(2, 18, 21, generator=generator).to(face.device) for _ in range(3))
-    maps = draw(2, 3, 18, 21, generator=generator).to(face.device)
-    for axis, sampling in (
-        (-2, torch.tensor([[0, 4, 17]])),
-        (-1, torch.tensor([[0, 4, 20]])),
-        (-2, torch.rand(1, 18, 21) < 0.5),
-    ):
-        sampling = sampling.to(face.device)
-        y = torch.randn_like(oder_fast.fourier_forward(x, maps, sampling, axis=axis))
-        options = {"axis": axis, "backend": face.backend}
-        gradient = oder_fast.fourier_gradient(x, y, maps, sampling, **options)
-        for more in ({}, {"previous": p, "momentum": 0.3}):
-            got = oder_fast.fourier_red_update(x, y, maps, sampling, None, d, 0.7, 0.4, **options, **more)
-            expected = oder_fast.red_update(x, gradient, d, 0.7, 0.4, backend="reference", **more)
-            for one, other in zip(got, expected, strict=True):
-                assert relative_error(one, other) < 2e-6
-
-
 def test_conjugated_and_real_views_are_taken(generator):
     x, maps = draw(1, 8, 8, generator=generator), draw(1, 2, 8, 8, generator=generator)
     lines = torch.tensor([[0, 3]])

@@ -341,11 +341,11 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
     def change(name, text):
         if name == "cuda_host.h":
             return text + PLANTED
-        if name == "red_update_cuda.cuh":
+        if name == "red_update_cuda.cu":
             old = "if (lane == 0) {"
             assert text.count(old) == 1
             text = text.replace(old, old + " if (planted(1000)) wait_in_vain();")
-        if name.endswith((".cu", ".cuh")):
+        if name.endswith(".cu"):
             for statement in OMITTED:
                 first, *rest = text.split(statement)
                 text = first
@@ -358,7 +358,7 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
         return text
 
     module = cuda_host.build(change)
-    assert len(sites) == len(SPOILED) + 23
+    assert len(sites) == len(SPOILED) + 22
     right = {stem: outcomes(module, monkeypatch, ORDERS[0], [stem]) for stem in TINY}
     assert not any(isinstance(r, Exception) for found in right.values() for r in found)
     missed = []
@@ -403,7 +403,7 @@ def assert_no_more_resources(compiler, group, found):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: nothing to compile with")
 @pytest.mark.parametrize(
-    ("stem", "kernels"), [("radon", 27), ("red_update", 4), ("fourier", 4), ("diffraction", 6)]
+    ("stem", "kernels"), [("radon", 21), ("red_update", 4), ("fourier", 4), ("diffraction", 6)]
 )
 def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
@@ -522,15 +522,10 @@ def test_views_out_of_range_count_as_zero(backend, use, generator):
     image = torch.randn(2, 9, 12, generator=generator)
     sinogram = torch.randn(2, 4, 15, generator=generator)
     angles, views = angles_over(4, start=0.3), torch.tensor([7, 2, -1])
-    prior = (torch.zeros_like(image), torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.0).double())
     with use(backend):
         got = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, 15, 1.0, 0.0, 1.0, backend)
-        step = torch.ops.oder_fast.radon_red_update(
-            image, sinogram, angles, views, *prior, None, None, False, 15, 1.0, 0.0, 1.0, backend
-        )[0]
     alone = oder_fast.radon_gradient(image.double(), sinogram.double(), angles, views[1:2]) / 3
     assert relative_error(got, alone) < 2e-6
-    assert relative_error(step, image - 0.1 * alone) < 2e-6
 
 
 @BOTH
@@ -600,16 +595,12 @@ def test_coils_and_lines_out_of_range_count_as_nothing(axis, backend, use, gener
     lines, coils = torch.tensor([[3, -7, 0, 9, 10**12]]), torch.tensor([7, 2, -1])
     mask = torch.rand(2, 9, 9, generator=generator) < 0.5
     points, op = draw(2, 4, 9, 9), torch.ops.oder_fast
-    prior = (torch.zeros_like(image), torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.0).double())
     # Nor does a map count whose coil is not used.
     some = maps.clone()
     some[:, 0] = float("nan")
     for sampling, data in ((lines, samples), (mask, points)):
         with use(backend):
             got = op.fourier_gradient(image, data, some, sampling, coils, axis, backend)
-            step = op.fourier_red_update(
-                image, data, some, sampling, coils, *prior, None, None, axis, backend
-            )[0]
             forward = op.fourier_forward(image, maps, sampling, axis, backend)
             back = op.fourier_adjoint(data, maps, sampling, axis, backend)
         if sampling is lines:
@@ -619,7 +610,6 @@ def test_coils_and_lines_out_of_range_count_as_nothing(axis, backend, use, gener
         options = {"axis": axis, "backend": "reference"}
         alone = oder_fast.ops.fourier_gradient(image, data, maps, sampling, coils[1:2], **options) / 3
         assert relative_error(got, alone) < 2e-6
-        assert relative_error(step, image - 0.1 * alone) < 2e-6
         assert relative_error(forward, oder_fast.ops.fourier_forward(image, maps, sampling, **options)) < 2e-6
         assert relative_error(back, oder_fast.ops.fourier_adjoint(data, maps, sampling, **options)) < 2e-6
 

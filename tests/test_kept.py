@@ -17,9 +17,9 @@ from oder_fast._torch import kept
 from oder_fast.data import led_ring
 from oder_fast.denoisers import DnCNN, UNet
 from oder_fast.deqred import DEQRED
-from oder_fast.red import GradientStep
 from oder_fast.fixed_point import Implicit, Picard, Unrolled
 from oder_fast.ops import fourier
+from oder_fast.red import GradientStep
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

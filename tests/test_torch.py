@@ -64,8 +64,9 @@ def scans():
     )
     yield "IDT", idt, (2, 3, 6, 5), torch.complex128
     yield "IDT, adjoint", idt.adjoint, (2, 4, 6, 5), torch.float64
-    yield "IDT, prepare", idt.prepare, (2, 4, 6, 5), torch.float64
-    yield "IDT, gradient", lambda x: idt.gradient(x, None), (2, 3, 6, 5), torch.complex128
+    x, y = torch.randn(2, 3, 6, 5, dtype=torch.complex128), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    yield "IDT, data", lambda y: idt.least_squares(y).gradient(x), (2, 4, 6, 5), torch.float64
+    yield "IDT, normal", idt.least_squares(y).normal, (2, 3, 6, 5), torch.complex128
     yield "IDT, Tikhonov", lambda y: idt.tikhonov(y, 1.0), (2, 4, 6, 5), torch.float64
     yield "CT", ParallelBeamCT((6, 5), 4).fbp, (2, 4, 9), torch.float64
 

@@ -40,7 +40,6 @@ NORM |= dict.fromkeys(("mean", "rstd", "means", "sums", "moments"), "*fp64") | {
 NORM |= dict.fromkeys(("weight", "bias", "slope", "squares", "partials"), "*fp32")
 # Launching makes sizes of one constants; they must compile too.
 ONES = {name: 1 for name in INTEGERS if name != "count"}
-RED = {"MOMENTUM": True, "NONNEGATIVE": True}
 
 
 def compile_one(
@@ -90,11 +89,9 @@ def main() -> None:
                 compile_one(fourier._fourier_transform_kernel, "*fp32", taken, fourier.STAGES, **types)
             )
         for lines in (True, False):
-            taken = {"LINES": lines, "ALL": not lines, "UPDATE": lines} | edges | sizes
+            taken = {"LINES": lines, "ALL": not lines} | edges | sizes
             types = {"maps": "*fp32" if lines else "*fp16"}
-            rows.append(
-                compile_one(fourier._fourier_combine_kernel, "*fp32", taken | RED, fourier.STAGES, **types)
-            )
+            rows.append(compile_one(fourier._fourier_combine_kernel, "*fp32", taken, fourier.STAGES, **types))
         for n_slices in (1, 8):
             edges = diffraction.edges(n_slices) | sizes
             # Forward, adjoint and gradient; frequencies of illuminations, and functions in memory.
@@ -108,9 +105,10 @@ def main() -> None:
             data = {"DATA": True, "ALL": False}
             rows.append(compile_one(radon._radon_project_kernel, storage, shared | sizes | data))
             for taps in (0, 2, 4):
-                taken = {"TAPS": taps, "UPDATE": taps == 2, **RED}
-                rows.append(compile_one(radon._radon_gather_kernel, storage, shared | sizes | taken))
-            rows.append(compile_one(red_update._red_update_kernel, storage, shared | sizes | RED))
+                taken = shared | sizes | {"TAPS": taps}
+                rows.append(compile_one(radon._radon_gather_kernel, storage, taken))
+            taken = shared | sizes | {"MOMENTUM": True, "NONNEGATIVE": True}
+            rows.append(compile_one(red_update._red_update_kernel, storage, taken))
     norm = group_norm_prelu
     tiled = (
         norm._group_norm_moments_kernel,

@@ -97,9 +97,10 @@ class Progress:
         amplification = torch.full_like(self.residual, self.gain)
         if self._last is not None:
             moved, led = (_norm(new - old) for new, old in zip((point, image), self._last, strict=True))
-            # Moves within rounding tell nothing.
+            # Moves within rounding tell nothing new.
             told = moved > self.smallest * _norm(image)
-            rate = self.agree(torch.where(told, led / torch.where(told, moved, 1), 0))
+            last = self._rates[-1] if self._rates else torch.zeros_like(moved)
+            rate = self.agree(torch.where(told, led / torch.where(told, moved, 1), last))
             self._rates = [*self._rates[1 - WINDOW :], rate]
             worst = torch.stack(self._rates).amax(0)
             amplification = torch.where(worst < 1, 1 / (1 - worst), torch.inf).clamp(min=self.gain)

@@ -73,7 +73,7 @@ class Solver(ABC, Generic[StateT]):
     takes_minibatches: ClassVar[bool] = True
 
     max_iterations: int = 100
-    tolerance: float = 3e-3
+    tolerance: float = 1e-3
     check_every: int | None = 10
 
     def __post_init__(self) -> None:

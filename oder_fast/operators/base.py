@@ -331,8 +331,9 @@ def as_operator(operator: Any) -> MeasurementOperator:
         ...     def A_adjoint(self, y):
         ...         return (y + y.roll(-1, -1)) / 2
         >>> blur = Blur()
-        >>> data_fidelity = as_operator(blur).least_squares(torch.ones(1, 1, 8, 8))
-        >>> round(as_operator(blur).norm_squared(), 3)
+        >>> operator = as_operator(blur)
+        >>> data_fidelity = operator.least_squares(torch.ones(1, 1, 8, 8))
+        >>> round(operator.norm_squared(), 3)
         1.0
     """
     if isinstance(operator, MeasurementOperator):

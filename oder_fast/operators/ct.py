@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from .. import ops
@@ -200,6 +199,8 @@ class ParallelBeamCT(MeasurementOperator):
     def _circulant(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
         """Return the spectrum of A^T A's mean response to points, on a larger grid, and the grid; kept."""
         height, width = self.image_shape
+        from scipy.fft import next_fast_len
+
         grid = next_fast_len(math.ceil(MARGIN * height)), next_fast_len(math.ceil(MARGIN * width), real=True)
         if self._response is None or self._response.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():

@@ -370,10 +370,7 @@ class MeasurementParallel(MeasurementOperator):
         if self._view_scale is None:
             local = self.local_operator
             assert isinstance(local, ParallelBeamCT)
-            views = [
-                torch.tensor(v, dtype=torch.float64)
-                for v in self._gather(local.angles.tolist())
-            ]
+            views = [torch.tensor(v, dtype=torch.float64) for v in self._gather(local.angles.tolist())]
             among_all = _angular_weights(torch.cat(views)).split([len(v) for v in views])[self.rank]
             here = _angular_weights(views[self.rank])
             # A view without a weight has others at its angle on both sides, and the same among all.

@@ -192,24 +192,6 @@ register("diffraction_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward,
 # ------------------------------------------------------------------ gradient
 
 
-def _gradient_spectrum(
-    image: Tensor,
-    spectra: Tensor | None,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    blocks: Tensor | None,
-    optics: list[float],
-    backend: str,
-    out: Tensor,
-) -> Tensor:
-    """Write the gradient's spectrum into contiguous `out`, like the image."""
-    scan = _scan(image, transfer, depths, support, blocks, optics)
-    pairs = (_pairs(_transform(image, support, backend)), _pairs(spectra), _pairs(out))
-    _launch("diffraction_gradient", image, backend, *pairs, *scan)
-    return out
-
-
 def _gradient_impl(
     image: Tensor,
     spectra: Tensor | None,
@@ -220,11 +202,13 @@ def _gradient_impl(
     optics: list[float],
     backend: str,
 ) -> Tensor:
-    result = _like_image(image)
+    spectrum = _like_image(image)
     if image.numel() == 0:
-        return result
-    args = (image, spectra, transfer, depths, support, blocks, optics, backend)
-    return _inverse(_gradient_spectrum(*args, result), support, backend)
+        return spectrum
+    scan = _scan(image, transfer, depths, support, blocks, optics)
+    pairs = (_pairs(_transform(image, support, backend)), _pairs(spectra), _pairs(spectrum))
+    _launch("diffraction_gradient", image, backend, *pairs, *scan)
+    return _inverse(spectrum, support, backend)
 
 
 def _like_image(image: Tensor, *_: Any) -> Tensor:
@@ -237,16 +221,13 @@ def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(transfer, depths, support, blocks)
 
 
-def _gradient_vjp(
-    grad: Tensor, saved: tuple[Tensor, ...], with_data: bool, optics: list[float], backend: str
-) -> tuple[Tensor, Tensor | None]:
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Apply the normal operator to `grad`, and -A_B, among spectra, with the blocks back in their places."""
-    transfer, depths, support, blocks = saved
-    scan, rest = (transfer, depths, support), (optics, backend)
-    normal = torch.ops.oder_fast.diffraction_gradient(grad, None, *scan, blocks, *rest)
-    if not with_data:
-        return normal, None
-    used = (transfer, depths, support)
+    transfer, depths, support, blocks = ctx.saved_tensors
+    used, rest = (transfer, depths, support), (ctx.optics, ctx.backend)
+    normal = torch.ops.oder_fast.diffraction_gradient(grad, None, *used, blocks, *rest)
+    if not (ctx.with_data and ctx.needs_input_grad[1]):
+        return normal, *[None] * 7
     if blocks is not None:
         used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
     intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
@@ -256,12 +237,7 @@ def _gradient_vjp(
     if blocks is not None:
         empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
         projected = empty.index_add(1, blocks, projected)
-    return normal, projected
-
-
-def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    with_data = ctx.with_data and ctx.needs_input_grad[1]
-    return *_gradient_vjp(grad, ctx.saved_tensors, with_data, ctx.optics, ctx.backend), *[None] * 6
+    return normal, projected, *[None] * 6
 
 
 def _weights(width: int, like: Tensor) -> Tensor:
@@ -279,30 +255,23 @@ register("diffraction_gradient", _gradient_impl, _like_image, _gradient_backward
 # ------------------------------------------------------------------ Gram matrices
 
 
-def _gram_spectrum(
-    image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str, out: Tensor
-) -> Tensor:
-    """Write the gradient's spectrum into contiguous `out`, like the image."""
+def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str) -> Tensor:
+    result = _like_image(image)
+    if image.numel() == 0:
+        return result
     _launch(
         "diffraction_gram",
         image,
         backend,
         _pairs(_transform(image, None, backend)),
         _pairs(spectrum),
-        _pairs(out),
+        _pairs(result),
         _pairs(auto),
         _pairs(pairs),
         *image.shape,
         *pairs.shape[2:],
     )
-    return out
-
-
-def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str) -> Tensor:
-    result = _like_image(image)
-    if image.numel() == 0:
-        return result
-    return _inverse(_gram_spectrum(image, auto, pairs, spectrum, backend, result), None, backend)
+    return _inverse(result, None, backend)
 
 
 def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -311,16 +280,9 @@ def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(auto, pairs)
 
 
-def _gram_vjp(
-    grad: Tensor, auto: Tensor, pairs: Tensor, with_data: bool, backend: str
-) -> tuple[Tensor, Tensor | None]:
-    normal = torch.ops.oder_fast.diffraction_gram(grad, auto, pairs, None, backend)
-    return normal, -fft(torch.fft.fftn, grad) if with_data else None
-
-
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    auto, pairs = ctx.saved_tensors
-    normal, grad_spectrum = _gram_vjp(grad, auto, pairs, ctx.with_data, ctx.backend)
+    normal = torch.ops.oder_fast.diffraction_gram(grad, *ctx.saved_tensors, None, ctx.backend)
+    grad_spectrum = -fft(torch.fft.fftn, grad) if ctx.with_data else None
     return normal, None, None, grad_spectrum, None
 
 
@@ -646,7 +608,7 @@ def diffraction_gradient(
     .. math:: \frac{L}{|B|} \sum_{l \in B} A_l^T (A_l x - y_l)
 
     By Parseval's theorem it is formed among the spectra: the slices are transformed once and back, whatever the
-    number of illuminations, and the data not at all. A RED step takes it as any other gradient (`red_update`).
+    number of illuminations, and the data not at all.
 
     Args:
         image: Shape ``(B, Z, H, W)``, complex64 or complex128.
@@ -678,26 +640,6 @@ def diffraction_gradient(
         tensor([0.1013, 0.1013, 0.1013, 0.1013])
     """
     op = "diffraction_gradient"
-    numbers, chosen = _check_gradient(op, image, spectra, transfer, depths, support, blocks, optics, backend)
-    args = (image, spectra, transfer, depths, support, blocks, numbers)
-    if chosen == "reference":
-        return reference.diffraction_gradient(*args)
-    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
-    return result
-
-
-def _check_gradient(
-    op: str,
-    image: Tensor,
-    spectra: Tensor | None,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    blocks: Tensor | None,
-    optics: Optics,
-    backend: str,
-) -> tuple[list[float], str]:
-    """Check the arguments of the gradient; return the numbers and the face."""
     _check_image(op, image, depths)
     numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
     if spectra is not None:
@@ -707,7 +649,11 @@ def _check_gradient(
         _checks.shape(op, "spectra", spectra, expected, "batch, illuminations, H, W // 2 + 1")
     if blocks is not None:
         _checks.index(op, "blocks", blocks, len(transfer), image.device)
-    return numbers, chosen
+    args = (image, spectra, transfer, depths, support, blocks, numbers)
+    if chosen == "reference":
+        return reference.diffraction_gradient(*args)
+    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
+    return result
 
 
 @takes_numpy
@@ -745,17 +691,7 @@ def diffraction_gram(
         >>> diffraction_gram(x, auto, torch.zeros(1, 1, 1, 1, dtype=torch.complex64), None).real[0, 0, 0]
         tensor([2., 2., 2., 2.])
     """
-    chosen = _check_gram("diffraction_gram", image, auto, pairs, spectrum, backend)
-    if chosen == "reference":
-        return reference.diffraction_gram(image, auto, pairs, spectrum)
-    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
-    return result
-
-
-def _check_gram(
-    op: str, image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | None, backend: str
-) -> str:
-    """Check the arguments of the gradient through Gram matrices; return the face."""
+    op = "diffraction_gram"
     _checks.tensor(op, "image", image, ndim=4)
     if image.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(f"{op}: image must be complex64 or complex128, got {image.dtype}")
@@ -777,4 +713,8 @@ def _check_gram(
         _checks.tensor(op, "spectrum", spectrum, ndim=4)
         _checks.same(op, "spectrum", spectrum, "image", image)
         _checks.shape(op, "spectrum", spectrum, tuple(image.shape), "as image")
-    return faces.resolve(backend, image.device, image.dtype)
+    chosen = faces.resolve(backend, image.device, image.dtype)
+    if chosen == "reference":
+        return reference.diffraction_gram(image, auto, pairs, spectrum)
+    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
+    return result

@@ -199,28 +199,22 @@ def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(coil_maps, sampling, coils)
 
 
-def _fidelity_vjp(
-    grad: Tensor, saved: tuple[Tensor, Tensor, Tensor | None], with_data: bool, axis: int, backend: str
-) -> tuple[Tensor, Tensor | None]:
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Apply the Hermitian normal operator to `grad`, and -A_B with the coils back in their places."""
-    coil_maps, sampling, coils = saved
-    normal = torch.ops.oder_fast.fourier_gradient(grad, None, coil_maps, sampling, coils, axis, backend)
-    if not with_data:
-        return normal, None
+    coil_maps, sampling, coils = ctx.saved_tensors
+    how = (ctx.axis, ctx.backend)
+    normal = torch.ops.oder_fast.fourier_gradient(grad, None, coil_maps, sampling, coils, *how)
+    if not (ctx.with_data and ctx.needs_input_grad[1]):
+        return normal, *[None] * 6
     maps = coil_maps
     if coils is not None:
         maps = torch.view_as_complex(torch.view_as_real(coil_maps.resolve_conj()).index_select(1, coils))
     scale = -coil_maps.shape[1] / maps.shape[1]
-    projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, axis, backend) * scale
+    projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, *how) * scale
     if coils is not None:
         empty = projected.new_zeros(projected.shape[0], coil_maps.shape[1], *projected.shape[2:])
         projected = empty.index_add(1, coils, projected)
-    return normal, projected
-
-
-def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    with_data = ctx.with_data and ctx.needs_input_grad[1]
-    return *_fidelity_vjp(grad, ctx.saved_tensors, with_data, ctx.axis, ctx.backend), *[None] * 5
+    return normal, projected, *[None] * 5
 
 
 register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
@@ -390,27 +384,6 @@ def fourier_adjoint(
     return result
 
 
-def _check_fidelity(
-    op: str,
-    image: Tensor,
-    samples: Tensor | None,
-    coil_maps: Tensor,
-    sampling: Tensor,
-    coils: Tensor | None,
-    axis: int,
-    backend: str,
-) -> tuple[Tensor, int, str]:
-    coil_maps, axis, chosen = _check_scan(op, "image", image, coil_maps, sampling, axis, backend)
-    _check_image(op, image, coil_maps)
-    if samples is not None:
-        _checks.tensor(op, "samples", samples, ndim=4)
-        _checks.same(op, "samples", samples, "image", image)
-        _check_samples(op, samples, image.shape[0], coil_maps, sampling, axis)
-    if coils is not None:
-        _checks.index(op, "coils", coils, coil_maps.shape[1], image.device)
-    return coil_maps, axis, chosen
-
-
 @takes_numpy
 def fourier_gradient(
     image: Tensor,
@@ -456,7 +429,14 @@ def fourier_gradient(
         tensor([2., 2., 2.])
     """
     op = "fourier_gradient"
-    coil_maps, axis, chosen = _check_fidelity(op, image, samples, coil_maps, sampling, coils, axis, backend)
+    coil_maps, axis, chosen = _check_scan(op, "image", image, coil_maps, sampling, axis, backend)
+    _check_image(op, image, coil_maps)
+    if samples is not None:
+        _checks.tensor(op, "samples", samples, ndim=4)
+        _checks.same(op, "samples", samples, "image", image)
+        _check_samples(op, samples, image.shape[0], coil_maps, sampling, axis)
+    if coils is not None:
+        _checks.index(op, "coils", coils, coil_maps.shape[1], image.device)
     args = (image, samples, coil_maps, sampling, coils, axis)
     if chosen == "reference":
         return reference.fourier_gradient(*args)

@@ -27,9 +27,7 @@ LIBRARY.define(
     f"radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, {_GEOMETRY}) -> Tensor"
 )
 
-# Edge of the square of pixels that a GPU block reduces to one partial sum, and the number of image rows or
-# columns over which the CUDA kernels sum a ray before they write it down.
-TILE = 32
+# Image rows or columns over which the CUDA kernels sum a ray before they write it down.
 STRIP = 32
 
 
@@ -258,25 +256,19 @@ def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.with_data, ctx.geometry = sinogram is not None, geometry
 
 
-def _fidelity_vjp(
-    grad: Tensor, angles: Tensor, views: Tensor | None, with_data: bool, geometry: list[Any]
-) -> tuple[Tensor, Tensor | None]:
+def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Apply the symmetric normal operator to `grad`, and -A_B with rows back in their places."""
-    normal = torch.ops.oder_fast.radon_gradient(grad, None, angles, views, *geometry)
-    if not with_data:
-        return normal, None
+    angles, views = ctx.saved_tensors
+    normal = torch.ops.oder_fast.radon_gradient(grad, None, angles, views, *ctx.geometry)
+    if not (ctx.with_data and ctx.needs_input_grad[1]):
+        return normal, *[None] * 8
     used = angles if views is None else angles[views]
-    projected = torch.ops.oder_fast.radon_forward(grad, used, *geometry) * (-angles.shape[0] / used.shape[0])
+    scale = -angles.shape[0] / used.shape[0]
+    projected = torch.ops.oder_fast.radon_forward(grad, used, *ctx.geometry) * scale
     if views is not None:
         empty = projected.new_zeros(projected.shape[0], angles.shape[0], projected.shape[2])
         projected = empty.index_add(1, views, projected)
-    return normal, projected
-
-
-def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    angles, views = ctx.saved_tensors
-    with_data = ctx.with_data and ctx.needs_input_grad[1]
-    return *_fidelity_vjp(grad, angles, views, with_data, ctx.geometry), *[None] * 7
+    return normal, projected, *[None] * 7
 
 
 register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
@@ -309,20 +301,6 @@ def _check_geometry(
     if not abs(offset / pixel_size) < 1e300:
         raise ValueError(f"{op}: bin_offset must be finite and below 1e300 pixels, got {offset / pixel_size}")
     return angles.detach().to(torch.float64)
-
-
-def _check_fidelity(
-    op: str, image: Tensor, sinogram: Tensor | None, angles: Tensor, views: Tensor | None, n_bins: int
-) -> None:
-    _checks.tensor(op, "image", image, ndim=3)
-    _checks.floating(op, "image", image)
-    if sinogram is not None:
-        _checks.tensor(op, "sinogram", sinogram)
-        _checks.same(op, "sinogram", sinogram, "image", image)
-        expected = (image.shape[0], angles.shape[0], n_bins)
-        _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, n_bins")
-    if views is not None:
-        _checks.index(op, "views", views, angles.shape[0], image.device)
 
 
 @takes_numpy
@@ -547,21 +525,23 @@ def radon_gradient(
                  [-1., -1.]]])
     """
     op = "radon_gradient"
-    n_bins = _bins(op, sinogram, n_bins)
-    _check_fidelity(op, image, sinogram, angles, views, n_bins)
+    _checks.tensor(op, "image", image, ndim=3)
+    _checks.floating(op, "image", image)
+    if sinogram is not None:
+        _checks.tensor(op, "sinogram", sinogram, ndim=3)
+        n_bins = sinogram.shape[2]
+    elif n_bins is None:
+        raise ValueError(f"{op}: n_bins must be given where sinogram is None")
     angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
+    if sinogram is not None:
+        _checks.same(op, "sinogram", sinogram, "image", image)
+        expected = (image.shape[0], angles.shape[0], n_bins)
+        _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, n_bins")
+    if views is not None:
+        _checks.index(op, "views", views, angles.shape[0], image.device)
     chosen = faces.resolve(backend, image.device, image.dtype)
     args = (image, sinogram, angles, views, n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
     if chosen == "reference":
         return reference.radon_gradient(*args)
     result: Tensor = torch.ops.oder_fast.radon_gradient(*args, chosen)
     return result
-
-
-def _bins(op: str, sinogram: Tensor | None, n_bins: int | None) -> int:
-    if sinogram is not None:
-        _checks.tensor(op, "sinogram", sinogram, ndim=3)
-        return sinogram.shape[2]
-    if n_bins is None:
-        raise ValueError(f"{op}: n_bins must be given where sinogram is None")
-    return n_bins

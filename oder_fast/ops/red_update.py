@@ -12,7 +12,6 @@ from ..reference import red_update as reference
 from . import _checks, faces
 from ._library import LIBRARY, register
 
-SCALAR = (int, float)
 # Numbers that a GPU block updates at least, before one image is split over more blocks.
 PART = 4096
 
@@ -39,109 +38,46 @@ LIBRARY.define(
 )
 
 
-def outputs(image: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate (updated, extrapolated or empty, reductions)."""
+def _fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate updated, extrapolated (empty without `previous`) and reductions."""
     updated = torch.empty_like(image, memory_format=torch.contiguous_format)
-    extrapolated = torch.empty_like(updated) if previous is not None else image.new_empty(0)
+    extrapolated = image.new_empty(0) if args[4] is None else torch.empty_like(updated)
     return updated, extrapolated, image.new_empty(image.shape[0], 3, dtype=torch.float64)
 
 
-def partial_sums(batch: int, parts: int, like: Tensor, backend: str) -> tuple[Tensor | None, int]:
-    """Allocate the reductions of each of the parts of an image, shape (B, parts, 3), and tell parts."""
-    return (None, 0) if backend == "cpu" else (like.new_empty(batch, parts, 3), parts)
-
-
-def reals(*values: Tensor | None) -> list[Tensor | None]:
-    """Return complex tensors as pairs of reals, the others as they are."""
-    return [torch.view_as_real(v) if v is not None and v.is_complex() else v for v in values]
-
-
-def scalars(*values: Tensor | None) -> list[Tensor | None]:
-    """Make each parameter a float64 tensor, as the compiled faces read it."""
-    return [None if v is None else v.detach().to(torch.float64) for v in values]
-
-
-def write(
-    image: Tensor,
-    fidelity_grad: Tensor,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    previous: Tensor | None,
-    momentum: Tensor | None,
-    nonnegative: bool,
-    backend: str,
-    updated: Tensor,
-    extrapolated: Tensor | None,
-    reductions: Tensor,
-) -> None:
-    """Write the results into the memory given; all tensors are contiguous."""
+def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative, backend = args
+    updated, extrapolated, reductions = _fake(image, *args)
     if image.numel() == 0:
-        reductions.zero_()
-        return
+        return updated, extrapolated, reductions.zero_()
     batch, length = image.shape[0], image.numel() // image.shape[0] * (2 if image.is_complex() else 1)
+    parts = 0 if backend == "cpu" else min(-(-length // PART), 1024)
     faces.face(backend).launch(
         "red_update",
         image,
         faces.DTYPE_CODES[image.real.dtype],
-        *reals(image, fidelity_grad, denoised),
-        *scalars(step_size, tau),
-        *reals(previous),
-        *scalars(momentum),
+        _reals(image),
+        _reals(fidelity_grad),
+        _reals(denoised),
+        step_size.to(torch.float64),
+        tau.to(torch.float64),
+        None if previous is None else _reals(previous),
+        None if momentum is None else momentum.to(torch.float64),
         nonnegative,
-        *reals(updated, None if previous is None else extrapolated),
+        _reals(updated),
+        None if previous is None else _reals(extrapolated),
         reductions,
-        *partial_sums(batch, min(-(-length // PART), 1024), reductions, backend),
+        reductions.new_empty(batch, parts, 3) if parts else None,
+        parts,
         batch,
         length,
     )
+    return updated, extrapolated, reductions
 
 
-def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    results = outputs(image, args[4])
-    write(*(image, *args, *results))
-    return results
-
-
-def _fake(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return outputs(image, args[4])
-
-
-def vjp(
-    grad_updated: Tensor,
-    grad_extrapolated: Tensor | None,
-    image: Tensor,
-    fidelity_grad: Tensor,
-    denoised: Tensor,
-    step_size: Tensor,
-    tau: Tensor,
-    momentum: Tensor | None,
-    updated: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of image (the data fidelity's part left out), fidelity_grad, denoised, step_size, tau
-    and previous; `updated` is given where it was projected.
-    """  # noqa: D205
-    grad_previous = None
-    total = grad_updated
-    if grad_extrapolated is not None and momentum is not None:
-        factor = momentum.to(total.real.dtype).reshape(-1, *[1] * (image.ndim - 1))
-        total = total + (1 + factor) * grad_extrapolated
-        grad_previous = -factor * grad_extrapolated
-    if updated is not None:
-        total = total * (updated > 0)
-    step = step_size.to(total.real.dtype)
-    weight = tau.to(total.real.dtype)
-    prior = image - denoised
-    along_prior = (total.conj() * prior).real.sum()
-    grad_step = -((total.conj() * fidelity_grad).real.sum() + weight * along_prior)
-    return (
-        (1 - step * weight) * total,
-        -step * total,
-        step * weight * total,
-        grad_step.to(step_size.dtype),
-        (-step * along_prior).to(tau.dtype),
-        grad_previous,
-    )
+def _reals(value: Tensor) -> Tensor:
+    """Return a complex tensor as pairs of reals."""
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -155,63 +91,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     image, fidelity_grad, denoised, step_size, tau, momentum, updated = ctx.saved_tensors
-    grads = vjp(
-        grad_updated,
-        grad_extrapolated if ctx.has_previous else None,
-        image,
-        fidelity_grad,
-        denoised,
-        step_size,
-        tau,
-        momentum,
-        updated,
+    total, grad_previous = grad_updated, None
+    if ctx.has_previous:
+        factor = momentum.to(total.real.dtype).reshape(-1, *[1] * (image.ndim - 1))
+        total = total + (1 + factor) * grad_extrapolated
+        grad_previous = -factor * grad_extrapolated
+    if updated is not None:  # it was projected
+        total = total * (updated > 0)
+    step = step_size.to(total.real.dtype)
+    weight = tau.to(total.real.dtype)
+    along_prior = (total.conj() * (image - denoised)).real.sum()
+    grad_step = -((total.conj() * fidelity_grad).real.sum() + weight * along_prior)
+    return (
+        (1 - step * weight) * total,
+        -step * total,
+        step * weight * total,
+        grad_step.to(step_size.dtype),
+        (-step * along_prior).to(tau.dtype),
+        grad_previous,
+        None,
+        None,
+        None,
     )
-    return *grads[:5], grads[5], None, None, None
 
 
 register("red_update", _impl, _fake, _backward, _setup)
-
-
-def parameter(op: str, name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """Return a 0-d tensor for a float or a 0-d tensor."""
-    if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(
-                f"{op}: {name} must be a float or a 0-d floating-point tensor, got {tuple(value.shape)} {value.dtype}"
-            )
-        return value
-    if not isinstance(value, SCALAR):
-        raise TypeError(f"{op}: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
-    return torch.tensor(float(value), dtype=torch.float64, device=device)
-
-
-def check_prior(
-    op: str,
-    image: Tensor,
-    denoised: Tensor,
-    previous: Tensor | None,
-    momentum: float | Tensor | None,
-    nonnegative: bool,
-) -> Tensor | None:
-    """Check the arguments beside the gradient; return the momentum as a tensor (B,)."""
-    for name, value in (("denoised", denoised), ("previous", previous)):
-        if value is None:
-            continue
-        _checks.tensor(op, name, value)
-        _checks.same(op, name, value, "image", image)
-        _checks.shape(op, name, value, tuple(image.shape), "that of image")
-    if nonnegative and image.is_complex():
-        raise ValueError(f"{op}: nonnegative needs a real image, got {image.dtype}")
-    if (previous is None) != (momentum is None):
-        raise ValueError(f"{op}: previous and momentum go together")
-    if momentum is None:
-        return None
-    if not isinstance(momentum, Tensor):
-        return torch.full((image.shape[0],), float(momentum), dtype=torch.float64, device=image.device)
-    if momentum.ndim == 0:
-        momentum = momentum.expand(image.shape[0])
-    _checks.shape(op, "momentum", momentum, (image.shape[0],), "one for each image")
-    return momentum
 
 
 @takes_numpy
@@ -269,15 +173,41 @@ def red_update(
     _checks.floating(op, "image", image, allow_complex=True)
     if image.ndim == 0:
         raise ValueError(f"{op}: image must have shape (B, ...), got ()")
-    _checks.tensor(op, "fidelity_grad", fidelity_grad)
-    _checks.same(op, "fidelity_grad", fidelity_grad, "image", image)
-    _checks.shape(op, "fidelity_grad", fidelity_grad, tuple(image.shape), "that of image")
-    momentum = check_prior(op, image, denoised, previous, momentum, nonnegative)
-    step_size = parameter(op, "step_size", step_size, image.device)
-    tau = parameter(op, "tau", tau, image.device)
+    alike = {"fidelity_grad": fidelity_grad, "denoised": denoised}
+    if previous is not None:
+        alike["previous"] = previous
+    for name, value in alike.items():
+        _checks.tensor(op, name, value)
+        _checks.same(op, name, value, "image", image)
+        _checks.shape(op, name, value, tuple(image.shape), "that of image")
+    if nonnegative and image.is_complex():
+        raise ValueError(f"{op}: nonnegative needs a real image, got {image.dtype}")
+    if (previous is None) != (momentum is None):
+        raise ValueError(f"{op}: previous and momentum go together")
+    step_size = _parameter("step_size", step_size, image.device)
+    tau = _parameter("tau", tau, image.device)
+    if momentum is not None:
+        if not isinstance(momentum, Tensor):
+            momentum = torch.tensor(float(momentum), dtype=torch.float64, device=image.device)
+        momentum = momentum.expand(image.shape[0]) if momentum.ndim == 0 else momentum
+        _checks.shape(op, "momentum", momentum, (image.shape[0],), "one for each image")
     chosen = faces.resolve(backend, image.device, image.dtype)
     args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
     if chosen == "reference":
         return RedUpdate(*reference.red_update(*args))
     updated, extrapolated, reductions = torch.ops.oder_fast.red_update(*args, chosen)
     return RedUpdate(updated, updated if previous is None else extrapolated, reductions)
+
+
+def _parameter(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a 0-d tensor for a float or a 0-d tensor."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"red_update: {name} must be a float or a 0-d floating-point tensor, got {tuple(value.shape)} "
+                f"{value.dtype}"
+            )
+        return value
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"red_update: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    return torch.tensor(float(value), dtype=torch.float64, device=device)

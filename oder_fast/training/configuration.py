@@ -270,7 +270,7 @@ class RED(_Section):
         solver: ``"anderson"``, ``"nesterov"`` or ``"picard"``; by default Picard's iteration where gradient steps take
             minibatches, Anderson's elsewhere.
         max_iterations: Of the forward solve; by default 100, and 1000 where gradient steps take minibatches.
-        tolerance: Largest relative distance from the fixed point, estimated; by default 3e-3.
+        tolerance: Largest relative distance from the fixed point, estimated; by default 1e-3.
         adjoint_iterations: Of the adjoint solve; by default 100, and those of the forward solve where gradient steps
             take minibatches.
         adjoint_tolerance: Of the adjoint solve; by default 1e-2, and that of the forward solve where gradient steps
