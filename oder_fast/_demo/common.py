@@ -33,7 +33,8 @@ PATCH = 64
 FIXED_POINT_BATCH = 4
 # Relative distance from the fixed point at which solves end, and that of the point they are compared with.
 TOLERANCE, EXACT = 1e-3, 1e-5
-ODER_ITERATIONS = 400
+# Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
+RED_ITERATIONS, ODER_ITERATIONS = 100, 400
 # Steps between validations, so many that there is one at the end of a stage; and its images.
 AT_THE_END, VALIDATED = 10**9, 4
 # Decibels by which a curve must lie above its end for the summary to say so.
@@ -320,7 +321,7 @@ def train(
                 "operator": operator,
                 # Images are drawn here; none is turned or scaled again.
                 "data": {"phantoms": {"kind": "ellipses"}, "augment": False, "workers": 0},
-                "red": {"tau": tau},
+                "red": {"tau": tau, "max_iterations": RED_ITERATIONS},
                 "validation": {"every": AT_THE_END, "samples": VALIDATED, "images": 0},
                 "checkpoints": {"every": AT_THE_END},
                 "output": folder,
@@ -362,7 +363,7 @@ def build_models(
         "normalize": False,
         "on_failure": "ignore",
     }
-    red = DEQRED(denoiser, solver=Anderson(tolerance=TOLERANCE), **common)
+    red = DEQRED(denoiser, solver=Anderson(RED_ITERATIONS, TOLERANCE), **common)
     return red, DEQRED(denoiser, step=step, solver=solver, generator=generator, **common)
 
 

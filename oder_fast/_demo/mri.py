@@ -30,7 +30,7 @@ RECIPE = common.Recipe(
     learning_rates=(2e-3, 4e-4),
 )
 # Weight of the prior at 30 dB, where |A| is 1; it follows the amplitude of the noise.
-TAU = 0.02
+TAU = 0.01
 # A coil sees a part of the image only: its minibatches need the full gradient more often than those of views.
 CHECK_EVERY = 3
 
