@@ -1123,7 +1123,8 @@ def port():
 
 
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, port):
-    red = {"tau": 0.02, "tolerance": 1e-5, "adjoint_tolerance": 1e-5}
+    # As many iterations in both, of the solver that amplifies no rounding: so small a network hardly contracts.
+    red = {"solver": "picard", "tau": 0.02, "max_iterations": 8, "adjoint_iterations": 8, "tolerance": 1e-9}
     half = {
         "red": red,
         "pretraining": SMALL["pretraining"] | {"batch_size": 2},
