@@ -28,6 +28,7 @@ from .fixed_point import Anderson, Differentiation, Implicit, Nesterov, Picard, 
 from .fixed_point.maps import per_image
 from .fixed_point.solution import POLICIES, Policy
 from .operators import MeasurementOperator, as_operator
+from .operators.base import check_numbers
 from .red import GradientMap, GradientStep, ProximalMap, ProximalStep, REDMap
 
 # Iterations of ODER's official code.
@@ -340,20 +341,7 @@ class DEQRED(nn.Module):
                     f"DEQRED: {name} must have the denoiser's precision ({weight.dtype}), got {value.dtype}"
                 )
             break
-        finite = value.detach().isfinite()
-        if not bool(finite.all()):
-            index = tuple(int(i) for i in (~finite).nonzero()[0])
-            raise ValueError(f"DEQRED: {name} must be finite, got {value[index].item()} at index {index}")
-        # Their squares, as norms have them, must fit the dtype.
-        largest = value.detach().abs().flatten(1).amax(1)
-        span = torch.finfo(value.dtype).max ** 0.3
-        bad = ((largest > span) | ((largest < 1 / span) & (largest > 0))).nonzero()
-        if len(bad):
-            image = int(bad[0])
-            raise ValueError(
-                f"DEQRED: {name} of image {image} has the largest magnitude {float(largest[image]):.3g}; {value.dtype} "
-                f"is for {1 / span:.0e} to {span:.0e}: give it in another unit"
-            )
+        check_numbers("DEQRED", name, value)
 
 
 @takes_numpy

@@ -372,3 +372,29 @@ def power_iteration(
                 break
             last = value
     return value
+
+
+def check_numbers(owner: str, name: str, value: Tensor) -> None:
+    """Refuse NaN, infinity, and images whose squares, as norms have them, do not fit the dtype.
+
+    Args:
+        owner: Who is told to refuse.
+        name: Of the argument.
+        value: Shape ``(B, ...)``.
+
+    Raises:
+        ValueError: With the index of what is not finite, or the image that is too large or too small.
+    """
+    finite = value.detach().isfinite()
+    if not bool(finite.all()):
+        index = tuple(int(i) for i in (~finite).nonzero()[0])
+        raise ValueError(f"{owner}: {name} must be finite, got {value[index].item()} at index {index}")
+    largest = value.detach().abs().flatten(1).amax(1)
+    span = torch.finfo(value.dtype).max ** 0.3
+    bad = ((largest > span) | ((largest < 1 / span) & (largest > 0))).nonzero()
+    if len(bad):
+        image = int(bad[0])
+        raise ValueError(
+            f"{owner}: {name} of image {image} has the largest magnitude {float(largest[image]):.3g}; {value.dtype} is "
+            f"for {1 / span:.0e} to {span:.0e}: give it in another unit"
+        )
