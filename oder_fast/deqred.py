@@ -43,15 +43,14 @@ class DEQRED(nn.Module):
 
     or, with `nonnegative`, the variational inequality of the same map on :math:`x \ge 0`.
 
-    While a solve runs the denoiser is the same map throughout: batch normalization uses its running
-    statistics, dropout is off, spectral norms are computed once. Training mode makes no other difference.
+    A solve sees one map throughout: batch normalization uses its running statistics, dropout is off, spectral norms
+    are computed once. Training mode makes no other difference.
 
     Args:
         denoiser: Module or function from ``(B, C, H, W)`` to the same; images ``(B, H, W)`` have one channel,
             complex ones two (real and imaginary part) for each of theirs.
-        tau: :math:`\tau` in units of :math:`\|A\|^2`, the weight of the prior: one value means the same for CT, MRI and
-            microscopy. A float, a 0-d tensor or a parameter to be trained. A float is a setting and not in the
-            `state_dict`; a tensor or parameter is.
+        tau: :math:`\tau` in units of :math:`\|A\|^2`, the weight of the prior: a float, which is not in the
+            `state_dict`, a 0-d tensor, or a parameter to be trained.
         step: `ProximalStep`, which converges in about ten calls of the denoiser, or `GradientStep`, the form in which
             RED and ODER were published.
         solver: `Anderson`, `Nesterov` or `Picard`; by default `Anderson`, or `Picard` where gradient steps take
