@@ -31,9 +31,6 @@ from .operators import MeasurementOperator, as_operator
 from .operators.base import check_numbers
 from .red import GradientMap, GradientStep, ProximalMap, ProximalStep, REDMap
 
-# Iterations of ODER's official code.
-PUBLISHED_ITERATIONS = 180
-
 
 @takes_numpy
 class DEQRED(nn.Module):
@@ -350,7 +347,7 @@ def oder(
     minibatch_size: int,
     *,
     step_size: float | Tensor | None = None,
-    max_iterations: int = PUBLISHED_ITERATIONS,
+    max_iterations: int = 180,
     nonnegative: bool = True,
     generator: torch.Generator | None = None,
     differentiation: Differentiation | None = None,
@@ -368,7 +365,7 @@ def oder(
         tau: In units of :math:`\|A\|^2`.
         minibatch_size: Blocks per iteration.
         step_size: In units of :math:`1 / \|A\|^2`; None for the default of `GradientStep`.
-        max_iterations: Iterations, all of which are run.
+        max_iterations: Iterations, all of which are run; the official code's by default.
         nonnegative: Whether iterates are clipped at 0; False for complex images.
         generator: Source of the minibatches.
         differentiation: As of `DEQRED`.
