@@ -233,8 +233,10 @@ class DEQRED(nn.Module):
         with operator.agreement() as same:
             self._check("y", y, operator.data_shape)
             y = kept(y)
-            if x0 is not None:
-                self._check("x0", x0.value if isinstance(x0, Solution) else x0, operator.image_shape)
+            if isinstance(x0, Tensor):
+                self._check("x0", x0, operator.image_shape)
+            elif not isinstance(x0, Solution | None):
+                raise TypeError(f"DEQRED: x0 must be a torch.Tensor or a Solution, got {type(x0).__name__}")
             same.update(self._settings(y, x0))
         with full_precision(y.device):
             # A call of all processes, as nothing inside an agreement may be.
@@ -249,13 +251,22 @@ class DEQRED(nn.Module):
                     f"DEQRED: step.minibatch_size must be at most {operator.n_blocks}, the blocks of "
                     f"{type(operator).__name__}, got {size}"
                 )
-            norm = operator.norm_squared()
+            if any(t.requires_grad for t in (*operator.parameters(), *operator.buffers())):
+                raise ValueError(
+                    f"DEQRED: {type(operator).__name__} holds tensors that require gradients, which no fixed point "
+                    "gives it: detach them"
+                )
+            tau, norm = float(_tensor(self.tau).detach()), operator.norm_squared()
+            if not (tau > 0 or (tau == 0 and isinstance(self.step, GradientStep))):
+                raise ValueError(
+                    f"DEQRED: tau must be above 0, got {tau:g}; where it is trained, train its logarithm"
+                )
             weight = _tensor(self.tau, y.device) * norm
             denoise = ImageDenoiser(denoiser, autocast)
             common = (fidelity, denoise, weight, None, self.nonnegative, None, self.generator)
             red_map: REDMap
             if isinstance(self.step, ProximalStep):
-                red_map = ProximalMap(*common, size)
+                red_map = ProximalMap(*common, size, 1 / tau)
             else:
                 step_size = self._step_size(operator, norm).to(y.device)
                 red_map = GradientMap(*common, size, self.step.variance_reduction, step_size=step_size)
@@ -287,6 +298,10 @@ class DEQRED(nn.Module):
             )
         if self.nonnegative and start.is_complex():
             raise ValueError(f"DEQRED: nonnegative needs real images, got {start.dtype}")
+        if isinstance(x0, Solution) and bool(x0.diverged.any()):
+            # What diverged there starts anew.
+            anew = operator.initial(y) if initial is given else initial
+            start = torch.where(per_image(x0.diverged.to(y.device), start), anew, start)
         start, scale = kept(start), None
         if self.normalize:
             scale = initial.abs().flatten(1).amax(1)
@@ -321,7 +336,7 @@ class DEQRED(nn.Module):
         if shape is not None and (value.ndim != len(shape) + 1 or tuple(value.shape[1:]) != tuple(shape)):
             wanted = ", ".join(map(str, ("B", *shape)))
             raise ValueError(f"DEQRED: {name} must have shape ({wanted}), got {tuple(value.shape)}")
-        if value.ndim < 3:
+        if shape is None and value.ndim < 3:
             raise ValueError(
                 f"DEQRED: {name} must have a batch axis and at least two more, got {tuple(value.shape)}"
             )

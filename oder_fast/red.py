@@ -202,17 +202,16 @@ class ProximalMap(REDMap):
 
     Attributes:
         minibatch_size: Blocks of a minibatch of the inner solve; None for all.
+        condition: :math:`\|A\|^2 / w`.
     """
 
     minibatch_size: int | None = None
+    condition: float = 1.0
 
     @property
     def rounding(self) -> float:  # type: ignore[override]
         r"""Where `A` sees nothing, the inner solve divides the rounding of :math:`A^H A x` by the weight."""
-        eps = float(torch.finfo(self.fidelity.y.dtype).eps)
-        return max(
-            super().rounding, eps * self.fidelity.operator.norm_squared() / float(self.weight.detach())
-        )
+        return max(super().rounding, float(torch.finfo(self.fidelity.y.dtype).eps) * self.condition)
 
     @property
     def _minibatch_size(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -891,3 +892,93 @@ def test_networks_of_this_package(ct, y):
         model.differentiation = JacobianFree()
         model(y, ct).square().sum().backward()
         assert all(p.grad is not None for p in denoiser.parameters())
+
+
+# ------------------------------------------------------------------ what users bring along
+
+
+class Scaled:
+    """A physics that multiplies by a number."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def A(self, x):
+        return self.factor * x
+
+    def A_adjoint(self, y):
+        return self.factor * y
+
+
+def test_an_operator_that_would_need_gradients_is_refused():
+    y = torch.rand(1, 8, 8)
+    with pytest.raises(ValueError, match="Scaled: the operator holds tensors that require gradients"):
+        DEQRED(half, tau=0.3)(y, Scaled(torch.tensor(1.5, requires_grad=True)))
+
+
+def test_a_physics_that_was_changed_has_another_norm():
+    x, physics, model = torch.rand(1, 8, 8), Scaled(1.0), DEQRED(half, tau=1.0)
+    model(physics.A(x), physics)
+    physics.factor = 10.0
+    # (100 + 100) x = 100 x_true + 100 x / 2
+    torch.testing.assert_close(model(physics.A(x), physics), x * 100 / 150, rtol=2e-3, atol=0)
+
+
+def test_objects_that_cannot_be_remembered_are_operators_too():
+    @dataclasses.dataclass
+    class Physics(Scaled):
+        factor: float
+
+    x = torch.rand(1, 8, 8)
+    torch.testing.assert_close(DEQRED(half, tau=1.0)(x, Physics(1.0)), x / 1.5, rtol=2e-3, atol=0)
+
+
+def half(x: Tensor) -> Tensor:
+    return 0.5 * x
+
+
+def test_a_denoiser_that_changes_its_input_is_given_a_copy(ct, y):
+    x0 = ct.fbp(y).abs()
+    before = x0.clone()
+    with torch.no_grad():
+        got = DEQRED(lambda x: x.mul_(0.5), tau=0.1)(y, ct, x0)
+        torch.testing.assert_close(got, DEQRED(half, tau=0.1)(y, ct, x0))
+    assert torch.equal(x0, before)
+
+
+def test_the_smallest_minibatches_of_views_converge():
+    ct = ParallelBeamCT(8, 4)
+    y = ct(torch.ones(1, 8, 8))
+    expected = DEQRED(lambda x: 0 * x, tau=0.01, solver=Anderson(tolerance=1e-5))(y, ct)
+    for step in (ProximalStep(1), GradientStep(minibatch_size=1)):
+        model = DEQRED(lambda x: 0 * x, tau=0.01, step=step, solver=Picard(4000))
+        torch.testing.assert_close(model(y, ct), expected, rtol=0, atol=5e-3)
+
+
+def test_weights_that_are_no_parameters_get_gradients(ct, y):
+    weight = torch.tensor(0.01, requires_grad=True)
+    DEQRED(TotalVariation(weight), tau=0.05)(y, ct).sum().backward()
+    assert weight.grad.abs() > 0
+
+
+def test_a_tau_trained_below_zero_is_refused(ct, y):
+    tau = nn.Parameter(torch.tensor(0.1))
+    model = DEQRED(half, tau=tau)
+    tau.data.fill_(-0.01)
+    with pytest.raises(
+        ValueError, match=r"tau must be above 0, got -0\.01; where it is trained, train its logarithm"
+    ):
+        model(y, ct)
+
+
+def test_a_diverged_image_starts_anew(ct, y):
+    grows = lambda x: torch.cat([50 * x[:1], 0.5 * x[1:]])  # noqa: E731
+    solution = DEQRED(grows, tau=1.0, solver=Picard(50), on_failure="ignore")(y, ct, return_solution=True)
+    assert solution.diverged.tolist() == [True, False]
+    assert DEQRED(half, tau=1.0)(y, ct, solution).isfinite().all()
+
+
+def test_results_can_be_changed_in_place(ct, y):
+    scale = nn.Parameter(torch.tensor(0.5))
+    DEQRED(lambda x: scale * x, tau=0.1)(y, ct).clamp_(min=0).sum().backward()
+    assert scale.grad.abs() > 0

@@ -38,7 +38,8 @@ class ImageDenoiser:
         """Whether a weight needs a gradient; assumed of a mere function."""
         if not isinstance(self.denoiser, nn.Module):
             return True
-        return any(weight.requires_grad for weight in self.denoiser.parameters())
+        tensors = (*self.denoiser.parameters(), *self.denoiser.buffers())
+        return any(tensor.requires_grad for tensor in tensors)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the denoised image."""
@@ -46,6 +47,9 @@ class ImageDenoiser:
         channels = as_channels(image)
         if self.memory_format is not None:
             channels = in_layout(channels, self.memory_format)
+        if channels.data_ptr() == image.data_ptr():
+            # Iterates are not the denoiser's to change in place.
+            channels = channels.clone()
         with self.autocast.resume():
             denoised = self.denoiser(channels)
         if not isinstance(denoised, Tensor) or denoised.shape != channels.shape:

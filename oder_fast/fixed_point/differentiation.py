@@ -209,7 +209,8 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.adjoint = adjoint
         ctx.save_for_backward(balance)
-        return value.view_as(value)
+        # No view: results may be changed in place.
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -183,7 +183,9 @@ class Solver(ABC, Generic[StateT]):
             return message + (
                 "it is the minibatches' noise: reduce its variance, raise the minibatch size or the tolerance"
             )
-        if math.isnan(rate) or not math.isfinite(worst):
+        if not math.isfinite(worst):
+            return message + f"the map hardly contracts: {fixed_point_map.advice}"
+        if math.isnan(rate):
             return message + "raise max_iterations or the tolerance"
         if rate < STALLED:
             more = math.ceil(math.log(self.tolerance / worst) / math.log(rate))

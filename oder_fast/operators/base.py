@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .._numpy import takes_numpy
 from . import solve as inner
 
+# Relative change of a norm that tells that an operator was changed.
+CHANGED = 0.01
 # Relative mismatch of a dot test beyond which an adjoint is called wrong, for each precision.
 MISMATCH = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -56,7 +58,7 @@ class MeasurementOperator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._norms: dict[tuple[Any, ...], float] = {}
+        self._norms: dict[tuple[Any, ...], tuple[float, Tensor]] = {}
         self._like: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,13 +81,16 @@ class MeasurementOperator(nn.Module):
         """Reconstruct a start for iterations: the adjoint over the norm squared."""
         image = self.adjoint(y)
         self._like = image.detach()[:1]
-        return image / self.norm_squared()
+        norm = self.norm_squared()
+        if norm == 0:
+            raise ValueError(f"{self._name}: the operator is zero, or sees nothing of the image")
+        return image / norm
 
     def norm_squared(self) -> float:
         r"""Return :math:`\|A\|^2`, the Lipschitz constant of the full gradient.
 
-        By power iteration on images like the last start or, where there was none, of `image_shape`; kept for each
-        shape.
+        By power iteration on images like the last start or, where there was none, of `image_shape`. What was found for
+        a shape is compared with one more call of the operator, which may have been changed since.
 
         Raises:
             ValueError: Where there was no start and `image_shape` is None.
@@ -100,6 +105,12 @@ class MeasurementOperator(nn.Module):
             numbers = next((t for t in tensors if t.is_floating_point() or t.is_complex()), torch.empty(0))
             like = torch.zeros(1, *self.image_shape, dtype=numbers.real.dtype, device=numbers.device)
         key = (tuple(like.shape), like.dtype, like.device)
+        if key in self._norms:
+            norm, x = self._norms[key]
+            with torch.no_grad():
+                now = float(inner.dot(x, self.adjoint(self(x))))
+            if abs(now - norm) > CHANGED * norm:
+                del self._norms[key]
         if key not in self._norms:
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
@@ -107,7 +118,7 @@ class MeasurementOperator(nn.Module):
                 # Complex where the operator makes it so.
                 x = self.adjoint(self(x))
             self._norms[key] = power_iteration(lambda v: self.adjoint(self(v)), x)
-        return self._norms[key]
+        return self._norms[key][0]
 
     @property
     def _name(self) -> str:
@@ -177,7 +188,8 @@ class LeastSquares:
             weight: :math:`w`, a 0-d tensor above 0.
             start: Where the iteration starts, shape of `rhs`.
             tolerance: An image is done where the norm of its residual is at most this times ``weight * |start|``, or,
-                for a start of 0, times ``|rhs|``; shape ``(B,)``. The relative error is then at most as large.
+                for a start of 0, times ``|rhs|``; shape ``(B,)``. The relative error is then at most as large. After 60
+                steps the solve ends in any case: what is left is left to the next one.
             free: 1 where pixels are free; the others are 0 and their equations left out. None for all pixels.
         """
         target = self._target(rhs, weight, start, tolerance)
@@ -232,7 +244,7 @@ class LeastSquares:
 class Known:
     """What has been found out of a foreign operator: its norms by shape, and whether its adjoint is exact."""
 
-    norms: dict[tuple[Any, ...], float]
+    norms: dict[tuple[Any, ...], tuple[float, Tensor]]
     exact: bool | None = None
 
 
@@ -248,7 +260,11 @@ class ForeignOperator(MeasurementOperator):
         super().__init__()
         # No submodule: what is wrapped is not this operator's to move or to train.
         object.__setattr__(self, "physics", physics)
-        self._known = _KNOWN.setdefault(physics, Known({}))
+        try:
+            self._known = _KNOWN.setdefault(physics, Known({}))
+        except TypeError:
+            # What has no hash or takes no weak reference is examined at each call.
+            self._known = Known({})
         self._norms = self._known.norms
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,8 +279,13 @@ class ForeignOperator(MeasurementOperator):
 
     def least_squares(self, y: Tensor) -> LeastSquares:
         """Return the data fidelity, the adjoint tested where this is the first one."""
-        with torch.no_grad():
-            like = self.adjoint(y)
+        with torch.enable_grad():
+            like = self.adjoint(y.detach())
+        if isinstance(like, Tensor) and like.requires_grad:
+            raise ValueError(
+                f"{self._name}: the operator holds tensors that require gradients, which no fixed point gives it: "
+                "detach them"
+            )
         if not isinstance(like, Tensor) or like.shape[0] != y.shape[0]:
             got = tuple(like.shape) if isinstance(like, Tensor) else type(like).__name__
             raise ValueError(
@@ -350,8 +371,8 @@ def as_operator(operator: Any) -> MeasurementOperator:
 
 def power_iteration(
     normal: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-4, max_iterations: int = 200
-) -> float:
-    """Return the largest eigenvalue of a positive semidefinite map.
+) -> tuple[float, Tensor]:
+    """Return the largest eigenvalue of a positive semidefinite map, and its eigenvector.
 
     Args:
         normal: The map.
@@ -360,18 +381,18 @@ def power_iteration(
         max_iterations: At the most.
     """
     last = value = 0.0
-    if not bool(x.any()):
-        return value
+    unit = z = x
     with torch.no_grad():
         for _ in range(max_iterations):
-            x = x / torch.linalg.vector_norm(x)
-            z = normal(x)
-            value = float(inner.dot(x, z))
-            x = z
-            if value == 0 or abs(value - last) <= tolerance * value:
+            if not bool(z.any()):
+                return 0.0, unit
+            unit = z / torch.linalg.vector_norm(z)
+            z = normal(unit)
+            value = float(inner.dot(unit, z))
+            if abs(value - last) <= tolerance * value:
                 break
             last = value
-    return value
+    return value, unit
 
 
 def check_numbers(owner: str, name: str, value: Tensor) -> None:

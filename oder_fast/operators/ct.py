@@ -106,6 +106,7 @@ class ParallelBeamCT(MeasurementOperator):
         self._exact_angles = kept(_read_angles(angles))
         self.register_buffer("angles", kept(self._exact_angles.clone()), persistent=False)
         self._norm_squared: float | None = None
+        self._largest_view: float | None = None
         self._filters: dict[tuple[Any, ...], Tensor] = {}
         self._response: Tensor | None = None
 
@@ -190,8 +191,27 @@ class ParallelBeamCT(MeasurementOperator):
         r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept."""
         if self._norm_squared is None:
             ones = torch.ones(1, *self.image_shape, device=self.angles.device)
-            self._norm_squared = power_iteration(self._normal, ones)
+            self._norm_squared, _ = power_iteration(self._normal, ones)
+            if self._norm_squared == 0:
+                raise ValueError("ParallelBeamCT: the detector sees nothing of the image")
         return self._norm_squared
+
+    def minibatch_norm_squared(self, size: int) -> float:
+        r"""Bound what takes the place of :math:`\|A\|^2` where each step sees a minibatch: the expected smoothness.
+
+        The norm squared of one view is at most the largest entry of :math:`A_v^T A_v 1`.
+
+        Args:
+            size: Number of views a step.
+        """
+        _blocks.check_size("ParallelBeamCT", "views", size, self.n_blocks)
+        if self._largest_view is None:
+            ones = torch.ones(1, *self.image_shape, device=self.angles.device)
+            views = torch.arange(self.n_blocks, device=self.angles.device).split(1)
+            with torch.no_grad():
+                largest = max(float(self._normal(ones, view).max()) for view in views)
+            self._largest_view = largest / self.n_blocks
+        return _blocks.expected_smoothness(self.n_blocks, size, self.norm_squared(), self._largest_view)
 
     def _normal(self, v: Tensor, blocks: Tensor | None = None) -> Tensor:
         return ops.radon_gradient(v, None, self.angles, blocks, n_bins=self.n_bins, **self._geometry)
