@@ -391,7 +391,7 @@ def solved_rows(
 ) -> list[Row]:
     """Solve for one image by several models of one fixed point, and compare what they go through with it."""
     exact = copy(models[0])
-    exact.solver = replace(exact.solver, tolerance=EXACT)
+    exact.solver = replace(exact.solver, tolerance=EXACT, max_iterations=2 * RED_ITERATIONS)
     with torch.no_grad():
         fixed_point = exact(y, operator)
     return [

@@ -99,7 +99,7 @@ def _recipe(slices: int) -> common.Recipe:
     return common.Recipe(
         network={"depth": 4, "width": 48, "in_channels": 2 * slices, "predicts": "image", "bias": False},
         sigma=(0.0, 0.1),
-        learning_rates=(1.5e-3, 2e-4),
+        learning_rates=(1.5e-3, 1e-4),
         kind=AboveBackground,
         batches=(2, 1),
     )
