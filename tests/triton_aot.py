@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 import triton
+from oder_fast.kernels import diffraction, fourier, group_norm_prelu, radon, red_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from oder_fast.kernels import diffraction, fourier, group_norm_prelu, radon, red_update
 
 INTEGERS = dict.fromkeys(
     ("n_views", "n_used", "height", "width", "n_bins", "count", "n_partials", "n", "n_coils", "n_lines"),
