@@ -448,7 +448,9 @@ def copies_and_groups(rank):
     again = copy.deepcopy(single)
     assert again.group is alone
     assert again.local_operator is not single.local_operator
-    assert single.minibatch_norm_squared(3) == single.norm_squared()
+    # The local operator's, but for the norm, which is estimated from above.
+    local = single.local_operator.minibatch_norm_squared(3)
+    assert local <= single.minibatch_norm_squared(3) * (1 + 1e-6) <= 1.1 * local
     other = [dist.new_group([r]) for r in range(WORLD)][1 - rank]
     with pytest.raises(RuntimeError, match="not in the group"):
         MeasurementParallel(whole_ct(), other)
