@@ -189,6 +189,26 @@ def test_a_disk_that_takes_no_more(whole, tmp_path, at, size):
     assert_same_runs(whole("ct"), tmp_path / "run")
 
 
+def test_what_the_thread_of_tensorboard_could_not_write(tmp_path, capfd):
+    folder = tmp_path / "run"
+
+    class Fails(Trainer):
+        def _step(self, *arguments):
+            if self._overall() == 3:
+                writer = self.logs.board.file_writer.event_writer
+                writer._async_writer._writer._writer.write = self.refuse
+            return super()._step(*arguments)
+
+        def refuse(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(
+        RunError, match="run: cannot be written any more: No space left on device; the newest"
+    ):
+        trainer(folder, of=Fails).fit()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["the folder", "its files", "another run"])
 def test_a_folder_that_is_removed(tmp_path, what):
     folder = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ class Logs:
         for table in (self.training, self.validation):
             table.forget_after(stage, step)
         self.board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=overall + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
         self.progress = progress
         self.bar: Any = None
 
@@ -162,9 +165,24 @@ class Logs:
         tqdm.write(f"oder-fast: {text}", file=sys.stderr)
 
     def close(self) -> None:
-        """End everything."""
+        """End everything.
+
+        Raises:
+            OSError: Where TensorBoard's files could not be written.
+        """
         self.end_stage()
-        self.board.close()
+        try:
+            self.board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _of_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Leave what TensorBoard's writing thread could not write to the call that is told of it: no traceback."""
+        if not (
+            isinstance(failure.exc_value, OSError)
+            and type(failure.thread).__module__.startswith("tensorboard")
+        ):
+            self._hook(failure)
 
 
 class Silence(Logs):

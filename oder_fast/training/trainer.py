@@ -691,7 +691,11 @@ class Trainer:
             ):
                 self._begin(resume)
                 try:
-                    return self._run(stop, require_folder)
+                    try:
+                        return self._run(stop, require_folder)
+                    finally:
+                        # TensorBoard's writer tells here of what it could not write.
+                        self.logs.close()
                 except OSError as error:
                     raise self._broken_off(
                         f"{self.folder}: cannot be written any more: {error.strerror or error}"
@@ -703,8 +707,6 @@ class Trainer:
                         f"a process that loads data ended ({error}); was there memory enough? data.workers is "
                         f"{self.configuration.data.workers}"
                     ) from error
-                finally:
-                    self.logs.close()
         finally:
             torch.set_num_threads(threads)
 
