@@ -44,24 +44,23 @@ DISTANCES = (1e-2, 3e-3, 1e-3)
 TRACE: list[tuple[object, torch.Tensor]] = []
 
 
+class Traces:
+    """Keeps what a solver's iterations give."""
+
+    def step(self, fixed_point_map, state, progress, blocks):
+        state, step = super().step(fixed_point_map, state, progress, blocks)
+        TRACE.append((fixed_point_map.calls(), step.image))
+        return state, step
+
+
 @dataclass(frozen=True)
-class Traced(Anderson):
+class Traced(Traces, Anderson):
     """Anderson, its images kept."""
 
-    def step(self, fixed_point_map, state, progress, blocks):
-        state, step = super().step(fixed_point_map, state, progress, blocks)
-        TRACE.append((fixed_point_map.calls(), step.image))
-        return state, step
-
 
 @dataclass(frozen=True)
-class TracedNesterov(Nesterov):
+class TracedNesterov(Traces, Nesterov):
     """Nesterov, its images kept."""
-
-    def step(self, fixed_point_map, state, progress, blocks):
-        state, step = super().step(fixed_point_map, state, progress, blocks)
-        TRACE.append((fixed_point_map.calls(), step.image))
-        return state, step
 
 
 def distance(image, reference):
