@@ -209,6 +209,24 @@ def test_what_the_thread_of_tensorboard_could_not_write(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill)  # `atomic` has written then, and renamed nothing
+        patch.setattr("pathlib.Path.unlink", kill)  # a killed process does not clean up
+        with pytest.raises(Killed):
+            trainer(tmp_path).fit()
+    assert [p for p in tmp_path.glob(".*") if p.name != ".lock"]
+    (tmp_path / ".mine-1.csv").touch()
+    trainer(tmp_path).fit(resume=True)
+    assert {p.name for p in tmp_path.rglob(".*")} == {".lock", ".mine-1.csv"}
+
+
 @pytest.mark.parametrize("what", ["the folder", "its files", "another run"])
 def test_a_folder_that_is_removed(tmp_path, what):
     folder = tmp_path / "run"

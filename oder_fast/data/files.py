@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ SMALL = 2**28
 
 MOST_PACKED = 100
 """Bytes that one stored byte may unpack to; images and k-space with zeros around them take less."""
+
+UNFINISHED = re.compile(r"\..+-[0-9a-f]{16}(\.\w+)+", re.DOTALL)
+"""Names that `atomic` gives until a file is whole."""
 
 
 @contextmanager
@@ -143,6 +147,16 @@ def atomic(path: PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: PathLike) -> None:
+    """Remove the files of a folder that `atomic` had not renamed when a process was killed.
+
+    To be called where no other writes to that folder.
+    """
+    for path in Path(folder).glob(".*"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def save_npz(path: PathLike, **arrays: Tensor | NDArray[Any] | float) -> None:

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -211,10 +212,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any] | None,
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what broken-off writes left."""
+    """Remove all but the newest checkpoints."""
     for path in list_checkpoints(folder)[keep:]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob(".*.pt"):
         path.unlink(missing_ok=True)
 
 
@@ -263,13 +262,10 @@ def require_room(folder: Path, size: int) -> None:
         OSError: Where they cannot, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        with probe.open("wb") as file:
-            file.write(b"0" * 4096)
-            os.fsync(file.fileno())
-    finally:
-        probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(

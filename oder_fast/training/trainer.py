@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._torch import Autocast
 from ..data import psnr, ssim
+from ..data.files import remove_unfinished
 from ..data.samples import Batch, Sample, collate
 from ..denoisers.call import ImageDenoiser, as_channels, from_channels
 from ..fixed_point import FixedPointError, NotConvergedWarning
@@ -304,6 +305,8 @@ class Trainer:
             )
         if rank() == 0:
             (self.folder / "images").mkdir(exist_ok=True)
+            for folder in (self.folder, self.folder / "images"):
+                remove_unfinished(folder)
             (self.folder / "configuration.json").write_text(
                 self.configuration.model_dump_json(indent=2) + "\n"
             )

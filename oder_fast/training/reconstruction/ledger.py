@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +15,12 @@ from typing import Annotated, Any, TextIO, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from ...data import atomic
+from ...data.files import atomic, remove_unfinished
 from ..trainer import RunError
 from .jobs import InputError, Job, escaped, led_files
 
 LEDGER, QUALITY = "reconstructed.jsonl", "quality.csv"
 MEASURES = ("psnr", "ssim", "psnr_start", "ssim_start")
-UNFINISHED = re.compile(r"\..+-[0-9a-f]{16}(\.\w+)+", re.DOTALL)
-"""Names of files that `atomic` had not renamed when a run was killed."""
 
 Text = InstanceOf[str]
 """Names may hold bytes that are not UTF-8, which pydantic's own text may not."""
@@ -118,7 +115,8 @@ class Ledger:
         begin = overwrite or not others
         if not begin:
             self._check(_read(_Head, first))
-        self._remove_unfinished()
+        for folder, _, _ in os.walk(self.folder):
+            remove_unfinished(folder)
         if begin:
             self.file.truncate(0)
             self._append(_Head(checkpoint=self.checkpoint, settings=self.chosen))
@@ -127,11 +125,6 @@ class Ledger:
         self.entries = {entry.file: entry for line in others if (entry := _read(_Entry, line)) is not None}
         if others[-1]:
             self._append_text("\n")
-
-    def _remove_unfinished(self) -> None:
-        for folder, _, files in os.walk(self.folder):
-            for name in filter(UNFINISHED.fullmatch, files):
-                Path(folder, name).unlink(missing_ok=True)
 
     def _check(self, head: _Head | None) -> None:
         way_out = "choose another output, or --overwrite (overwrite=True) to do all again"
