@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,13 +130,10 @@ def last_residual(residuals: Tensor) -> Tensor:
 def fit_contraction(residuals: Tensor, iterations: Tensor) -> Tensor:
     """Fit a geometric decay to the end of each column of residuals (n, B)."""
     factors = []
-    for column in residuals.T:
-        known = column.isfinite() & (column > 0)
-        logs, at = column[known].log(), iterations[known].double()
-        logs, at = logs[int(len(logs) * (1 - FITTED_SHARE)) :], at[int(len(at) * (1 - FITTED_SHARE)) :]
-        if len(logs) < 2:
-            factors.append(math.nan)
-            continue
-        at = at - at.mean()
-        factors.append(math.exp(float((at * logs).sum() / at.square().sum())))
+    for column in residuals.numpy().T:
+        known = np.isfinite(column) & (column > 0)
+        logs, at = np.log(column[known]), iterations.numpy()[known]
+        first = int(len(logs) * (1 - FITTED_SHARE))
+        logs, at = logs[first:], at[first:] - at[first:].mean() if len(at) else at
+        factors.append(math.exp(at @ logs / (at @ at)) if len(logs) > 1 else math.nan)
     return torch.tensor(factors, dtype=torch.float64)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .maps import Anchor, FixedPointMap, Step, as_map, per_image
-from .progress import Progress
+from .maps import Anchor, FixedPointMap, Step, as_map
+from .progress import Numbers, Progress, host, mask
 from .solution import Solution
 
 # Tolerances below this many roundings may be out of reach.
@@ -299,43 +301,42 @@ class Nesterov(Solver[NesterovState]):
             state.point, progress.accuracy, state.previous, momentum, blocks, state.anchor
         )
         point, image, plain = step.extrapolated, step.image, state.plain
-        change, _, uphill = step.reductions.detach().unbind(1)
         if self.restart:
-            t = torch.where(uphill > 0, 1, t)
+            t = torch.where(step.reductions[:, 2].detach() > 0, 1, t)
         if self.restart and blocks is None:
-            hurts = ~plain & ~(change <= OVERSHOOT**2 * progress.change)
-            if bool(hurts.any()):
-                back = per_image(hurts, point)
+            hurts = ~(host(step.reductions)[:, 0] <= OVERSHOOT**2 * progress.change)
+            if hurts.any() and (hurts := hurts & ~host(plain)).any():
+                back = mask(hurts, point)
                 point, image = (torch.where(back, progress.value, v) for v in (point, image))
-                plain = plain | hurts
+                plain = plain | back.reshape(plain.shape)
         return NesterovState(point, step.anchor or state.anchor, image, t, plain), step
 
 
 @dataclass(frozen=True)
 class AndersonState(State):
-    """State of `Anderson`; m is the memory, n the size of an image in reals.
+    """State of `Anderson`; m is the memory, n the size of an image in reals. Small arrays are on the host.
 
     Attributes:
         image: The last accepted image.
         residual: Its residual, shape ``(B, n)``.
-        squares: Squared residuals of the last accepted evaluations, float64, ``(B, m)``.
+        squares: Squared residuals of the last accepted evaluations, ``(B, m)``.
         mixed: Whether `point` is a mixed iterate, ``(B,)``.
         count: Evaluations so far.
-        image_changes: The last differences of accepted images, m of them.
+        image_changes: The last differences of accepted images, at most m of them.
         residual_changes: Of their residuals, ``(B, m, n)``.
-        gram: Inner products of `residual_changes`, float64, ``(B, m, m)``.
+        gram: Inner products of `residual_changes`, ``(B, m, m)``.
         valid: Which of the differences count, ``(B, m)``.
     """
 
     image: Tensor
     residual: Tensor
-    squares: Tensor
-    mixed: Tensor
+    squares: Numbers
+    mixed: NDArray[np.bool_]
     count: int
     image_changes: tuple[Tensor, ...]
     residual_changes: Tensor
-    gram: Tensor
-    valid: Tensor
+    gram: Numbers
+    valid: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -393,8 +394,7 @@ class Anderson(Solver[AndersonState]):
     def init(self, start: Tensor) -> AndersonState:
         """Return an empty history."""
         flat, m = _flat(start), self.memory
-        zeros = torch.zeros(start.shape[0], m, dtype=torch.float64, device=start.device)
-        nothing = start.detach().new_zeros(()).expand_as(start)
+        zeros = np.zeros((len(start), m))
         return AndersonState(
             start,
             (),
@@ -403,63 +403,65 @@ class Anderson(Solver[AndersonState]):
             zeros,
             zeros[:, 0] > 0,
             0,
-            (nothing,) * m,
-            flat.new_zeros(flat.shape[0], m, flat.shape[1]),
-            zeros[:, :, None].repeat(1, 1, m),
+            (),
+            flat.new_zeros(len(start), m, flat.shape[1]),
+            np.zeros((len(start), m, m)),
             zeros > 0,
         )
 
+    @np.errstate(invalid="ignore", over="ignore")
     def step(
         self, fixed_point_map: FixedPointMap, state: AndersonState, progress: Progress, blocks: Tensor | None
     ) -> tuple[AndersonState, Step]:
         """Accept or reject the evaluation, and mix."""
         step = fixed_point_map.step(state.point, progress.accuracy)
-        image, square = step.image, step.reductions[:, 0].detach()
+        image, square = step.image, host(step.reductions)[:, 0]
         residual = _flat(image) - _flat(state.point)
-        good = ~state.mixed | (square <= DECREASE**2 * state.squares.amax(1))
-        if not bool(good.all()):
-            image = torch.where(per_image(good, image), image, state.image)
-            residual = torch.where(good[:, None], residual, state.residual)
-            square = torch.where(good, square, state.squares[:, (state.count - 1) % self.memory])
-        squares = state.squares.clone()
+        good = ~state.mixed | (square <= DECREASE**2 * state.squares.max(1))
+        if not good.all():
+            accepted = mask(good, image)
+            image = torch.where(accepted, image, state.image)
+            residual = torch.where(accepted.reshape(-1, 1), residual, state.residual)
+            square = np.where(good, square, state.squares[:, (state.count - 1) % self.memory])
+        squares = state.squares.copy()
         squares[:, state.count % self.memory] = square
-        state = self._remember(state, image, residual, good)
-        state = replace(state, image=image, residual=residual, squares=squares, count=state.count + 1)
-        point = image
-        for weight, change in zip(self._weights(state).unbind(1), state.image_changes, strict=True):
-            if state.count > 1:
-                point = torch.addcmul(point, per_image(weight, change), change, value=-1)
-        return replace(state, point=point, mixed=state.valid.any(1)), step
+        image_changes, gram, valid, point = state.image_changes, state.gram, state.valid, image
+        if state.count > 0:
+            # The difference to the last accepted evaluation takes the oldest one's place. It has no graph, and is
+            # used by this solve alone: written in place.
+            slot, changes = (state.count - 1) % self.memory, state.residual_changes
+            torch.sub(residual, state.residual, out=changes[:, slot])
+            image_changes = (*image_changes[:slot], image - state.image, *image_changes[slot + 1 :])
+            pair = torch.stack((changes[:, slot], residual), 2)
+            row, right = host(torch.bmm(changes, pair).double()).transpose(2, 0, 1)
+            gram = gram.copy()
+            gram[:, slot], gram[:, :, slot] = row, row
+            # Where the evaluation is rejected, all is forgotten.
+            valid = valid & good[:, None]
+            valid[:, slot] = good & (row[:, slot] > 0)
+            ridge = max(self.ridge, torch.finfo(residual.dtype).eps)
+            weights = torch.from_numpy(_weights(gram, right, valid, ridge)).to(residual)
+            weights = weights.reshape(*weights.shape, *[1] * (image.ndim - 1))
+            for weight, change in zip(weights.unbind(1), image_changes, strict=False):
+                point = torch.addcmul(point, weight, change, value=-1)
+        mixed, count, changes = np.logical_or.reduce(valid, 1), state.count + 1, state.residual_changes
+        return (
+            AndersonState(
+                point, (), image, residual, squares, mixed, count, image_changes, changes, gram, valid
+            ),
+            step,
+        )
 
-    def _remember(self, state: AndersonState, image: Tensor, residual: Tensor, good: Tensor) -> AndersonState:
-        """Put the difference to the last accepted evaluation in the oldest one's place; forget all if rejected."""
-        if state.count == 0:
-            return state
-        slot = (state.count - 1) % self.memory
-        image_changes = list(state.image_changes)
-        image_changes[slot] = image - state.image
-        # No graph, and used by this solve alone: written in place.
-        changes = state.residual_changes
-        torch.sub(residual, state.residual, out=changes[:, slot])
-        row = torch.bmm(changes, changes[:, slot, :, None])[..., 0].double()
-        gram = state.gram.clone()
-        gram[:, slot], gram[:, :, slot] = row, row
-        valid = state.valid & good[:, None]
-        valid[:, slot] = good & (row[:, slot] > 0)
-        return replace(state, image_changes=tuple(image_changes), gram=gram, valid=valid)
 
-    def _weights(self, state: AndersonState) -> Tensor:
-        """Solve the small least-squares problem: float64 ``(B, m)``, 0 for differences that do not count."""
-        squares, valid = state.gram.diagonal(dim1=1, dim2=2), state.valid
-        scale = torch.where(valid, squares, 1.0).rsqrt() * valid
-        # Rows that do not count become those of the identity: the trace is m, whatever counts.
-        matrix = state.gram * scale[:, :, None] * scale[:, None] + torch.diag_embed((~valid).double())
-        ridge = max(self.ridge, torch.finfo(state.residual.dtype).eps)
-        matrix = matrix + torch.diag_embed(torch.full_like(squares, ridge * self.memory))
-        right = torch.bmm(state.residual_changes, state.residual[:, :, None])[..., 0].double() * scale
-        # Without the check of `solve`, which waits for the device: a mixed iterate that is no number is rejected.
-        weights: Tensor = torch.linalg.solve_ex(matrix, right)[0] * scale
-        return weights
+def _weights(gram: Numbers, right: Numbers, valid: NDArray[np.bool_], ridge: float) -> Numbers:
+    """Solve the small least-squares problems of `Anderson`: ``(B, m)``, 0 for differences that do not count."""
+    m = valid.shape[1]
+    scale = valid / np.sqrt(np.where(valid, gram.diagonal(axis1=1, axis2=2), 1))
+    # Rows that do not count become those of the identity: the trace is m, whatever counts.
+    matrix = gram * scale[:, :, None] * scale[:, None]
+    matrix[:, range(m), range(m)] += ~valid + ridge * m
+    weights: Numbers = np.linalg.solve(matrix, (right * scale)[..., None])[..., 0] * scale
+    return weights
 
 
 def _flat(images: Tensor) -> Tensor:
