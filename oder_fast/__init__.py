@@ -16,7 +16,7 @@ from .denoisers import (
     bound_lipschitz,
     estimate_lipschitz,
 )
-from .deqred import DEQRED, oder
+from .deqred import DEQRED
 from .diagnosis import Diagnosis, diagnose
 from .fixed_point import (
     Anderson,
@@ -59,6 +59,7 @@ from .ops import (
     radon_gradient,
     red_update,
 )
+from .published import oder
 from .red import GradientStep, ProximalStep
 
 __version__ = metadata.version("oder-fast")

@@ -208,6 +208,8 @@ class ProximalMap(REDMap):
     minibatch_size: int | None = None
     condition: float = 1.0
 
+    shortage = "the inner solve ran out of steps: raise tau, or take step=GradientStep()"
+
     @property
     def rounding(self) -> float:  # type: ignore[override]
         r"""Where `A` sees nothing, the inner solve divides the rounding of :math:`A^H A x` by the weight."""
@@ -234,7 +236,7 @@ class ProximalMap(REDMap):
             accuracy = torch.full((len(point),), FIRST, device=point.device)
         tolerance = INNER * accuracy.clamp(max=FIRST)
         image = self._solve(rhs, weight, point, tolerance)
-        return self.finish(image, point, previous, momentum)
+        return self.finish(image, point, previous, momentum)._replace(error=self.fidelity.left)
 
     def _solve(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
         if self.minibatch_size is not None:

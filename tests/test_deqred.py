@@ -7,6 +7,8 @@ import dataclasses
 import io
 import math
 import pickle
+import types
+import warnings
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.nn.utils import parametrizations
 from oder_fast.data import birdcage_maps, led_ring
 from oder_fast.denoisers import DnCNN, TotalVariation, UNet
 from oder_fast.denoisers.call import as_channels, from_channels
-from oder_fast.deqred import DEQRED, oder
+from oder_fast.deqred import DEQRED
 from oder_fast.fixed_point import (
     Anderson,
     Average,
@@ -32,6 +34,7 @@ from oder_fast.fixed_point import (
 )
 from oder_fast.operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
 from oder_fast.operators.ct import CTLeastSquares
+from oder_fast.published import oder
 from oder_fast.red import GradientStep, ProximalStep
 
 SIZE, VIEWS = 16, 12
@@ -568,6 +571,36 @@ def test_a_denoiser_that_returns_nan_is_no_result(ct, y, step, nonnegative):
         model(y, ct)
 
 
+@pytest.mark.parametrize("wrong_adjoint", [False, True])
+def test_an_inner_solve_that_runs_out_of_steps_is_told_and_counts(wrong_adjoint):
+    # Few views and hardly a weight: no preconditioner helps.
+    n = 24
+    operator = ParallelBeamCT(n, 15)
+    y = operator(torch.rand(1, n, n, generator=torch.Generator().manual_seed(0)))
+    if wrong_adjoint:
+        scan = operator
+        operator = types.SimpleNamespace(A=scan, A_adjoint=lambda v: scan.adjoint(v) * 1.01)
+    denoiser, tau = Blur(0.8).requires_grad_(False), 1e-6
+    short = {"tau": tau, "solver": Anderson(8, 0.02), "on_failure": "ignore"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = DEQRED(denoiser, **short)(y, operator, return_solution=True)
+    assert "8 of its evaluations" in solution.message
+    assert "the inner solve ran out of steps: raise tau" in solution.message
+    assert "lower tau" not in solution.message
+    assert not solution.converged.any()
+    if not wrong_adjoint:
+        eye = torch.eye(n * n, dtype=torch.float64).reshape(-1, n, n)
+        weight = tau * operator.norm_squared()
+        prior = eye - denoiser.double()(eye[:, None])[:, 0]
+        matrix = operator.adjoint(operator(eye)) + weight * prior
+        exact = torch.linalg.solve(matrix.flatten(1), operator.adjoint(y.double()).flatten())
+        assert (solution.value.flatten() - exact).norm() < float(solution.distance) * exact.norm()
+    told = DEQRED(denoiser.float(), tau=0.01)(y, operator, return_solution=True)
+    assert told.converged.all()
+    assert "ran out" not in told.message
+
+
 def test_what_does_not_converge_is_reported(ct, y):
     short = {"tau": TAU, "solver": Picard(3, 1e-6)}
     with pytest.warns(
@@ -601,7 +634,9 @@ def test_arguments_that_do_not_fit_are_refused(ct, y):
         (y[0], ValueError, rf"DEQRED: y must have shape \(B, 12, {n_bins}\), got \(12, {n_bins}\)"),
         (y[:, 1:], ValueError, r"DEQRED: y must have shape \(B, 12"),
         (y[:0], ValueError, "DEQRED: y must hold at least one image"),
-        (y.long(), TypeError, "DEQRED: y must be floating-point or complex, got torch.int64"),
+        (y.long(), TypeError, "DEQRED: y must be float32, float64, complex64 or complex128, got torch.int64"),
+        (y.half(), TypeError, "got torch.float16; a denoiser runs in less by torch.autocast"),
+        (y.bfloat16(), TypeError, "DEQRED: y must be float32"),
         (
             y.double(),
             TypeError,

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "fixed_point": set(),
     "red": {"fixed_point", "operators", "denoisers", "ops"},
     "deqred": {"red", "fixed_point", "operators", "denoisers"},
+    "published": {"deqred", "red", "fixed_point"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
     "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},

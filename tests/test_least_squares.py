@@ -264,10 +264,12 @@ def test_nonnegative_solves_of_random_problems_end():
 
         x = start.clamp(min=0)
         for _ in range(20):
-            last, x = x, nonnegative(apply, rhs, x, target, lambda v: v, torch.ones(()), largest)
+            last, (x, left) = x, nonnegative(apply, rhs, x, target, lambda v: v, torch.ones(()), largest)
             assert bool((fall(x) <= fall(last) + 1e-12).all())
             r = rhs - apply(x)
-            if bool(((r * ((x > 0) | (r > 0))).norm(dim=1) <= 1e-7).all()):
+            size = (r * ((x > 0) | (r > 0))).norm(dim=1, keepdim=True)
+            assert bool((size <= (target if left is None else left.clamp(min=target)) + 1e-9).all())
+            if bool((size <= 1e-7).all()):
                 break
         else:
             raise AssertionError("not solved")

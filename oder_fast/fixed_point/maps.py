@@ -23,12 +23,15 @@ class Step(NamedTuple):
         reductions: float64, shape ``(B, 3)``: squared norm of ``image - point``, squared norm of ``image``,
             and ``<point - image, image - previous>`` (0 without momentum).
         anchor: What an evaluation with all blocks leaves for the minibatches after it.
+        error: Of a map that is itself computed by iteration and fell short of the accuracy asked for: a bound on the
+            relative error of `image`, shape ``(B,)``; else None.
     """
 
     image: Tensor
     extrapolated: Tensor
     reductions: Tensor
     anchor: Anchor = ()
+    error: Tensor | None = None
 
 
 class Calls(NamedTuple):
@@ -54,6 +57,7 @@ class FixedPointMap:
             further: 1 for a map whose residual is a step towards the fixed point, more for one of short steps.
         rounding: Of what is computed in less than the precision of the images; 0 where nothing is.
         advice: What to change where the iteration does not converge.
+        shortage: What to change where the map falls short of the accuracy asked for.
     """
 
     stochastic: bool = False
@@ -62,6 +66,7 @@ class FixedPointMap:
     gain: float = 1.0
     rounding: float = 0.0
     advice: str = "iterate a map that contracts"
+    shortage: str = "evaluate the map more accurately"
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``, shape ``(B, ...)``."""
@@ -178,7 +183,7 @@ class Checkpointed(FixedPointMap):
         self.stochastic = inner_map.stochastic
         self.variance_reduced = inner_map.variance_reduced
         self.gain, self.rounding = inner_map.gain, inner_map.rounding
-        self.advice = inner_map.advice
+        self.advice, self.shortage = inner_map.advice, inner_map.shortage
         self.draw = inner_map.draw  # type: ignore[method-assign]
         self.calls = inner_map.calls  # type: ignore[method-assign]
         self.agree = inner_map.agree  # type: ignore[method-assign]

@@ -33,6 +33,7 @@ class Progress:
         change: The squared norm of that residual.
         value: The image that it belongs to.
         n_done: How many images have converged or diverged.
+        short: Evaluations that fell short of the accuracy asked for, and the error of the last such one.
     """
 
     def __init__(self, start: Tensor, tolerance: float, fixed_point_map: FixedPointMap) -> None:
@@ -45,6 +46,7 @@ class Progress:
         self.converged = self.diverged = np.zeros(self.batch, bool)
         self.iterations = np.zeros(self.batch, np.int64)
         self.n_done = 0
+        self.short = (0, 0.0)
         self._limit: Numbers | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._rates: list[Numbers] = []
@@ -66,7 +68,11 @@ class Progress:
         residual = np.where(change == 0, change, np.sqrt(change / norm))
         live = ~(self.converged | self.diverged)
         wrong = live & ~((change <= self._limit) & np.isfinite(norm))
-        distance = residual * self._amplification(point.detach(), step.image.detach(), np.sqrt(norm))
+        amplification = self._amplification(point.detach(), step.image.detach(), np.sqrt(norm))
+        error = 0.0 if step.error is None else host(step.error)
+        distance = (residual + error) * amplification
+        if step.error is not None:
+            self.short = self.short[0] + 1, float(np.max(error))
         right = live & ~wrong & (distance <= self.tolerance)
         better = live & ~wrong & ((residual <= self.residual) | right | only)
         if better.all():

@@ -151,12 +151,12 @@ class Solver(ABC, Generic[StateT]):
                 state = replace(state, point=progress.freeze(state.point))
             elif last:
                 progress.close(iteration, step)
-        return progress.solution(T.calls(), lambda solution: self._describe(T, solution))
+        return progress.solution(T.calls(), lambda solution: self._describe(T, progress, solution))
 
     def _is_full(self, iteration: int) -> bool:
         return (iteration - 1) % (self.check_every or 1) == 0 or iteration == self.max_iterations
 
-    def _describe(self, fixed_point_map: FixedPointMap, solution: Solution) -> str:
+    def _describe(self, fixed_point_map: FixedPointMap, progress: Progress, solution: Solution) -> str:
         """Say what happened, and what to change."""
         name, n = type(self).__name__, len(solution.converged)
         if bool(solution.diverged.any()):
@@ -166,9 +166,12 @@ class Solver(ABC, Generic[StateT]):
             how = "grew far beyond its start" if grew else "became NaN or infinite"
             at = int(solution.iterations[images].max())
             return f"{name}: the residual {how} by iteration {at} (images {images} of {n}); {fixed_point_map.advice}"
-        left = ~solution.converged
+        left, (times, error) = ~solution.converged, progress.short
+        short = f"in {times} of its evaluations, the last with an error of about {error:.2g}, "
+        short = short + fixed_point_map.shortage if times else ""
         if not bool(left.any()):
-            return f"{name}: all images are within the relative distance {self.tolerance:g} of their fixed points"
+            near = f"all images are within the relative distance {self.tolerance:g} of their fixed points"
+            return f"{name}: {near}; {short}" if times else f"{name}: {near}"
         if len(solution.residuals) == 0:
             return f"{name}: no residual was taken in {self.max_iterations} iterations; set check_every"
         worst = float(solution.distance[left].max())
@@ -179,6 +182,8 @@ class Solver(ABC, Generic[StateT]):
             f"{name}: {int(left.sum())} of {n} images are not within the relative distance {self.tolerance:g} of their "
             f"fixed points after {self.max_iterations} iterations: it is about {worst:.2g}{pace}; "
         )
+        if times:
+            return message + short
         if self.tolerance < ROUNDING * torch.finfo(solution.value.dtype).eps:
             return message + f"rounding of {solution.value.dtype} may not allow that tolerance: raise it"
         if fixed_point_map.stochastic and not fixed_point_map.variance_reduced:

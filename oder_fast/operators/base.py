@@ -154,12 +154,15 @@ class LeastSquares:
     Attributes:
         y: The data; gradients in them flow through `adjoint_data` and `gradient`.
         calls: Calls of the normal operator so far; a minibatch counts as its share of the blocks.
+        left: Where the steps of the last `solve` ran out: a bound on the relative error that it left, shape ``(B,)``;
+            else None.
     """
 
     def __init__(self, operator: MeasurementOperator, y: Tensor) -> None:
         self.operator = operator
         self.y = y
         self.calls = 0.0
+        self.left: Tensor | None = None
         self._adjoint_data: Tensor | None = None
 
     def adjoint_data(self) -> Tensor:
@@ -193,7 +196,10 @@ class LeastSquares:
             free: 1 where pixels are free; the others are 0 and their equations left out. None for all pixels.
         """
         target = self._target(rhs, weight, start, tolerance)
-        return self._method(self._regularized(weight), rhs, start, target, self._preconditioner(weight), free)
+        solved = self._method(
+            self._regularized(weight), rhs, start, target, self._preconditioner(weight), free
+        )
+        return self._solution(*solved, weight)
 
     def solve_nonnegative(self, rhs: Tensor, weight: Tensor, start: Tensor, tolerance: Tensor) -> Tensor:
         r"""Minimize :math:`\tfrac12 \langle x, (A^T A + w) x \rangle - \langle r, x \rangle` over :math:`x \ge 0`.
@@ -203,19 +209,25 @@ class LeastSquares:
         target = self._target(rhs, weight, start, tolerance)
         # A power iteration ends a little below the norm.
         largest = 1.01 * self.operator.norm_squared() + weight
-        return inner.nonnegative(
+        solved = inner.nonnegative(
             self._regularized(weight), rhs, start, target, self._preconditioner(weight), weight, largest
         )
+        return self._solution(*solved, weight)
 
     def counted_anew(self) -> LeastSquares:
         """Return the same data fidelity with a count of calls of its own."""
         anew = copy.copy(self)
-        anew.calls = 0.0
+        anew.calls, anew.left = 0.0, None
         return anew
 
     @property
-    def _method(self) -> Callable[..., Tensor]:
+    def _method(self) -> Callable[..., inner.Solved]:
         return inner.conjugate_gradients
+
+    def _solution(self, x: Tensor, left: Tensor | None, weight: Tensor) -> Tensor:
+        """Return `x`, and keep how far from the solution the residual that is left may be."""
+        self.left = None if left is None else (left / (weight * inner.norm(x))).flatten()
+        return x
 
     def _regularized(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """Return A^H A + weight."""
@@ -329,7 +341,7 @@ class InexactLeastSquares(LeastSquares):
     """The data fidelity of an operator whose adjoint is not the transpose of its forward."""
 
     @property
-    def _method(self) -> Callable[..., Tensor]:
+    def _method(self) -> Callable[..., inner.Solved]:
         return inner.minimal_residuals
 
 

@@ -382,9 +382,10 @@ class MeasurementParallel(MeasurementOperator):
         rhs = self.adjoint(y)
         weight = START_WEIGHT * self.norm_squared()
         target = START_RESIDUAL * solve.norm(rhs)
-        return solve.conjugate_gradients(
+        start, _ = solve.conjugate_gradients(
             lambda v: self.normal(v) + weight * v, rhs, torch.zeros_like(rhs), target, lambda v: v
         )
+        return start
 
     @property
     def _device(self) -> torch.device:

@@ -1,4 +1,7 @@
-"""Batches of images x with (A^H A + weight) x = rhs, by conjugate gradients: on all pixels, on some, or with x >= 0."""
+"""Batches of images x with (A^H A + weight) x = rhs, by conjugate gradients: on all pixels, on some, or with x >= 0.
+
+Each solve returns the images, and where its steps ran out, the norms of the residuals left, 0 of images that are done.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 Apply = Callable[[Tensor], Tensor]
+Solved = tuple[Tensor, Tensor | None]
 
 # Of one inner solve, at most: what is left then is left to the outer iteration.
 MAX_STEPS = 60
@@ -57,7 +61,7 @@ def begin(x: Tensor, r: Tensor, target: Tensor, rhs: Tensor) -> tuple[Tensor, Te
 
 def conjugate_gradients(
     apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply, free: Tensor | None = None
-) -> Tensor:
+) -> Solved:
     """Solve ``apply(x) = rhs`` by preconditioned conjugate gradients.
 
     Args:
@@ -71,7 +75,13 @@ def conjugate_gradients(
     x = start if free is None else start * free
     r = rhs - apply(x)
     x, target = begin(x, r if free is None else r * free, target, rhs)
-    return _descend(apply, x, r, target, precondition, free, MAX_STEPS)[0]
+    x, r, steps = _descend(apply, x, r, target, precondition, free, MAX_STEPS)
+    return x, _left(norm(r if free is None else r * free), target) if steps == MAX_STEPS else None
+
+
+def _left(size: Tensor, target: Tensor) -> Tensor | None:
+    going = size > target
+    return torch.where(going, size, 0) if bool(going.any()) else None
 
 
 def _descend(
@@ -108,7 +118,7 @@ def nonnegative(
     precondition: Apply,
     smallest: Tensor,
     largest: Tensor,
-) -> Tensor:
+) -> Solved:
     r"""Minimize ``q(x) = <x, apply(x)> / 2 - <rhs, x>`` over x >= 0: conjugate gradients on the free pixels, clipped.
 
     A pixel is free where it is above 0 or its residual ``r = rhs - apply(x)`` would raise it; an image is done where
@@ -149,13 +159,13 @@ def nonnegative(
             vain = vain + (going & (dot(new - x, r + new_r) <= 0))
         x, r = new, new_r
     if not bool(left.any()):
-        return x
+        return x, None
     return _projected_gradients(apply, rhs, x, torch.where(left, target, math.inf), smallest, largest)
 
 
 def _projected_gradients(
     apply: Apply, rhs: Tensor, x: Tensor, target: Tensor, smallest: Tensor, largest: Tensor
-) -> Tensor:
+) -> Solved:
     """Minimize as `nonnegative`, which it ends; the error shrinks by ``1 - sqrt(smallest / largest)`` a step.
 
     The residual of the free pixels after a step is at most `largest` times the step's length.
@@ -169,17 +179,18 @@ def _projected_gradients(
     for _ in range(MAX_PROJECTED):
         new = (point + (rhs - apply(point)) / largest).clamp(min=0)
         new = torch.where(going, new, x)
-        going = going & (largest * norm(new - point) > target)
+        residual = largest * norm(new - point)
+        going = going & (residual > target)
         point = torch.where(going, new + momentum * (new - x), new)
         x = new
         if not bool(going.any()):
-            break
-    return x
+            return x, None
+    return x, torch.where(going, residual, 0)
 
 
 def minimal_residuals(
     apply: Apply, rhs: Tensor, start: Tensor, target: Tensor, precondition: Apply, free: Tensor | None = None
-) -> Tensor:
+) -> Solved:
     """Solve ``apply(x) = rhs`` where `apply` is not symmetric, by generalized conjugate residuals.
 
     For an adjoint that is not the transpose of its forward. Arguments as of `conjugate_gradients`.
@@ -199,7 +210,7 @@ def minimal_residuals(
     for _ in range(MAX_STEPS):
         going = norm(r) > target
         if not bool(going.any()):
-            break
+            return x, None
         p = rest(precondition(r))
         q = rest(apply(p))
         for older_p, older_q, square in pairs:
@@ -209,4 +220,4 @@ def minimal_residuals(
         pairs = [*pairs[1 - DIRECTIONS :], (p, q, square)]
         length = ratio(dot(r, q), square, going)
         x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, q, value=-1)
-    return x
+    return x, _left(norm(r), target)
