@@ -21,7 +21,6 @@ import torch
 
 import bench_diffraction
 import bench_fourier
-import bench_group_norm_prelu
 import bench_radon
 import oder_fast
 from oder_fast import ops
@@ -92,9 +91,6 @@ def paper(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
             *images[:3], step_size, tau, previous=images[3], momentum=momentum, backend=backend
         ),
     )
-    if backend == "triton":
-        layer = bench_group_norm_prelu.on_gpu(bench_group_norm_prelu.SHAPES[0], torch.channels_last)
-        yield "group_norm_prelu", lambda: layer.step("triton")
 
 
 def main() -> None:

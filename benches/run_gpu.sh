@@ -188,7 +188,6 @@ tests() {
       tests/test_gpu_faces.py)
         parts "cuda and compiles" "cuda and not compiles" "triton and not cuda" "not cuda and not triton"
         ;;
-      tests/test_group_norm_prelu.py) parts "values or gradients" "not values and not gradients" ;;
       tests/test_trainer.py) parts "process" "killed and not process" "not process and not killed" ;;
       tests/test_cli.py) parts "idt" "mri and not idt" "not idt and not mri" ;;
       *) parts "" ;;
@@ -208,7 +207,7 @@ profile() {
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
   ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
-    --kernel-name 'regex:oder::|^_(radon|fourier|diffraction|red|group_norm)_' --metrics "$metrics" \
+    --kernel-name 'regex:oder::|^_(radon|fourier|diffraction|red)_' --metrics "$metrics" \
     --force-overwrite --export "$work/kernels" "$PYTHON" benches/launch_kernels.py paper || return
   ncu --import "$work/kernels.ncu-rep" --csv --page raw --print-units base | grep -v '^==' >"$OUT/$name-kernels.csv"
 }

@@ -438,45 +438,6 @@ def _diffraction_gram_inputs(
 
 # Tails of tiles, one tile and one number a channel, several parts; one group, one channel a group, widths that are no
 # power of two; more channels than a tile has.
-LAYER_SHAPES = (
-    {"image": (1, 4, 1, 1), "groups": 1},
-    {"image": (1, 4, 1, 1), "groups": 2, "slopes": 4},
-    {"image": (2, 12, 9, 11), "groups": 4},
-    {"image": (2, 12, 9, 11), "groups": 4, "slopes": 12, "last": True},
-    {"image": (3, 1, 5, 7), "groups": 1, "last": True},
-    {"image": (1, 4, 71, 61), "groups": 4, "slopes": 4},
-    {"image": (1, 4, 71, 61), "groups": 1, "last": True},
-    {"image": (1, 130, 13, 11), "groups": 2, "slopes": 130},
-    {"image": (2, 130, 13, 11), "groups": 2, "last": True},
-)
-
-
-def _layer_inputs(
-    shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    image = _draw(shape["image"], dtype, device, generator)
-    if shape.get("last"):
-        image = image.contiguous(memory_format=torch.channels_last)
-    channels = image.shape[1]
-    # Weights stay wide where features are narrow, as under autocast.
-    kind = dtype if dtype == torch.float64 else torch.float32
-    weight, bias, slope = (
-        _draw((n,), kind, device, generator) for n in (channels, channels, shape.get("slopes", 1))
-    )
-    return (image, shape["groups"], weight, bias, slope), {}
-
-
-# Layers of denoisers, which have two faces, and so are no part of what walks over all of them.
-LAYERS = (
-    OpCase(
-        "group_norm_prelu",
-        _layer_inputs,
-        LAYER_SHAPES,
-        (0, 2, 3, 4),
-        tiny={"image": (1, 4, 2, 3), "groups": 2, "slopes": 4},
-    ),
-)
-
 CASES = (
     OpCase(
         "diffraction_forward",

@@ -15,7 +15,6 @@ import torch
 
 import bench_diffraction
 import bench_fourier
-import bench_group_norm_prelu
 import bench_radon
 import bench_red_update
 import gpu
@@ -67,10 +66,6 @@ def test_floors_are_those_that_the_benches_state():
     assert microseconds(bench_red_update.update_work(512 * 512, True)) == (1.46, "memory")
     assert microseconds(bench_red_update.update_work(8 * 512 * 512, True)) == (11.7, "memory")
     assert microseconds(bench_red_update.update_work(2**26, True)) == (375, "memory")
-    assert microseconds(bench_group_norm_prelu.forward_work(32 * 512 * 512, H200.l2)) == (15.6, "memory")
-    assert microseconds(bench_group_norm_prelu.forward_work(8 * 64 * 256 * 256, H200.l2)) == (93.6, "memory")
-    assert microseconds(bench_group_norm_prelu.backward_work(32 * 512 * 512, H200.l2)) == (39.0, "memory")
-    assert microseconds(bench_group_norm_prelu.backward_work(8 * 64 * 256 * 256, H200.l2)) == (156, "memory")
     assert microseconds(bench_diffraction.gradient_work(256, 8, 0.286e6)) == (2.48, "memory")
     assert microseconds(bench_diffraction.gradient_work(512, 8, 3.18e6)) == (17.2, "instructions")
     assert microseconds(bench_diffraction.gram_work(256, 8, 0.520, 0.1277)) == (3.52, "memory")

@@ -110,17 +110,6 @@ def tracked() -> list[str]:
             "tests/test_{}.py",
             "benches/bench_{}.py",
         )
-    ]
-    # A layer of denoisers: on CPUs torch's own kernels are the right thing.
-    + [
-        ("group_norm_prelu", pattern.format("group_norm_prelu"))
-        for pattern in (
-            "kernels/{}.py",
-            "oder_fast/reference/{}.py",
-            "oder_fast/ops/{}.py",
-            "tests/test_{}.py",
-            "benches/bench_{}.py",
-        )
     ],
 )
 def test_every_operator_has_its_faces_test_and_bench(stem, needed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from contextlib import nullcontext
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from oder_fast import DnCNN, DRUNet, UNet
-from oder_fast.denoisers import Rematerialized, _fused, rematerialize
+from oder_fast import DEQRED, DnCNN, DRUNet, JacobianFree, ParallelBeamCT, Picard, UNet
+from oder_fast.denoisers import rematerialize
+from oder_fast.denoisers.rematerialize import Rematerialized
 
 
 class Dense(nn.Module):
@@ -228,96 +230,6 @@ def test_the_graph_is_freed_with_its_output(monkeypatch):
         gc.enable()
 
 
-# ------------------------------------------------------------------ layers of one kernel
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """A U-Net whose group normalizations are kernels, interpreted where there is no GPU, and an image."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("ODER_FAST_BACKEND", "triton")
-    monkeypatch.setattr(_fused, "FEWEST", 0)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    network = make("UNet without spectral norms").float().to(DEVICE)
-    return network, torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-
-def test_derivatives_of_kernels_are_those_of_the_plain_graph(fused, monkeypatch):
-    network, image = fused
-    ours = derivatives(network, image, True)
-    monkeypatch.setenv("ODER_FAST_BACKEND", "reference")
-    plain = derivatives(network, image, False)
-    for part in (slice(2), slice(2, 2 + len(list(network.parameters()))), slice(2, None)):
-        largest = max(float(t.detach().abs().max()) for t in plain[part])
-        for a, b in zip(plain[part], ours[part], strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * largest)
-
-
-def test_the_input_of_a_convolution_after_a_kernel_is_computed_again(fused, monkeypatch):
-    network, image = fused
-    computed, real = [], rematerialize._compute
-    monkeypatch.setattr(
-        rematerialize, "_compute", lambda f, kept: computed.append(f is not None) or real(f, kept)
-    )
-    leaf, output = evaluate(network, image, True)
-    assert "_InFeatures" in {type(n).__name__.removesuffix("Backward") for n in nodes(output)}
-    torch.autograd.grad(output, leaf, torch.ones_like(output), retain_graph=True)
-    assert not computed
-    (of_weight,) = torch.autograd.grad(output.sum(), network.encoder1.enc1conv2.weight)
-    # The convolution's input, from what the kernel takes: the first convolution's output, and three parameters.
-    assert computed == [True, False, False, False, False]
-    monkeypatch.setenv("ODER_FAST_BACKEND", "reference")
-    leaf, output = evaluate(network, image, False)
-    (expected,) = torch.autograd.grad(output.sum(), network.encoder1.enc1conv2.weight)
-    torch.testing.assert_close(of_weight, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_kernels_keep_less_than_functions(fused, monkeypatch):
-    network, _ = fused
-    image = torch.randn(1, 1, 32, 32, device=DEVICE)
-    kept = {}
-    for backend in ("triton", "reference"):
-        monkeypatch.setenv("ODER_FAST_BACKEND", backend)
-        kept[backend] = [kept_bytes(network, evaluate(network, image, flag)[1]) for flag in (False, True)]
-    assert 0 < kept["triton"][1] < kept["reference"][1]
-    assert 0 < kept["triton"][0] < kept["reference"][0]
-
-
-@pytest.mark.parametrize("trained", ["weight", "bias", "slope", "none"])
-def test_some_parameters_of_a_kernel_are_trained(fused, trained, monkeypatch):
-    network, image = fused
-    block = network.encoder1
-    chosen = {"weight": block.enc1norm1.weight, "bias": block.enc1norm1.bias, "slope": block.enc1relu1.weight}
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter is chosen.get(trained))
-    ours = gradients(network, image, True)
-    monkeypatch.setenv("ODER_FAST_BACKEND", "reference")
-    for a, b in zip(gradients(network, image, False), ours, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
-
-
-def test_what_a_kernel_reads_must_not_change(fused):
-    network, image = fused
-    for changed in (network.encoder1.enc1norm1.weight, network.encoder1.enc1relu1.weight):
-        leaf, output = evaluate(network, image, True)
-        with torch.no_grad():
-            changed.mul_(1.5)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(output.sum(), leaf)
-
-
-def nodes(output):
-    seen, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(following for following, _ in node.next_functions)
-    return seen
-
-
 # ------------------------------------------------------------------ what the plain graph allows
 
 
@@ -470,3 +382,32 @@ def test_several_gradients_at_once():
     (together,) = torch.autograd.grad(output, leaf, v, is_grads_batched=True, retain_graph=True)
     for one, each in zip(together, v, strict=True):
         torch.testing.assert_close(one, torch.autograd.grad(output, leaf, each, retain_graph=True)[0])
+
+
+def test_a_solve_computes_again_where_the_network_asks_for_it(monkeypatch):
+    entered = []
+    monkeypatch.setattr(
+        rematerialize.Rematerialized,
+        "__enter__",
+        lambda self, enter=rematerialize.Rematerialized.__enter__: entered.append(1) or enter(self),
+    )
+    ct = ParallelBeamCT(16, 8)
+    y = ct(torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = UNet((4, 8), recompute=recompute)
+        assert copy.deepcopy(network).recompute is recompute
+        # Inside another module, too.
+        model = DEQRED(
+            nn.Sequential(network),
+            tau=0.01,
+            solver=Picard(3),
+            differentiation=JacobianFree(),
+            on_failure="ignore",
+        )
+        model(y, ct).square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+        assert bool(entered) is recompute
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import triton
-from oder_fast.kernels import diffraction, fourier, group_norm_prelu, radon, red_update
+from oder_fast.kernels import diffraction, fourier, radon, red_update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,10 +34,6 @@ TYPES = {
     "blocks": "*i64",
     "mask": "*u8",
 }
-SIZES = ("channels", "positions", "parts", "share", "width", "tiles")
-NORM = dict.fromkeys(SIZES, "i32")
-NORM |= dict.fromkeys(("mean", "rstd", "means", "sums", "moments"), "*fp64") | {"eps": "fp32"}
-NORM |= dict.fromkeys(("weight", "bias", "slope", "squares", "partials"), "*fp32")
 # Launching makes sizes of one constants; they must compile too.
 ONES = {name: 1 for name in INTEGERS if name != "count"}
 
@@ -109,41 +105,6 @@ def main() -> None:
                 rows.append(compile_one(radon._radon_gather_kernel, storage, taken))
             taken = shared | sizes | {"MOMENTUM": True, "NONNEGATIVE": True}
             rows.append(compile_one(red_update._red_update_kernel, storage, taken))
-    norm = group_norm_prelu
-    tiled = (
-        norm._group_norm_moments_kernel,
-        norm._group_norm_prelu_kernel,
-        norm._group_norm_sums_kernel,
-        norm._group_norm_gradient_kernel,
-    )
-    # Tiles of features that are contiguous, in large images and small, and channels last.
-    for storage in ("*fp32", "*bf16", "*fp16"):
-        for last, (positions, channels), sizes in (
-            (False, (4096, 1), {}),
-            (False, (1024, 4), {"parts": 1, "width": 1}),
-            (True, (128, 32), {}),
-            (True, (64, 64), {"parts": 1, "tiles": 1, "width": 1}),
-        ):
-            taken = {"CHANNELS_LAST": last, "POSITIONS": positions, "CHANNELS": channels, "SLOPES": int(last)}
-            for kernel in tiled:
-                rows.append(compile_one(kernel, storage, taken | sizes, warps=norm.WARPS, **NORM))
-    merging = (norm._group_norm_finish_kernel, norm._group_norm_gather_kernel)
-    whole = {"BLOCK": norm.BLOCK, "ROWS": norm.BLOCK // 8, "COLUMNS": 8}
-    for sizes in ({}, {"parts": 1, "width": 1}):
-        for kernel in merging:
-            rows.append(compile_one(kernel, "*fp32", whole | sizes, warps=norm.WARPS, **NORM))
-    # All sizes of one, and more positions than 32 bits count.
-    for last, edges, types in (
-        (False, dict.fromkeys(("POSITIONS", "CHANNELS", *SIZES), 1), NORM),
-        (
-            True,
-            {"POSITIONS": 128, "CHANNELS": 32},
-            NORM | {"positions": "i64", "share": "i64", "tiles": "i64"},
-        ),
-    ):
-        for kernel in (*tiled, *merging):
-            taken = whole | {"CHANNELS_LAST": last, "SLOPES": 0} | edges
-            rows.append(compile_one(kernel, "*fp32", taken, warps=norm.WARPS, **types))
     print(json.dumps(rows))
 
 

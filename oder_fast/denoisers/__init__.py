@@ -7,7 +7,6 @@ from .drunet import DRUNet
 from .freeze import frozen
 from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
 from .noise_level import AtNoiseLevel
-from .rematerialize import Rematerialized
 from .total_variation import TotalVariation
 from .unet import UNet
 
@@ -18,7 +17,6 @@ __all__ = [
     "Denoiser",
     "DnCNN",
     "LipschitzEstimate",
-    "Rematerialized",
     "TotalVariation",
     "UNet",
     "bound_lipschitz",

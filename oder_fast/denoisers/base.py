@@ -35,6 +35,9 @@ class Denoiser(nn.Module):
     scale_free: bool = False
     """Whether D(a x) = a D(x) for all a > 0, so that images in any unit are denoised alike."""
 
+    recompute: bool = False
+    """Whether the graph at a fixed point keeps what is dear to compute alone; see `UNet`."""
+
     def __init__(self, in_channels: int, out_channels: int, predicts: Predicts) -> None:
         super().__init__()
         name = type(self).__name__

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import Autocast, eager
-from .rematerialize import Rematerialized
 
 Channels = Callable[[Tensor], Tensor]
 
@@ -69,8 +68,17 @@ class ImageDenoiser:
     @contextmanager
     def linearizing(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Give the denoiser as it is evaluated for a graph that many products go through."""
-        with eager(), Rematerialized():
+        with eager(), self._recomputing():
             yield self
+
+    def _recomputing(self) -> AbstractContextManager[Any]:
+        modules = self.denoiser.modules() if isinstance(self.denoiser, nn.Module) else ()
+        if not any(getattr(module, "recompute", False) for module in modules):
+            return nullcontext()
+        # Reaches into torch, and so is not touched unless it is asked for.
+        from .rematerialize import Rematerialized
+
+        return Rematerialized()
 
     def transposed(self, product: Callable[[Tensor], Tensor]) -> Transposed:
         """Return a transposed derivative, given as a product, in this one's place."""

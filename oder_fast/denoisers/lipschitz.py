@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .._numpy import takes_numpy
 from .._torch import fft, kept
-from ._fused import FusedSequential
 from ._krylov import Spectrum, arnoldi, largest, random_like, symmetric
 from .freeze import frozen
 
@@ -260,7 +259,7 @@ def _bound(module: nn.Module, path: str) -> float:
     own: Callable[[], float] | None = getattr(module, "lipschitz_bound", None)
     if own is not None:
         return float(own())
-    if isinstance(module, nn.Sequential) and type(module).forward in SEQUENTIAL:
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return math.prod(
             _bound(child, f"{path}.{name}".lstrip(".")) for name, child in module.named_children()
         )
@@ -381,9 +380,6 @@ def _own_statistics(module: nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d) -> 
     # The derivative of z / (|z|^2 / n + eps)^(1/2) has norm at most eps^(-1/2), which it takes at z = 0.
     return _largest_weight(module.weight) / math.sqrt(module.eps)
 
-
-# What calls its modules one after the other.
-SEQUENTIAL = (nn.Sequential.forward, FusedSequential.forward)
 
 RULES: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.Conv2d: _conv,

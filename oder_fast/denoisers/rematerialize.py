@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..ops.group_norm_prelu import OPERATOR, OPERATOR_BACKWARD
-
 DEPTH = 4
 """Layers that are computed again for one gradient at most: each layer of a long chain would compute all before it."""
 
@@ -434,62 +432,6 @@ def _group_norm(
     return graph.remember(call(input, *affine), call, input, *affine)
 
 
-@dataclass
-class _GroupNormPrelu(_Layer):
-    """Group normalization and PReLU by one operator, which keeps its input and the statistics."""
-
-    read = 3
-
-    groups: int
-    eps: float
-    backend: str
-    statistics: tuple[Tensor, ...] = ()
-
-    def evaluate(self, features: Tensor, *parameters: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        output, *statistics = OPERATOR(features, *parameters, self.groups, self.eps, self.backend)
-        self.statistics = tuple(statistics)
-        return output, (features, *parameters)
-
-    def vjp(self, gradient: Tensor, *saved: Tensor) -> Tensor:
-        features: Tensor = self._backward(gradient, *saved, True, False)[0]
-        return features
-
-    def parameter_gradients(
-        self, gradient: Tensor, features: Tensor | None, read: tuple[Tensor, ...], wanted: list[bool]
-    ) -> tuple[Tensor | None, ...]:
-        assert features is not None
-        gradients = self._backward(gradient, features, *read, False, True)[1:]
-        return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
-
-    def _backward(self, gradient: Tensor, *others: Any) -> Any:
-        *saved, in_image, in_parameters = others
-        return OPERATOR_BACKWARD(
-            gradient, *saved, *self.statistics, self.groups, self.eps, in_image, in_parameters, self.backend
-        )
-
-
-def _group_norm_prelu(
-    graph: Rematerialized,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    slope: Tensor,
-    groups: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, ...] | None:
-    layer, parameters = _GroupNormPrelu(groups, eps, backend), (weight, bias, slope)
-    output = _apply(layer, graph.recipe(input), input, *parameters)
-    if output is None:
-        return None
-
-    def call(features: Tensor, *parameters: Tensor) -> Tensor:
-        result: Tensor = OPERATOR(features, *parameters, groups, eps, backend)[0]
-        return result
-
-    return graph.remember(output, call, input, *parameters), *layer.statistics
-
-
 def _cat(graph: Rematerialized, tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
     tensors = tuple(tensors)
     output = torch.cat(tensors, dim)
@@ -513,6 +455,5 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.relu: _relu,
     F.max_pool2d: _max_pool2d,
     F.group_norm: _group_norm,
-    OPERATOR: _group_norm_prelu,
     torch.cat: _cat,
 }

@@ -13,7 +13,6 @@ from .diffraction import (
 )
 from .faces import BackendUnavailableError, available
 from .fourier import fourier_adjoint, fourier_forward, fourier_gradient
-from .group_norm_prelu import group_norm_prelu
 from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient
 from .red_update import RedUpdate, red_update
 
@@ -31,7 +30,6 @@ __all__ = [
     "fourier_gradient",
     "gram_matrices",
     "gram_shape",
-    "group_norm_prelu",
     "normal_matrices",
     "radon_adjoint",
     "radon_backproject",

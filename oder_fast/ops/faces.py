@@ -66,7 +66,7 @@ class _Triton:
 
 
 Face = _Compiled | _Triton
-STEMS = ("diffraction", "fourier", "group_norm_prelu", "radon", "red_update")
+STEMS = ("diffraction", "fourier", "radon", "red_update")
 
 
 def _import(name: str) -> ModuleType | str:
