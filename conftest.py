@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from oder_fast.ops import faces
+from oder_fast.ops import backends
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
-def _cpu_faces() -> list[str]:
+def _cpu_builds() -> list[str]:
     try:
         baseline = importlib.import_module("oder_fast._cpu_baseline")
     except ImportError:
@@ -41,22 +41,22 @@ def _cpu_faces() -> list[str]:
     return [f"cpu-{isa}" for isa in baseline.supported_isas()]
 
 
-COMPILED = _cpu_faces()
-FACES = [*COMPILED, *(["cuda", "triton"] if torch.cuda.is_available() else [])]
+COMPILED = _cpu_builds()
+BUILDS = [*COMPILED, *(["cuda", "triton"] if torch.cuda.is_available() else [])]
 
 
-class Face:
-    """A face under test: how to call it, and where its tensors live."""
+class Build:
+    """A backend under test: how to call it, and where its tensors live."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.backend = name.split("-")[0]
         self.device = "cuda" if self.backend in ("cuda", "triton") else "cpu"
-        self.dtypes = faces.DTYPES[self.backend]
+        self.dtypes = backends.DTYPES[self.backend]
 
-    def __enter__(self) -> Face:
+    def __enter__(self) -> Build:
         self._context = (
-            faces.use_module("cpu", importlib.import_module(f"oder_fast._{self.name.replace('-', '_')}"))
+            backends.use_module("cpu", importlib.import_module(f"oder_fast._{self.name.replace('-', '_')}"))
             if self.backend == "cpu"
             else nullcontext()
         )
@@ -67,10 +67,10 @@ class Face:
         self._context.__exit__(*error)
 
 
-@pytest.fixture(params=FACES)
-def face(request: pytest.FixtureRequest) -> Face:
-    """Every face that runs here: each instruction set of the C++ one, and on a GPU the CUDA and Triton ones."""
-    with Face(request.param) as result:
+@pytest.fixture(params=BUILDS)
+def build(request: pytest.FixtureRequest) -> Build:
+    """Every backend that runs here: each instruction set of the C++ one, and on a GPU the CUDA and Triton ones."""
+    with Build(request.param) as result:
         yield result
 
 

@@ -1,4 +1,4 @@
-"""Build the compiled faces with ninja: C++ always, CUDA where nvcc is found (ODER_FAST_CUDA=auto|1|0)."""
+"""Build the compiled backends with ninja: C++ always, CUDA where nvcc is found (ODER_FAST_CUDA=auto|1|0)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 class NinjaBuild(build_ext):
-    """Compile every face into a module without torch: raw pointers through pybind11."""
+    """Compile every backend into a module without torch: raw pointers through pybind11."""
 
     def run(self) -> None:
         tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"

@@ -134,22 +134,22 @@ def name_of(case: tuple[int, ...]) -> str:
     return f"{lights} illuminations, {slices} x {size}x{size}"
 
 
-def add_both(report, face: str, shape: str, times: dict[str, float], error: float | None = None) -> None:
+def add_both(report, backend: str, shape: str, times: dict[str, float], error: float | None = None) -> None:
     ours, gram = times.pop("ours"), times.pop("gram")
-    report.add("diffraction_gradient", face, shape, ours, peers=times, error=error)
-    report.add("diffraction_gram", face, shape, gram, peers=times)
+    report.add("diffraction_gradient", backend, shape, ours, peers=times, error=error)
+    report.add("diffraction_gram", backend, shape, gram, peers=times)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_gradient(report, face, one_thread, case):
-    if case != CASES[0] and face.name == "cpu-baseline":
-        pytest.skip("long enough with the other faces")
+def test_gradient(report, build, one_thread, case):
+    if case != CASES[0] and build.name == "cpu-baseline":
+        pytest.skip("long enough with the other backends")
     scan = Scan(*case)
-    scan.operator.backend = face.backend
+    scan.operator.backend = build.backend
     error = scan.check()
     report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
     rounds = 5 if case == CASES[0] else 2
-    add_both(report, face.name, name_of(case), in_turn(scan.candidates(), 4, rounds), error)
+    add_both(report, build.name, name_of(case), in_turn(scan.candidates(), 4, rounds), error)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="settings of the GNU C library")
@@ -158,8 +158,8 @@ def test_gradient_with_an_allocator_that_keeps_memory(report, case):
     report.benchmark.pedantic(lambda: None)
     command = [sys.executable, __file__, *map(str, case)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **KEEP})
-    face = f"cpu-{oder_fast.build_info()['cpu']['isa']}"
-    add_both(report, face, f"{name_of(case)}, allocator keeps memory", json.loads(done.stdout))
+    backend = f"cpu-{oder_fast.build_info()['cpu']['isa']}"
+    add_both(report, backend, f"{name_of(case)}, allocator keeps memory", json.loads(done.stdout))
 
 
 def test_minibatches(report, one_thread):

@@ -1,4 +1,4 @@
-"""Parallel MRI: our faces against plain torch.fft, centred transforms, sigpy and deepinv.
+"""Parallel MRI: our backends against plain torch.fft, centred transforms, sigpy and deepinv.
 
 Floors at 16 coils of 320 x 320, R = 4 (complex64): coil maps 13.1 MB and samples 3.3 MB read once, the image twice;
 two transforms of 80 radix operations a point: 0.16 GFLOP. On a CPU core with AVX2 (32 flops a cycle at best, about 10
@@ -113,9 +113,9 @@ def name_of(case: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_gradient_of_lines(report, face, one_thread, case):
+def test_gradient_of_lines(report, build, one_thread, case):
     scan = Scan(*case)
-    scan.operator.backend = face.backend
+    scan.operator.backend = build.backend
     error = scan.check()
     report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
     times = in_turn({"ours": scan.ours, "torch.fft": scan.plain, "centred torch.fft": scan.centred}, 4)
@@ -123,7 +123,7 @@ def test_gradient_of_lines(report, face, one_thread, case):
     points = scan.maps.numel() * case[0]
     report.add(
         "fourier_gradient",
-        face.name,
+        build.name,
         f"{name_of(case)}, R=4 lines",
         seconds,
         rate=f"{points / seconds / 1e9:.2f}e9 coil pixels/s",
@@ -156,15 +156,15 @@ def test_gradient_with_an_allocator_that_keeps_memory(report, case):
         )
 
 
-def test_gradient_of_points(report, face, one_thread):
+def test_gradient_of_points(report, build, one_thread):
     scan = Scan(*CASES[0], points=True)
-    scan.operator.backend = face.backend
+    scan.operator.backend = build.backend
     error = scan.check()
     report.benchmark.pedantic(scan.ours, rounds=3, warmup_rounds=1)
     times = in_turn({"ours": scan.ours, "torch.fft": scan.plain, "centred torch.fft": scan.centred}, 4)
     seconds = times.pop("ours")
     report.add(
-        "fourier_gradient", face.name, f"{name_of(CASES[0])}, R=4 points", seconds, peers=times, error=error
+        "fourier_gradient", build.name, f"{name_of(CASES[0])}, R=4 points", seconds, peers=times, error=error
     )
 
 

@@ -1,4 +1,4 @@
-"""CT: our faces against ASTRA's CPU projector and against grid_sample in plain PyTorch.
+"""CT: our backends against ASTRA's CPU projector and against grid_sample in plain PyTorch.
 
 Floors on one core, for H = W = 512, D = 729, V = 180 (67e6 interpolations forward): an interpolation of a vector
 of rays takes two permutes, two multiply-adds, two loads and about six more vector operations; memory is 1 MB of
@@ -80,13 +80,13 @@ class GridSampleRadon:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_radon_forward(report, face, one_thread, generator, batch):
+def test_radon_forward(report, build, one_thread, generator, batch):
     x = torch.rand(batch, N, N, generator=generator)
     angles = angles_over(VIEWS)
     few = torch.arange(0, VIEWS, 20)
 
     def ours():
-        return oder_fast.radon_forward(x, angles, BINS, backend=face.backend)
+        return oder_fast.radon_forward(x, angles, BINS, backend=build.backend)
 
     expected = oder_fast.radon_forward(x.double(), angles[few], BINS, backend="reference")
     error = relative_error(ours()[:, few], expected)
@@ -102,7 +102,7 @@ def test_radon_forward(report, face, one_thread, generator, batch):
     seconds = times.pop("ours") / batch
     report.add(
         "radon_forward",
-        face.name,
+        build.name,
         f"{batch} x {N}x{N}, {BINS} bins, {VIEWS} views, per image",
         seconds,
         rate=f"{N * BINS * VIEWS / seconds / 1e9:.1f}e9 interpolations/s",
@@ -112,12 +112,12 @@ def test_radon_forward(report, face, one_thread, generator, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_radon_adjoint(report, face, one_thread, generator, batch):
+def test_radon_adjoint(report, build, one_thread, generator, batch):
     y = torch.rand(batch, VIEWS, BINS, generator=generator)
     angles = angles_over(VIEWS)
 
     def ours():
-        return oder_fast.radon_adjoint(y, angles, (N, N), backend=face.backend)
+        return oder_fast.radon_adjoint(y, angles, (N, N), backend=build.backend)
 
     error = relative_error(
         ours()[:1], oder_fast.radon_adjoint(y[:1].double(), angles, (N, N), backend="reference")
@@ -134,7 +134,7 @@ def test_radon_adjoint(report, face, one_thread, generator, batch):
     seconds = times.pop("ours") / batch
     report.add(
         "radon_adjoint",
-        face.name,
+        build.name,
         f"{batch} x {N}x{N}, {BINS} bins, {VIEWS} views, per image",
         seconds,
         rate=f"{N * N * VIEWS / seconds / 1e9:.1f}e9 pixel-views/s",
@@ -143,7 +143,7 @@ def test_radon_adjoint(report, face, one_thread, generator, batch):
     )
 
 
-def test_radon_gradient_of_a_minibatch(report, face, one_thread, generator):
+def test_radon_gradient_of_a_minibatch(report, build, one_thread, generator):
     n_views = 90
     x = torch.rand(1, N, N, generator=generator)
     angles = angles_over(n_views)
@@ -152,7 +152,7 @@ def test_radon_gradient_of_a_minibatch(report, face, one_thread, generator):
     plain = GridSampleRadon(N, BINS, angles)
 
     def ours():
-        return oder_fast.radon_gradient(x, y, angles, views, backend=face.backend)
+        return oder_fast.radon_gradient(x, y, angles, views, backend=build.backend)
 
     error = relative_error(
         ours(), oder_fast.radon_gradient(x.double(), y.double(), angles, views, backend="reference")
@@ -174,7 +174,7 @@ def test_radon_gradient_of_a_minibatch(report, face, one_thread, generator):
     )
     seconds = times.pop("ours")
     shape = f"1 x {N}x{N}, {BINS} bins, 30 of {n_views} views"
-    report.add("radon_gradient", face.name, shape, seconds, peers=times, error=error)
+    report.add("radon_gradient", build.name, shape, seconds, peers=times, error=error)
 
 
 def test_two_threads(report, generator):
@@ -363,13 +363,13 @@ def name_of(scan) -> str:
     return f"{batch} x {size}x{size}, {n_bins} bins, {n_views} views"
 
 
-def both_faces(call):
+def both_backends(call):
     """From a call with a backend to candidates."""
     return {backend: lambda k, backend=backend: call(k, backend) for backend in ("cuda", "triton")}
 
 
 def check(candidates, expected) -> float:
-    """Compare every candidate with the reference in float64; return the error of the CUDA face."""
+    """Compare every candidate with the reference in float64; return the error of the CUDA backend."""
     errors = {name: relative_error(call(0), expected) for name, call in candidates.items()}
     assert max(errors.values()) < TOLERANCE[torch.float32], errors
     return errors["cuda"]
@@ -383,7 +383,7 @@ def test_gpu_forward(report, generator, scan):
     on_gpu, work = angles.cuda(), forward_work(batch, size, n_bins, angles)
     x = torch.rand(batch, size, size, generator=generator).cuda()
     xs = rotated(x, work[0].bytes)
-    ours = both_faces(lambda k, backend: oder_fast.radon_forward(xs[k], on_gpu, n_bins, backend=backend))
+    ours = both_backends(lambda k, backend: oder_fast.radon_forward(xs[k], on_gpu, n_bins, backend=backend))
     error = check(ours, reference.radon_forward(x.double(), angles, n_bins))
     report.benchmark.pedantic(lambda: None)
     candidates = ours | {
@@ -405,7 +405,7 @@ def test_gpu_adjoint(report, generator, scan):
     on_gpu, work = angles.cuda(), adjoint_work(batch, size, n_bins, angles)
     y = torch.rand(batch, n_views, n_bins, generator=generator).cuda()
     ys = rotated(y, work[0].bytes)
-    ours = both_faces(
+    ours = both_backends(
         lambda k, backend: oder_fast.radon_adjoint(ys[k], on_gpu, (size, size), backend=backend)
     )
     error = check(ours, reference.radon_adjoint(y.double(), angles, size, size))
@@ -429,7 +429,9 @@ def test_gpu_gradient(report, generator, scan):
     x = torch.rand(batch, size, size, generator=generator).cuda()
     y = torch.rand(batch, n_views, n_bins, generator=generator).cuda()
     sets = rotated((x, y), work[0].bytes)
-    ours = both_faces(lambda k, backend: oder_fast.radon_gradient(*sets[k], on_gpu, chosen, backend=backend))
+    ours = both_backends(
+        lambda k, backend: oder_fast.radon_gradient(*sets[k], on_gpu, chosen, backend=backend)
+    )
 
     def view_by_view(x, y):
         residual = reference.radon_forward(x, used, n_bins) - y.index_select(1, chosen)

@@ -17,12 +17,12 @@ SHAPE = (1, 2048, 2048)  # 16 MB
 
 
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-def test_red_update(report, face, one_thread, generator, momentum):
+def test_red_update(report, build, one_thread, generator, momentum):
     x, g, d, last, out = (torch.randn(SHAPE, generator=generator) for _ in range(5))
     options = {"previous": last, "momentum": 0.5} if momentum else {}
 
     def ours():
-        return oder_fast.red_update(x, g, d, 0.1, 1.5, **options, backend=face.backend)
+        return oder_fast.red_update(x, g, d, 0.1, 1.5, **options, backend=build.backend)
 
     def eager():
         new = (x - 0.1 * (g + 1.5 * (x - d))).clamp(min=0)
@@ -49,7 +49,7 @@ def test_red_update(report, face, one_thread, generator, momentum):
     rate = moved / times["ours"]
     report.add(
         "red_update",
-        face.name,
+        build.name,
         "1 x 2048x2048" + (", momentum" if momentum else ""),
         times["ours"],
         rate=f"{rate / 1e9:.1f} GB/s",

@@ -29,7 +29,7 @@ SHARE = 0.002
 
 
 class Step:
-    """A training step with the operator on one face or another, from the same weights with the same minibatches."""
+    """A training step with the operator on one backend or another, from the same weights with the same minibatches."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -89,11 +89,15 @@ def test_gpu_step(report, monkeypatch):
     # Rounding to TF32 would make of the last bit of an operator something that can be seen.
     with monkeypatch.context() as exact:
         exact.setattr(torch.backends.cudnn, "allow_tf32", False)
-        gradients = {face: step.gradient(face, 5) for face in ("cuda", "triton", "reference")}
-    errors = {face: relative_error(gradients[face], gradients["reference"]) for face in ("cuda", "triton")}
+        gradients = {backend: step.gradient(backend, 5) for backend in ("cuda", "triton", "reference")}
+    errors = {
+        backend: relative_error(gradients[backend], gradients["reference"]) for backend in ("cuda", "triton")
+    }
     assert max(errors.values()) < 1e-3, errors
     report.benchmark.pedantic(lambda: None)
-    candidates = {face: lambda _, face=face: step.run(face) for face in ("cuda", "triton", "reference")}
+    candidates = {
+        backend: lambda _, backend=backend: step.run(backend) for backend in ("cuda", "triton", "reference")
+    }
     candidates["by proximal steps, 10 + 20 at most"] = lambda _: step.run_proximal()
     candidates["the denoiser alone"] = lambda _: denoiser_alone(step.unet, step.start, step.optimizer)
     torch.cuda.reset_peak_memory_stats()

@@ -18,11 +18,11 @@ TABLE: list[dict[str, object]] = []
 
 
 @pytest.fixture
-def face(face):
-    """The C++ faces: what runs on a GPU is timed by the benches named test_gpu."""
-    if face.device != "cpu":
-        pytest.skip(f"the {face.name} face is timed by test_gpu")
-    return face
+def build(build):
+    """The C++ backends: what runs on a GPU is timed by the benches named test_gpu."""
+    if build.device != "cpu":
+        pytest.skip(f"the {build.name} backend is timed by test_gpu")
+    return build
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ class Report:
     def add(
         self,
         op: str,
-        face: str,
+        backend: str,
         shape: str,
         seconds: float | None,
         *,
@@ -52,7 +52,7 @@ class Report:
         ratios = {name: round(t / (seconds or 1), 2) for name, t in (peers or {}).items()}
         row = {
             "op": op,
-            "face": face,
+            "backend": backend,
             "shape": shape,
             "ms": None if seconds is None else float(f"{seconds * 1e3:.4g}"),
             "rate": rate,
@@ -126,11 +126,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not TABLE:
         return
     terminalreporter.section("throughput (medians; ratios to peers timed in turn in the same run)")
-    header = ("op", "face", "shape", "ms", "rate", "times as fast as", "note")
+    header = ("op", "backend", "shape", "ms", "rate", "times as fast as", "note")
     rows = [
         (
             str(r["op"]),
-            str(r["face"]),
+            str(r["backend"]),
             str(r["shape"]),
             "" if r["ms"] is None else f"{r['ms']:.4g}",
             str(r["rate"]),

@@ -220,15 +220,15 @@ def add_row(
     work: Sequence[Work],
     error: float | None = None,
     note: str = "",
-    face: str = "cuda",
+    backend: str = "cuda",
 ) -> None:
-    """Add the row of a face, ``times[face]``, beside its peers and its floor."""
+    """Add the row of a backend, ``times[backend]``, beside its peers and its floor."""
     peers = dict(times)
-    seconds, by_call = peers.pop(face), peers.pop("call by call", None)
+    seconds, by_call = peers.pop(backend), peers.pop("call by call", None)
     least, binds = floor(work, machine())
     notes = [f"{100 * least / seconds:.0f} % of its floor, {1e6 * least:.1f} us by {binds}"]
     if by_call is not None:
         notes.append(f"{1e6 * by_call:.0f} us called without a graph")
     if note:
         notes.append(note)
-    report.add(op, face, shape, seconds, peers=peers, error=error, note="; ".join(notes))
+    report.add(op, backend, shape, seconds, peers=peers, error=error, note="; ".join(notes))

@@ -3,8 +3,8 @@
     compute-sanitizer python benches/launch_kernels.py small
     ncu --profile-from-start off python benches/launch_kernels.py paper
 
-`small` runs every operator's CUDA face at the shapes of the operator tests and at those that need several tiles. `paper`
-runs each operator at the paper's sizes, on the CUDA face and then on the Triton one; only the second of two calls of each
+`small` runs every operator's CUDA backend at the shapes of the operator tests and at those that need several tiles. `paper`
+runs each operator at the paper's sizes, on the CUDA backend and then on the Triton one; only the second of two calls of each
 lies between the profiler's start and stop.
 """
 
@@ -24,14 +24,14 @@ import bench_fourier
 import bench_radon
 import oder_fast
 from oder_fast import ops
-from oder_fast.ops import faces
+from oder_fast.ops import backends
 from oder_fast.testing import CASES, angles_over
 
 
 def tiled_shapes() -> dict[str, tuple[dict, ...]]:
-    """Return the shapes of tests/test_gpu_faces.py that need several tiles, by the first word of the operators."""
-    path = Path(__file__).resolve().parents[1] / "tests" / "test_gpu_faces.py"
-    spec = importlib.util.spec_from_file_location("test_gpu_faces", path)
+    """Return the shapes of tests/test_gpu_backends.py that need several tiles, by the first word of the operators."""
+    path = Path(__file__).resolve().parents[1] / "tests" / "test_gpu_backends.py"
+    spec = importlib.util.spec_from_file_location("test_gpu_backends", path)
     assert spec is not None
     assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
@@ -50,7 +50,7 @@ def small(backend: str, device: str, large: bool = True) -> int:
     more = tiled_shapes() if large else {}
     for case in CASES:
         shapes = (*case.shapes, *(case.large if large else ()), *more.get(case.name.partition("_")[0], ()))
-        for shape, dtype in itertools.product(shapes, filter(case.takes, faces.DTYPES[backend])):
+        for shape, dtype in itertools.product(shapes, filter(case.takes, backends.DTYPES[backend])):
             args, options = case.make_inputs(shape, dtype, device, generator)
             result = case.function(*args, **options, backend=backend)
             for value in [result] if isinstance(result, torch.Tensor) else result:

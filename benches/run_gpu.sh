@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a machine with an NVIDIA GPU is needed for, in one command, within ten minutes and without a network: build, every
-# test with the GPU's faces, compute-sanitizer, the benches for GPUs and a summary of every kernel by ncu.
+# test with the GPU's backends, compute-sanitizer, the benches for GPUs and a summary of every kernel by ncu.
 #
 #   benches/run_gpu.sh [WHEELS]
 #
@@ -147,7 +147,7 @@ build() {
 import oder_fast
 info = oder_fast.build_info()
 print(oder_fast.__file__, info)
-assert info["faces"]["cuda"] == info["faces"]["triton"] == "available", info["faces"]'
+assert info["backends"]["cuda"] == info["backends"]["triton"] == "available", info["backends"]'
 }
 
 # One process of pytest: a file, and which of its tests.
@@ -177,7 +177,7 @@ tests() {
   # shellcheck disable=SC2016
   for file in tests/test_*.py; do
     case $file in
-      # What takes longest, in parts: each face by itself, and kernels that Triton compiles shared among several.
+      # What takes longest, in parts: each backend by itself, and kernels that Triton compiles shared among several.
       tests/test_operators.py)
         parts "cuda and not triton" "not cuda and not triton" "triton and fourier" "triton and not fourier and not radon" \
           "triton and not fourier and radon and red_update" "triton and not fourier and radon and not red_update"
@@ -185,7 +185,7 @@ tests() {
       tests/test_on_gpu.py)
         parts "cuda and not triton" "not cuda and not triton" "triton and graph" "triton and not graph"
         ;;
-      tests/test_gpu_faces.py)
+      tests/test_gpu_backends.py)
         parts "cuda and compiles" "cuda and not compiles" "triton and not cuda" "not cuda and not triton"
         ;;
       tests/test_trainer.py) parts "process" "killed and not process" "not process and not killed" ;;

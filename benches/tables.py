@@ -34,14 +34,14 @@ def table(data: dict) -> str:
         f"{data['machine']}; torch {data['versions']['torch']}; {data['date']}. Medians; peers timed in turn in "
         "the same run, after the results were found equal.",
         "",
-        "| operator | face | case | ms | rate | times as fast as | note |",
+        "| operator | backend | case | ms | rate | times as fast as | note |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
         ratio = ", ".join(f"{name} {value:g}x" for name, value in row["ratio"].items())
         time = "" if row["ms"] is None else f"{row['ms']:.3g}"
         lines.append(
-            f"| `{row['op']}` | {row['face']} | {row['shape']} | {time} | {row['rate']} | {ratio} | {row['note']} |"
+            f"| `{row['op']}` | {row['backend']} | {row['shape']} | {time} | {row['rate']} | {ratio} | {row['note']} |"
         )
     return "\n".join(lines)
 

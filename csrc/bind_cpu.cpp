@@ -1,10 +1,10 @@
-// Bindings of the C++ faces: tensors arrive as addresses, null as 0, and the number of threads last. Arguments
-// without a name are workspaces of the GPU faces.
+// Bindings of the C++ backends: tensors arrive as addresses, null as 0, and the number of threads last. Arguments
+// without a name are workspaces of the GPU backends.
 #include <pybind11/pybind11.h>
 
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 
 namespace {
 

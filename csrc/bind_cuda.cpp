@@ -1,4 +1,4 @@
-// Bindings of the CUDA faces: tensors arrive as addresses, null as 0, and the stream last.
+// Bindings of the CUDA backends: tensors arrive as addresses, null as 0, and the stream last.
 #include <pybind11/pybind11.h>
 
 #include <limits>

@@ -1,4 +1,4 @@
-// Vectors of complex numbers, and memory that threads keep: what the C++ faces of transforms share.
+// Vectors of complex numbers, and memory that threads keep: what the C++ backends of transforms share.
 #pragma once
 
 #include <cstdint>

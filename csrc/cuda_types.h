@@ -1,4 +1,4 @@
-// The dtypes of the CUDA faces: storage in 4 or 2 bytes, arithmetic in float.
+// The dtypes of the CUDA backends: storage in 4 or 2 bytes, arithmetic in float.
 #pragma once
 
 #include <cstring>

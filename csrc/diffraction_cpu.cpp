@@ -1,4 +1,4 @@
-// C++ face of diffraction: intensity diffraction tomography among spectra.
+// C++ backend of diffraction: intensity diffraction tomography among spectra.
 //
 // Computes        spectra of slices; half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z;
 //                 the conjugate transpose G_z = 2 sum_l conj(h_lz) S_l; (L / |B|) 2 sum_l conj(h_lz) (S_l - Y_l); the
@@ -18,7 +18,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 #include "diffraction_planes_cpu.h"
 
 namespace oder {

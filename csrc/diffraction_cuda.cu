@@ -237,7 +237,7 @@ struct Functions {
   }
 };
 
-// CUDA face of diffraction_forward, diffraction_adjoint and diffraction_gradient.
+// CUDA backend of diffraction_forward, diffraction_adjoint and diffraction_gradient.
 //
 // Computes        kForward: half spectra of intensities S_l(u) = t_l(u) + conj t_l(-u), t_l = sum_z h_lz X_z. kAdjoint:
 //                 its conjugate transpose G_z = 2 sum_l conj(h_lz) S_l. kNormal: (L / |B|) 2 sum_l conj(h_lz) (S_l -
@@ -361,7 +361,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, (Whole && Even) ? 8 : 6)
   }
 }
 
-// CUDA face of diffraction_gram.
+// CUDA backend of diffraction_gram.
 //
 // Computes        the same gradient with all illuminations: at each frequency u a Hermitian Toeplitz matrix of auto(u)
 //                 times X(u), plus pairs(u) times conj X(-u) where pairs has u, less the data.

@@ -1,4 +1,4 @@
-// What the CUDA face of diffraction offers to the bindings.
+// What the CUDA backend of diffraction offers to the bindings.
 #pragma once
 
 #include "diffraction.h"

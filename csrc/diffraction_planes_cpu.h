@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 #include "transform_cpu.h"
 
 namespace oder {

@@ -1,4 +1,4 @@
-// C++ face of fourier: coil-weighted Cartesian Fourier sampling, its adjoint and gradient.
+// C++ backend of fourier: coil-weighted Cartesian Fourier sampling, its adjoint and gradient.
 //
 // Computes        samples = M F (S_c x), its conjugate transpose, and (C / |B|) sum over the coils of B of
 //                 conj(S_c) F^H M (F S_c x - y_c).
@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 #include "transform_cpu.h"
 
 namespace oder {

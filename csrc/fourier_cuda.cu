@@ -342,7 +342,7 @@ struct Lines {
   float image_scale;
 };
 
-// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along one axis.
+// CUDA backend of fourier_forward, fourier_adjoint and fourier_gradient along one axis.
 //
 // Computes        kForward: samples[b,u,l,j] = scale * sum_i w^(line[l] i) S[c,i,j] x[b,i,j], w = exp(-2 pi i / n), c =
 //                 coils[u]. kAdjoint: its conjugate transpose. kNormal: that of the forward result less the measured
@@ -490,7 +490,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, Long ? 2 : 3)
   }
 }
 
-// CUDA face of fourier_forward, fourier_adjoint and fourier_gradient along the other axis, of a mask.
+// CUDA backend of fourier_forward, fourier_adjoint and fourier_gradient along the other axis, of a mask.
 //
 // Computes        kForward: samples[b,u,m,k] = mask[b,m,k] scale sum_j w^(m j) workspace[b,u,k,j], w = exp(-2 pi i /
 //                 width). kAdjoint: workspace, by its conjugate transpose. kNormal: that of the forward result less the

@@ -1,4 +1,4 @@
-// What the CUDA face of fourier offers to the bindings.
+// What the CUDA backend of fourier offers to the bindings.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// C++ face of radon_forward, radon_adjoint, radon_backproject and radon_gradient.
+// C++ backend of radon_forward, radon_adjoint, radon_backproject and radon_gradient.
 //
 // Computes        Joseph's projection and its exact transpose as oder_fast/reference/radon.py defines them. Views that
 //                 march along columns work on transposed tiles, views whose positions fall with the bin on reversed
@@ -22,7 +22,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 #include "radon.h"
 #include "vec.h"
 

@@ -248,7 +248,7 @@ ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& sc
   } while (++strip < last_strip);
 }
 
-// CUDA face of radon_forward, first stage.
+// CUDA backend of radon_forward, first stage.
 //
 // Computes        sums[g,b,v,d] = step_v * pixel_size * sum over the lines m of group g of the image at ray d's
 //                 crossing of line m, interpolated linearly (oder_fast/reference/radon.py); radon_combine adds up the
@@ -304,7 +304,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   }
 }
 
-// CUDA face of radon_forward, second stage; residual of radon_gradient.
+// CUDA backend of radon_forward, second stage; residual of radon_gradient.
 //
 // Computes        out[b,v,d] = sum_g sums[g,b,v,d] - measured[b,views[v],d]; measured counts as zero where it is null
 //                 and where the view is out of range.
@@ -449,7 +449,7 @@ ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bin
   }
 }
 
-// CUDA face of radon_adjoint, radon_backproject, and of the second half of radon_gradient.
+// CUDA backend of radon_adjoint, radon_backproject, and of the second half of radon_gradient.
 //
 // Computes        image[b,i,j] = sum_v scale_v sum_d max(0, 1 - abs(d - u_v(i,j)) sigma_v) sinogram[b,v,d] with the bin
 //                 coordinate u of the pixel: the exact transpose of radon_forward where `matched`, linear interpolation

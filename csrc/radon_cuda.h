@@ -1,4 +1,4 @@
-// What the CUDA face of radon offers to the bindings.
+// What the CUDA backend of radon offers to the bindings.
 #pragma once
 
 #include "radon.h"

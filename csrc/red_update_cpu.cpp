@@ -1,4 +1,4 @@
-// C++ face of red_update.
+// C++ backend of red_update.
 //
 // Computes        updated, extrapolated and the three reductions of the contract, in one pass over memory.
 // Thread mapping  images one after another; each cut into runs of kRun numbers, a static share to each thread.
@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "cpu_faces.h"
+#include "cpu_backend.h"
 #include "vec.h"
 
 namespace oder {

@@ -55,7 +55,7 @@ ODER_DEVICE void red_block_sums(double sums[3]) {
   }
 }
 
-// CUDA face of red_update.
+// CUDA backend of red_update.
 //
 // Computes        updated = P(x - step (g + tau (x - denoised))), extrapolated = updated + momentum (updated -
 //                 previous), and for each part of an image the sums of (updated - x)^2, updated^2 and (x - updated)

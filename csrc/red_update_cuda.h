@@ -1,4 +1,4 @@
-// What the CUDA face of red_update offers to the bindings.
+// What the CUDA backend of red_update offers to the bindings.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The discrete Fourier transform of any length along vectors, a vector of numbers of as many transforms at a time: what
-// the C++ faces that need one share.
+// the C++ backends that need one share.
 #pragma once
 
 #include <algorithm>

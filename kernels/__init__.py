@@ -1,1 +1,1 @@
-"""Triton faces of the operators; imported as `oder_fast.kernels`."""
+"""Triton backends of the operators; imported as `oder_fast.kernels`."""

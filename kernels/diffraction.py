@@ -1,4 +1,4 @@
-"""Triton face of diffraction_forward, diffraction_adjoint, diffraction_gradient and diffraction_gram."""
+"""Triton backend of diffraction_forward, diffraction_adjoint, diffraction_gradient and diffraction_gram."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton face of fourier_forward, fourier_adjoint and fourier_gradient."""
+"""Triton backend of fourier_forward, fourier_adjoint and fourier_gradient."""
 
 from __future__ import annotations
 

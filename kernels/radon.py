@@ -1,4 +1,4 @@
-"""Triton face of radon_forward, radon_adjoint, radon_backproject and radon_gradient."""
+"""Triton backend of radon_forward, radon_adjoint, radon_backproject and radon_gradient."""
 
 from __future__ import annotations
 

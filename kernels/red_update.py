@@ -1,4 +1,4 @@
-"""Triton face of red_update."""
+"""Triton backend of red_update."""
 
 from __future__ import annotations
 

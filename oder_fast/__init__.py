@@ -122,17 +122,17 @@ def build_info() -> dict[str, Any]:
     """Tell what was built and what runs here.
 
     Returns:
-        ``version``; ``faces``: for each face ``"available"`` or the reason why it is not; ``cpu``: the compiler,
+        ``version``; ``backends``: for each backend ``"available"`` or the reason why it is not; ``cpu``: the compiler,
         the instruction sets built and the one in use; ``cuda``: whether the CUDA kernels were built, by which
         compiler, for which architectures, or the reason why not.
 
     Example:
-        >>> build_info()["faces"]["reference"]
+        >>> build_info()["backends"]["reference"]
         'available'
     """
     recorded = Path(__file__).with_name("_build_info.json")
     built: dict[str, dict[str, Any]] = (
         json.loads(recorded.read_text()) if recorded.exists() else {"cpu": {}, "cuda": {"built": False}}
     )
-    built["cpu"]["isa"] = ops.faces.cpu_isa()
-    return {"version": __version__, "faces": ops.available(), **built}
+    built["cpu"]["isa"] = ops.backends.cpu_isa()
+    return {"version": __version__, "backends": ops.available(), **built}

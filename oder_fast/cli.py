@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
     _add_reconstruct(commands)
-    info = commands.add_parser("info", help="say what was built, and why a face is missing")
+    info = commands.add_parser("info", help="say what was built, and why a backend is missing")
     info.set_defaults(run=_info)
     return parser
 

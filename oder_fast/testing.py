@@ -45,7 +45,7 @@ class OpCase:
             argument, for linear operators.
         real: Whether it takes real images.
         complex: Whether it takes complex ones.
-        large: Shapes too slow for interpreted kernels: vector and tile boundaries of the C++ face, at least one with
+        large: Shapes too slow for interpreted kernels: vector and tile boundaries of the C++ backend, at least one with
             work for several threads.
         tiny: A shape for finite differences.
     """
@@ -199,7 +199,7 @@ def in_turn(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-# Sizes around the tiles and vectors of every face; every detector that changes the path through a kernel.
+# Sizes around the tiles and vectors of every backend; every detector that changes the path through a kernel.
 RADON_SHAPES = (
     {"image": (1, 5, 7), "angles": angles_over(1), "bins": 1},
     {"image": (2, 16, 16), "angles": angles_over(8, 2 * math.pi), "bins": 23},
@@ -215,7 +215,7 @@ RADON_SHAPES = (
     {"image": (2, 7, 9), "angles": angles_over(4, start=0.2), "bins": 40, "spacing": 1e-3, "offset": 0.4},
     {"image": (1, 9, 9), "angles": torch.tensor([math.pi / 4, 3 * math.pi / 4, math.pi / 2]), "bins": 13},
 )
-# What only vector and tile boundaries of the C++ face meet; too slow for interpreted kernels.
+# What only vector and tile boundaries of the C++ backend meet; too slow for interpreted kernels.
 RADON_LARGE_SHAPES = (
     {"image": (5, 65, 67), "angles": angles_over(9), "bins": 95},
     {"image": (1, 130, 70), "angles": angles_over(70), "bins": 150, "spacing": 0.8, "offset": -2.0},

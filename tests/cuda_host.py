@@ -1,4 +1,4 @@
-"""Build the CUDA faces for the host (csrc/cuda_host.h), so that tests can run their kernels without a GPU."""
+"""Build the CUDA backends for the host (csrc/cuda_host.h), so that tests can run their kernels without a GPU."""
 
 from __future__ import annotations
 

@@ -401,8 +401,8 @@ def test_cell_like():
     # Granules alone absorb; most of a volume is medium, and its border is nothing else.
     assert 0 < (kappa > 0).float().mean() < 0.05
     assert 0.03 < (contrast != 0).float().mean() < 0.6
-    for face in (contrast[:, :, 0], contrast[:, :, -1], contrast[..., 0], contrast[..., -1]):
-        assert face.abs().max() == 0
+    for side in (contrast[:, :, 0], contrast[:, :, -1], contrast[..., 0], contrast[..., -1]):
+        assert side.abs().max() == 0
     # Slices show different parts of it, volumes different cells.
     occupied = contrast.abs().amax((2, 3)) > 0
     assert (occupied.sum(1) >= 5).all()

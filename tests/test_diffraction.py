@@ -102,7 +102,7 @@ def test_the_gradient_of_the_data(generator):
 
 @pytest.mark.parametrize("size", [(8, 9), (15, 16), (16, 16), (33, 40)])
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_gram_matrices_give_the_full_gradient(size, n, face, generator):
+def test_gram_matrices_give_the_full_gradient(size, n, build, generator):
     idt = scan(*size, n=n, spacing=1.5)
     auto, pairs = ops.gram_matrices(*arguments(idt), size[1])
     assert tuple(pairs.shape[2:]) == ops.gram_shape(idt.support, size[1])
@@ -110,35 +110,35 @@ def test_gram_matrices_give_the_full_gradient(size, n, face, generator):
     y = draw(2, *idt.data_shape, dtype=torch.float64, generator=generator)
     expected = idt.adjoint(idt(x) - y)
     right = torch.fft.fft2(idt.adjoint(y), norm="ortho")
-    for dtype in (d for d in face.dtypes if d.is_complex):
-        tensors = (t.to(face.device, dtype) for t in (x, auto, pairs, right))
-        result = diffraction_gram(*tensors, backend=face.backend)
+    for dtype in (d for d in build.dtypes if d.is_complex):
+        tensors = (t.to(build.device, dtype) for t in (x, auto, pairs, right))
+        result = diffraction_gram(*tensors, backend=build.backend)
         assert relative_error(result.cpu(), expected) < (1e-12 if dtype == torch.complex128 else 2e-6)
 
 
-def test_a_spacing_and_any_support_mean_the_same_on_all_faces(face, generator):
+def test_a_spacing_and_any_support_mean_the_same_on_all_backends(build, generator):
     """Depths follow from the spacing; half the sampling rate and what lies beyond is in no pupil."""
     idt = scan(16, 18)
-    dtype = next(d for d in face.dtypes if d.is_complex)
+    dtype = next(d for d in build.dtypes if d.is_complex)
     x = draw(1, *idt.image_shape, dtype=dtype, generator=generator)
     support = idt.support.clone()
     support[0, 0], support[1, 3] = torch.tensor([-1000, 1000]), torch.tensor([-9, 9])
     transfer = 0.1 * idt.transfer
     args = (transfer, 2 * idt.depths, support)
     expected = diffraction_forward(x.to(torch.complex128), *args, idt.optics, backend="reference")
-    args = [t.to(face.device) for t in args]
-    result = diffraction_forward(x.to(face.device), *args, idt.optics, backend=face.backend)
+    args = [t.to(build.device) for t in args]
+    result = diffraction_forward(x.to(build.device), *args, idt.optics, backend=build.backend)
     assert relative_error(result.cpu(), expected) < 2e-6
 
 
-def test_frequencies_in_no_pupil_give_zero(face, generator):
+def test_frequencies_in_no_pupil_give_zero(build, generator):
     idt = scan(20, 24, lights=1)
-    dtype = next(d for d in face.dtypes if d.is_complex)
+    dtype = next(d for d in build.dtypes if d.is_complex)
     transfer, depths, support, optics = arguments(idt)
-    args = [t.to(face.device) for t in (transfer, depths, support)]
-    y = torch.ones(1, 1, 20, 24, dtype=dtype.to_real(), device=face.device)
+    args = [t.to(build.device) for t in (transfer, depths, support)]
+    y = torch.ones(1, 1, 20, 24, dtype=dtype.to_real(), device=build.device)
     y += torch.randn(y.shape, generator=generator).to(y)
-    spectrum = torch.fft.fft2(diffraction_adjoint(y, *args, optics, backend=face.backend)).cpu()
+    spectrum = torch.fft.fft2(diffraction_adjoint(y, *args, optics, backend=build.backend)).cpu()
     inside = reference.pupils(support, 24)
     assert spectrum[:, :, inside[0]].abs().min() > 1e-3
     assert spectrum[:, :, ~inside[0]].abs().max() < 1e-3 * spectrum.abs().max() * 1e-2

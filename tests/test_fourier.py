@@ -20,43 +20,43 @@ def all_lines(n):
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
-def test_every_length_equals_scipy(axis, face, generator):
+def test_every_length_equals_scipy(axis, build, generator):
     """One map of ones and all lines: the bare transform, of every length from 1 to 400."""
-    if face.device != "cpu":
-        pytest.skip("the lengths are those of the C++ face's transform")
+    if build.device != "cpu":
+        pytest.skip("the lengths are those of the C++ backend's transform")
     for n in range(1, 401):
         size = (n, 3) if axis == -2 else (3, n)
         for dtype in (torch.complex64, torch.complex128)[: 1 if n % 7 else 2]:
             x = draw(1, *size, generator=generator, dtype=dtype)
             ones = torch.ones(1, 1, *size, dtype=dtype)
-            got = oder_fast.fourier_forward(x, ones, all_lines(n), axis=axis, backend=face.backend)
+            got = oder_fast.fourier_forward(x, ones, all_lines(n), axis=axis, backend=build.backend)
             expected = scipy.fft.fft(x[0].to(torch.complex128).numpy(), axis=axis, norm="ortho")
             expected = torch.from_numpy(np.moveaxis(expected, axis, -2).copy())
             assert relative_error(got[0, 0], expected) < TOLERANCE[dtype], n
-            back = oder_fast.fourier_adjoint(got, ones, all_lines(n), axis=axis, backend=face.backend)
+            back = oder_fast.fourier_adjoint(got, ones, all_lines(n), axis=axis, backend=build.backend)
             assert relative_error(back, x) < 2 * TOLERANCE[dtype], n
 
 
 @pytest.mark.parametrize("n", [1, 17, 368, 509, 768, 1000, 1024, 2039])
-def test_long_lengths_and_columns_of_one(n, face, generator):
-    x = draw(1, n, 1, generator=generator).to(face.device)
-    ones = torch.ones(1, 1, n, 1, dtype=x.dtype, device=face.device)
-    lines = all_lines(n).to(face.device)
-    got = oder_fast.fourier_forward(x, ones, lines, backend=face.backend)
+def test_long_lengths_and_columns_of_one(n, build, generator):
+    x = draw(1, n, 1, generator=generator).to(build.device)
+    ones = torch.ones(1, 1, n, 1, dtype=x.dtype, device=build.device)
+    lines = all_lines(n).to(build.device)
+    got = oder_fast.fourier_forward(x, ones, lines, backend=build.backend)
     assert relative_error(got[0, 0], torch.fft.fft(x[0].to(torch.complex128), dim=0, norm="ortho")) < 2e-6
 
 
-def test_transforms_keep_the_norm(face, generator):
+def test_transforms_keep_the_norm(build, generator):
     """Maps whose powers sum to one, everything sampled: A^H A is the identity."""
-    maps = draw(1, 4, 30, 28, generator=generator).to(face.device)
+    maps = draw(1, 4, 30, 28, generator=generator).to(build.device)
     maps = maps / maps.abs().square().sum(1, keepdim=True).sqrt()
-    x = draw(2, 30, 28, generator=generator).to(face.device)
-    mask = torch.ones(1, 30, 28, dtype=torch.bool, device=face.device)
+    x = draw(2, 30, 28, generator=generator).to(build.device)
+    mask = torch.ones(1, 30, 28, dtype=torch.bool, device=build.device)
     for sampling, axis in ((all_lines(30), -2), (all_lines(28), -1), (mask, -2)):
-        sampling = sampling.to(face.device)
-        normal = oder_fast.fourier_gradient(x, None, maps, sampling, axis=axis, backend=face.backend)
+        sampling = sampling.to(build.device)
+        normal = oder_fast.fourier_gradient(x, None, maps, sampling, axis=axis, backend=build.backend)
         assert relative_error(normal, x) < 2e-6
-        samples = oder_fast.fourier_forward(x, maps, sampling, axis=axis, backend=face.backend)
+        samples = oder_fast.fourier_forward(x, maps, sampling, axis=axis, backend=build.backend)
         assert abs(float(samples.to(torch.complex128).norm() / x.to(torch.complex128).norm()) - 1) < 1e-6
 
 
@@ -65,7 +65,7 @@ def dense_dft(n):
     return np.exp(-2j * np.pi * np.outer(k, k) / n) / np.sqrt(n)
 
 
-def test_equals_a_dense_matrix(face, generator):
+def test_equals_a_dense_matrix(build, generator):
     height, width, coils = 5, 4, 2
     x = draw(1, height, width, generator=generator)
     maps = draw(1, coils, height, width, generator=generator)
@@ -79,37 +79,37 @@ def test_equals_a_dense_matrix(face, generator):
     }
     for (axis, kind), value in expected.items():
         sampling = mask if kind == "mask" else lines.clamp(max=3) if axis == -1 else lines
-        args = [v.to(face.device) for v in (x, maps, sampling)]
-        got = oder_fast.fourier_forward(*args, axis=axis, backend=face.backend)
+        args = [v.to(build.device) for v in (x, maps, sampling)]
+        got = oder_fast.fourier_forward(*args, axis=axis, backend=build.backend)
         assert relative_error(got[0].cpu(), torch.from_numpy(value)) < 2e-6
 
 
-def test_padding_lines_mean_nothing(face, generator):
+def test_padding_lines_mean_nothing(build, generator):
     x, maps = draw(2, 9, 6, generator=generator), draw(1, 2, 9, 6, generator=generator)
     padded = torch.tensor([[3, -1, 7], [-1, 2, -1]])
     y = draw(2, 2, 3, 6, generator=generator)
-    x, maps, padded, y = (v.to(face.device) for v in (x, maps, padded, y))
-    both = oder_fast.fourier_gradient(x, y, maps, padded, backend=face.backend)
+    x, maps, padded, y = (v.to(build.device) for v in (x, maps, padded, y))
+    both = oder_fast.fourier_gradient(x, y, maps, padded, backend=build.backend)
     first = oder_fast.fourier_gradient(
-        x[:1], y[:1, :, [0, 2]], maps, padded[:1, [0, 2]], backend=face.backend
+        x[:1], y[:1, :, [0, 2]], maps, padded[:1, [0, 2]], backend=build.backend
     )
-    second = oder_fast.fourier_gradient(x[1:], y[1:, :, [1]], maps, padded[1:, [1]], backend=face.backend)
+    second = oder_fast.fourier_gradient(x[1:], y[1:, :, [1]], maps, padded[1:, [1]], backend=build.backend)
     assert relative_error(both, torch.cat((first, second))) < 1e-6
-    samples = oder_fast.fourier_forward(x, maps, padded, backend=face.backend)
+    samples = oder_fast.fourier_forward(x, maps, padded, backend=build.backend)
     assert bool((samples[0, :, 1] == 0).all())
     assert bool((samples[1, :, [0, 2]] == 0).all())
 
 
 @pytest.mark.parametrize("points", [False, True])
-def test_minibatches_average_to_the_full_gradient(points, face, generator):
+def test_minibatches_average_to_the_full_gradient(points, build, generator):
     x, maps = draw(2, 12, 10, generator=generator), draw(1, 6, 12, 10, generator=generator)
     sampling = torch.rand(1, 12, 10, generator=generator) < 0.4 if points else torch.tensor([[1, 5, 6, 11]])
     y = oder_fast.fourier_forward(draw(2, 12, 10, generator=generator), maps, sampling, backend="reference")
-    x, maps, sampling, y = (v.to(face.device) for v in (x, maps, sampling, y))
-    full = oder_fast.fourier_gradient(x, y, maps, sampling, backend=face.backend)
+    x, maps, sampling, y = (v.to(build.device) for v in (x, maps, sampling, y))
+    full = oder_fast.fourier_gradient(x, y, maps, sampling, backend=build.backend)
     parts = [
         oder_fast.fourier_gradient(
-            x, y, maps, sampling, torch.tensor(c, device=face.device), backend=face.backend
+            x, y, maps, sampling, torch.tensor(c, device=build.device), backend=build.backend
         )
         for c in ([0, 3], [5, 1], [2, 4])
     ]
@@ -202,7 +202,7 @@ def test_bad_input_is_named(change, error, match):
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_half_precision_maps_are_for_gpu_faces():
+def test_half_precision_maps_are_for_gpu_backends():
     image = torch.ones(1, 8, 6, dtype=torch.complex64)
-    with pytest.raises(TypeError, match="for the GPU faces, not for 'cpu'"):
+    with pytest.raises(TypeError, match="for the GPU backends, not for 'cpu'"):
         oder_fast.fourier_forward(image, torch.ones(1, 2, 8, 6, dtype=torch.complex32), torch.tensor([[0]]))

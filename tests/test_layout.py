@@ -112,7 +112,7 @@ def tracked() -> list[str]:
         )
     ],
 )
-def test_every_operator_has_its_faces_test_and_bench(stem, needed):
+def test_every_operator_has_its_backends_test_and_bench(stem, needed):
     assert needed in tracked()
 
 

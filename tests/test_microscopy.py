@@ -424,7 +424,7 @@ def test_a_slice_is_the_exponential_of_its_operator(size, generator):
 def test_many_slices_scatter_as_full_waves():
     """Against the Helmholtz equation, reflections included, in a slab whose index varies across alone.
 
-    Waves exp(+-i Q z) in the slab, Q^2 = d^2/dx^2 + k0^2 n^2 by dense eigenvectors, are matched at both faces with
+    Waves exp(+-i Q z) in the slab, Q^2 = d^2/dx^2 + k0^2 n^2 by dense eigenvectors, are matched at both sides with
     the free ones. The contrast is far beyond the first Born approximation. Where slices delay by k0 dz (n - n0), or
     that over the cosine of the incident wave alone, the distance was 0.57 to 0.66.
     """

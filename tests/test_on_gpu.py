@@ -1,4 +1,4 @@
-"""What only a GPU tells of its faces, beside the operator tests, which take them too: skipped without one."""
+"""What only a GPU tells of its backends, beside the operator tests, which take them too: skipped without one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load(name):
     return module
 
 
-operators, host = load("test_operators"), load("test_gpu_faces")
-FACES = pytest.mark.parametrize("backend", ["cuda", "triton"])
+operators, host = load("test_operators"), load("test_gpu_backends")
+BUILDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
 TILES = {"radon": host.TILED, "fourier": host.FOURIER_TILED, "diffraction": host.DIFFRACTION_TILED, "red": ()}
 TILED = [
     pytest.param(case, shape, id=f"{case.name}-{k}")
@@ -33,7 +33,7 @@ TILED = [
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@FACES
+@BUILDS
 @pytest.mark.parametrize(("case", "shape"), TILED)
 def test_values_where_there_are_several_tiles(case, shape, backend, generator):
     for dtype in filter(case.takes, (torch.float32, torch.bfloat16, torch.complex64)):
@@ -45,7 +45,7 @@ def test_values_where_there_are_several_tiles(case, shape, backend, generator):
             assert relative_error(one, other) < TOLERANCE[dtype], dtype
 
 
-@FACES
+@BUILDS
 @EACH
 def test_bits_are_equal_from_run_to_run(case, backend, generator):
     args, options = case.make_inputs(case.large[0], case.dtype, "cuda", generator)
@@ -54,7 +54,7 @@ def test_bits_are_equal_from_run_to_run(case, backend, generator):
         assert all(map(torch.equal, first, other))
 
 
-@FACES
+@BUILDS
 @EACH
 def test_operators_are_captured_in_a_graph(case, backend, generator):
     """So nothing in them waits for the device, and all they launch is on the current stream."""
@@ -79,7 +79,7 @@ def test_operators_are_captured_in_a_graph(case, backend, generator):
     assert all(map(torch.equal, captured, expected))
 
 
-@FACES
+@BUILDS
 def test_more_numbers_than_32_bits_count(backend):
     """2^31 + 37 of them, in bfloat16: 4 GiB an image."""
     n = 2**31 + 37
@@ -95,7 +95,7 @@ def test_more_numbers_than_32_bits_count(backend):
     assert bool((updated[0, :-41] == 1.5).all())
 
 
-@FACES
+@BUILDS
 @pytest.mark.parametrize(
     ("step", "solver"),
     [
@@ -114,8 +114,8 @@ def test_a_solve_and_its_gradient_equal_those_of_the_cpu(step, solver, backend, 
         denoiser, tau=0.1, step=step, solver=solver, differentiation=Implicit(solver), on_failure="raise"
     )
     found = []
-    for device, face in (("cpu", "cpu"), ("cuda", backend)):
-        ct = ParallelBeamCT(32, 24, backend=face).to(device)
+    for device, chosen in (("cpu", "cpu"), ("cuda", backend)):
+        ct = ParallelBeamCT(32, 24, backend=chosen).to(device)
         # Moving a network moves its gradients too, in place.
         model.zero_grad()
         model.to(device)

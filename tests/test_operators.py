@@ -1,4 +1,4 @@
-"""Every registered operator on every face that runs here: values, gradients, transposes, strides, registration."""
+"""Every registered operator on every backend that runs here: values, gradients, transposes, strides, registration."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def widen(value):
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
-def dtypes_of(case, face):
-    return [d for d in face.dtypes if case.takes(d)]
+def dtypes_of(case, build):
+    return [d for d in build.dtypes if case.takes(d)]
 
 
 @pytest.mark.parametrize(("case", "shape"), ALL)
-def test_values_equal_the_reference(case, shape, face, generator):
-    for dtype in dtypes_of(case, face):
-        args, options = case.make_inputs(shape, dtype, face.device, generator)
-        got = results(case.function(*args, **options, backend=face.backend))
+def test_values_equal_the_reference(case, shape, build, generator):
+    for dtype in dtypes_of(case, build):
+        args, options = case.make_inputs(shape, dtype, build.device, generator)
+        got = results(case.function(*args, **options, backend=build.backend))
         wide = {k: widen(v) for k, v in options.items()}
         expected = results(case.function(*map(widen, args), **wide, backend="reference"))
         for one, other in zip(got, expected, strict=True):
@@ -43,9 +43,9 @@ def test_values_equal_the_reference(case, shape, face, generator):
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)
-def test_gradients_equal_those_of_the_reference(case, shape, face, generator):
-    for dtype in dtypes_of(case, face):
-        args, options = case.make_inputs(shape, dtype, face.device, generator)
+def test_gradients_equal_those_of_the_reference(case, shape, build, generator):
+    for dtype in dtypes_of(case, build):
+        args, options = case.make_inputs(shape, dtype, build.device, generator)
 
         def gradients(args, options, backend, case=case):
             args = [
@@ -64,7 +64,7 @@ def test_gradients_equal_those_of_the_reference(case, shape, face, generator):
                 inputs.append(options["previous"])
             return torch.autograd.grad(loss + out[0].real.sum(), inputs)
 
-        got = gradients(args, options, face.backend)
+        got = gradients(args, options, build.backend)
         wide = {k: widen(v) for k, v in options.items()}
         expected = gradients([widen(a) for a in args], wide, "reference")
         for one, other in zip(got, expected, strict=True):
@@ -72,10 +72,10 @@ def test_gradients_equal_those_of_the_reference(case, shape, face, generator):
 
 
 @pytest.mark.parametrize(("case", "shape"), [p for p in ALL if p.values[0].adjoint is not None])
-def test_adjoint_is_the_exact_transpose(case, shape, face, generator):
-    for dtype in dtypes_of(case, face):
-        (x, *rest), options = case.make_inputs(shape, dtype, face.device, generator)
-        options["backend"] = face.backend
+def test_adjoint_is_the_exact_transpose(case, shape, build, generator):
+    for dtype in dtypes_of(case, build):
+        (x, *rest), options = case.make_inputs(shape, dtype, build.device, generator)
+        options["backend"] = build.backend
         out = case.function(x, *rest, **options)
         y = torch.randn(out.shape, dtype=widen(out.cpu()).dtype, generator=generator).to(out)
         error = dot_test(
@@ -92,13 +92,13 @@ def plain(value):
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)
-def test_any_view_of_memory_is_taken(case, shape, face, generator):
-    made, others = case.make_inputs(shape, case.dtype, face.device, generator)
+def test_any_view_of_memory_is_taken(case, shape, build, generator):
+    made, others = case.make_inputs(shape, case.dtype, build.device, generator)
     for name, view in VIEWS.items():
         args = [viewed(view, a) for a in made]
         options = {k: viewed(view, v) for k, v in others.items()}
         dense = [plain(a) for a in args], {k: plain(v) for k, v in options.items()}
-        for backend in (face.backend, "reference"):
+        for backend in (build.backend, "reference"):
             got = results(case.function(*args, **options, backend=backend))
             expected = results(case.function(*dense[0], **dense[1], backend=backend))
             for one, other in zip(got, expected, strict=True):
@@ -106,10 +106,10 @@ def test_any_view_of_memory_is_taken(case, shape, face, generator):
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)
-def test_gradients_may_arrive_as_any_view_of_memory(case, shape, face, generator):
-    args, options = case.make_inputs(shape, case.dtype, face.device, generator)
+def test_gradients_may_arrive_as_any_view_of_memory(case, shape, build, generator):
+    args, options = case.make_inputs(shape, case.dtype, build.device, generator)
     inputs = [args[k].requires_grad_() for k in case.differentiable if args[k].ndim]
-    out = results(case.function(*args, **options, backend=face.backend))[:2]
+    out = results(case.function(*args, **options, backend=build.backend))[:2]
     grads = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in out]
     for name, view in VIEWS.items():
         arriving = [viewed(view, g) for g in grads]
@@ -120,10 +120,10 @@ def test_gradients_may_arrive_as_any_view_of_memory(case, shape, face, generator
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)
-def test_empty_batch_gives_an_empty_result(case, shape, face, generator):
+def test_empty_batch_gives_an_empty_result(case, shape, build, generator):
     empty = dict(shape, image=(0, *shape["image"][1:]))
-    args, options = case.make_inputs(empty, case.dtype, face.device, generator)
-    for result in results(case.function(*args, **options, backend=face.backend)):
+    args, options = case.make_inputs(empty, case.dtype, build.device, generator)
+    for result in results(case.function(*args, **options, backend=build.backend)):
         assert result.shape[0] == 0
 
 
@@ -189,15 +189,15 @@ def test_compiles_without_a_graph_break(case, shape, generator):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_bits_do_not_depend_on_the_number_of_threads(case, face, generator):
+def test_bits_do_not_depend_on_the_number_of_threads(case, build, generator):
     threads = torch.get_num_threads()
     for shape in case.large:
-        args, options = case.make_inputs(shape, case.dtype, face.device, generator)
+        args, options = case.make_inputs(shape, case.dtype, build.device, generator)
         try:
             runs = []
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
-                runs.append(results(case.function(*args, **options, backend=face.backend)))
+                runs.append(results(case.function(*args, **options, backend=build.backend)))
         finally:
             torch.set_num_threads(threads)
         for run in runs[1:]:

@@ -1,4 +1,4 @@
-"""The package as it is installed: what was built, what an import costs, which face is chosen."""
+"""The package as it is installed: what was built, what an import costs, which backend is chosen."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast.ops import faces
+from oder_fast.ops import backends
 
 
 def test_build_info_tells_what_runs_here():
     info = oder_fast.build_info()
-    assert info["faces"]["reference"] == "available"
-    assert info["faces"]["cpu"] == "available"
+    assert info["backends"]["reference"] == "available"
+    assert info["backends"]["cpu"] == "available"
     assert info["cpu"]["isa"] in info["cpu"]["isas"]
     assert "baseline" in info["cpu"]["isas"]
     if not info["cuda"]["built"]:
         assert info["cuda"]["reason"]
-        assert info["faces"]["cuda"] != "available"
+        assert info["backends"]["cuda"] != "available"
 
 
 def test_import_loads_nothing_heavy():
@@ -43,10 +43,10 @@ def test_one_pool_of_threads():
     assert len(pools) == 1
 
 
-def test_the_environment_chooses_the_face(monkeypatch):
+def test_the_environment_chooses_the_backend(monkeypatch):
     x, angles = torch.ones(1, 4, 4), torch.zeros(1)
     monkeypatch.setenv("ODER_FAST_BACKEND", "reference")
-    assert faces.resolve("auto", x.device, x.dtype) == "reference"
+    assert backends.resolve("auto", x.device, x.dtype) == "reference"
     monkeypatch.setenv("ODER_FAST_BACKEND", "cuda")
     if not torch.cuda.is_available():
         with pytest.raises(oder_fast.BackendUnavailableError, match=r"takes CUDA tensors|not built"):
@@ -55,8 +55,8 @@ def test_the_environment_chooses_the_face(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of"):
         oder_fast.radon_forward(x, angles, 4)
     monkeypatch.delenv("ODER_FAST_BACKEND")
-    assert faces.resolve("auto", x.device, x.dtype) == "cpu"
-    assert faces.resolve("auto", x.device, torch.bfloat16) == "reference"
+    assert backends.resolve("auto", x.device, x.dtype) == "cpu"
+    assert backends.resolve("auto", x.device, torch.bfloat16) == "reference"
 
 
 MODULES = sorted(

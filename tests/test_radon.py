@@ -50,64 +50,64 @@ def dense_joseph(height, width, angles, n_bins, spacing, offset):
         ((7, 4), 9, 1e-310, 0.3),
     ],
 )
-def test_equals_a_dense_matrix(size, n_bins, spacing, offset, face, generator):
+def test_equals_a_dense_matrix(size, n_bins, spacing, offset, build, generator):
     angles = torch.tensor([0.0, 0.2, 0.9, 1.4, math.pi / 2, 2.0, 2.8, 4.0, -1.1], dtype=torch.float64)
     matrix = dense_joseph(*size, angles.numpy(), n_bins, spacing, offset)
     image = torch.randn(1, *size, generator=generator)
     sinogram = torch.randn(1, len(angles), n_bins, generator=generator)
-    options = {"bin_spacing": spacing, "bin_offset": offset, "backend": face.backend}
-    on = {"device": face.device}
+    options = {"bin_spacing": spacing, "bin_offset": offset, "backend": build.backend}
+    on = {"device": build.device}
     forward = oder_fast.radon_forward(image.to(**on), angles.to(**on), n_bins, **options).cpu()
     assert relative_error(forward.flatten(), matrix @ image.double().flatten()) < 2e-6
     adjoint = oder_fast.radon_adjoint(sinogram.to(**on), angles.to(**on), size, **options).cpu()
     assert relative_error(adjoint.flatten(), matrix.T @ sinogram.double().flatten()) < 2e-6
 
 
-def test_ellipses_have_their_analytic_radon_transform(face):
+def test_ellipses_have_their_analytic_radon_transform(build):
     n, n_bins = 256, 367
     angles = angles_over(60, start=0.02)
-    image = ellipse_image(ELLIPSES, n)[None].to(face.device, torch.float32)
-    got = oder_fast.radon_forward(image, angles.to(face.device), n_bins, backend=face.backend)[0]
+    image = ellipse_image(ELLIPSES, n)[None].to(build.device, torch.float32)
+    got = oder_fast.radon_forward(image, angles.to(build.device), n_bins, backend=build.backend)[0]
     exact = ellipse_sinogram(ELLIPSES, angles, torch.arange(n_bins) - (n_bins - 1) / 2)
     assert relative_error(got.cpu(), exact) < 4e-3
 
 
-def test_pixel_size_is_a_unit_of_length(face, generator):
-    image = torch.rand(1, 20, 20, generator=generator).to(face.device)
-    angles = angles_over(6).to(face.device)
-    one = oder_fast.radon_forward(image, angles, 31, bin_offset=0.5, backend=face.backend)
+def test_pixel_size_is_a_unit_of_length(build, generator):
+    image = torch.rand(1, 20, 20, generator=generator).to(build.device)
+    angles = angles_over(6).to(build.device)
+    one = oder_fast.radon_forward(image, angles, 31, bin_offset=0.5, backend=build.backend)
     scaled = oder_fast.radon_forward(
-        image, angles, 31, bin_spacing=0.25, bin_offset=0.125, pixel_size=0.25, backend=face.backend
+        image, angles, 31, bin_spacing=0.25, bin_offset=0.125, pixel_size=0.25, backend=build.backend
     )
     assert relative_error(scaled, 0.25 * one) < 1e-6
 
 
-def test_views_equal_the_rows_of_the_scan(face, generator):
-    image = torch.rand(2, 15, 15, generator=generator).to(face.device)
-    angles = angles_over(9).to(face.device)
-    whole = oder_fast.radon_forward(image, angles, 21, backend=face.backend)
+def test_views_equal_the_rows_of_the_scan(build, generator):
+    image = torch.rand(2, 15, 15, generator=generator).to(build.device)
+    angles = angles_over(9).to(build.device)
+    whole = oder_fast.radon_forward(image, angles, 21, backend=build.backend)
     for v in range(9):
-        alone = oder_fast.radon_forward(image, angles[v : v + 1], 21, backend=face.backend)
+        alone = oder_fast.radon_forward(image, angles[v : v + 1], 21, backend=build.backend)
         assert torch.equal(alone[:, 0], whole[:, v])
 
 
-def test_minibatches_average_to_the_full_gradient(face, generator):
-    image = torch.rand(1, 16, 16, generator=generator).to(face.device)
-    angles = angles_over(12).to(face.device)
-    data = torch.rand(1, 12, 23, generator=generator).to(face.device)
-    full = oder_fast.radon_gradient(image, data, angles, backend=face.backend)
+def test_minibatches_average_to_the_full_gradient(build, generator):
+    image = torch.rand(1, 16, 16, generator=generator).to(build.device)
+    angles = angles_over(12).to(build.device)
+    data = torch.rand(1, 12, 23, generator=generator).to(build.device)
+    full = oder_fast.radon_gradient(image, data, angles, backend=build.backend)
     parts = [
-        oder_fast.radon_gradient(image, data, angles, views, backend=face.backend)
-        for views in torch.randperm(12, generator=generator).to(face.device).split(3)
+        oder_fast.radon_gradient(image, data, angles, views, backend=build.backend)
+        for views in torch.randperm(12, generator=generator).to(build.device).split(3)
     ]
     assert relative_error(sum(parts) / len(parts), full) < 1e-6
 
 
-def test_a_view_drawn_twice_counts_twice(face, generator):
-    image = torch.rand(1, 10, 10, generator=generator).to(face.device)
-    angles = angles_over(4).to(face.device)
-    once = oder_fast.radon_gradient(image, None, angles, torch.tensor([2]).to(face.device), n_bins=15)
-    twice = oder_fast.radon_gradient(image, None, angles, torch.tensor([2, 2]).to(face.device), n_bins=15)
+def test_a_view_drawn_twice_counts_twice(build, generator):
+    image = torch.rand(1, 10, 10, generator=generator).to(build.device)
+    angles = angles_over(4).to(build.device)
+    once = oder_fast.radon_gradient(image, None, angles, torch.tensor([2]).to(build.device), n_bins=15)
+    twice = oder_fast.radon_gradient(image, None, angles, torch.tensor([2, 2]).to(build.device), n_bins=15)
     assert relative_error(twice, once) < 1e-6
 
 

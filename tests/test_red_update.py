@@ -10,13 +10,13 @@ from oder_fast.testing import relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_equals_the_formula(dtype, face, generator):
-    if dtype not in face.dtypes:
-        pytest.skip(f"{face.name} has no kernel for {dtype}")
+def test_equals_the_formula(dtype, build, generator):
+    if dtype not in build.dtypes:
+        pytest.skip(f"{build.name} has no kernel for {dtype}")
     x, g, d, last = (
-        torch.randn(2, 9, 11, dtype=dtype, generator=generator).to(face.device) for _ in range(4)
+        torch.randn(2, 9, 11, dtype=dtype, generator=generator).to(build.device) for _ in range(4)
     )
-    got = oder_fast.red_update(x, g, d, 0.3, 2.0, previous=last, momentum=0.25, backend=face.backend)
+    got = oder_fast.red_update(x, g, d, 0.3, 2.0, previous=last, momentum=0.25, backend=build.backend)
     image = x - 0.3 * (g + 2.0 * (x - d))
     assert relative_error(got.image, image) < 1e-6
     assert relative_error(got.extrapolated, image + 0.25 * (image - last)) < 1e-6
@@ -26,19 +26,19 @@ def test_equals_the_formula(dtype, face, generator):
     assert relative_error(got.reductions, expected) < 1e-6
 
 
-def test_projection_clips_and_keeps_nan(face):
-    x = torch.tensor([[1.0, -1.0, float("nan"), 0.5]], device=face.device)
+def test_projection_clips_and_keeps_nan(build):
+    x = torch.tensor([[1.0, -1.0, float("nan"), 0.5]], device=build.device)
     zero = torch.zeros_like(x)
     got = oder_fast.red_update(
-        x, zero, x.nan_to_num(), 0.1, 0.0, nonnegative=True, backend=face.backend
+        x, zero, x.nan_to_num(), 0.1, 0.0, nonnegative=True, backend=build.backend
     ).image
     assert torch.equal(got.isnan(), x.isnan())
     assert got.nan_to_num().tolist() == [[1.0, 0.0, 0.0, 0.5]]
 
 
-def test_large_images_go_past_the_caches(face, generator):
-    images = [torch.randn(3, 1024, 512, generator=generator).to(face.device) for _ in range(4)]
-    got = oder_fast.red_update(*images[:3], 0.1, 1.5, previous=images[3], momentum=0.5, backend=face.backend)
+def test_large_images_go_past_the_caches(build, generator):
+    images = [torch.randn(3, 1024, 512, generator=generator).to(build.device) for _ in range(4)]
+    got = oder_fast.red_update(*images[:3], 0.1, 1.5, previous=images[3], momentum=0.5, backend=build.backend)
     wide = [v.double() for v in images]
     expected = oder_fast.red_update(*wide[:3], 0.1, 1.5, previous=wide[3], momentum=0.5, backend="reference")
     for one, other in zip(got, expected, strict=True):

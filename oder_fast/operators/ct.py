@@ -44,7 +44,7 @@ class ParallelBeamCT(MeasurementOperator):
         pixel_size: Edge of a pixel.
         sampling: How `draw_blocks` draws: ``"uniform"``, or ``"stratified"`` (the half circle in sectors, the
             same offsets drawn in each, as in the official code of ODER; views in order of angle).
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Attributes:
         angles: float64, shape ``(V,)``; keeps its precision whatever ``.to(dtype)`` is called.

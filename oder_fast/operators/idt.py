@@ -74,7 +74,7 @@ class DiffractionTomography(MeasurementOperator):
             complex: of measured pupils, or averaged over extended sources.
         gram: Whether full-batch gradients go through Gram matrices: True, False, or ``"auto"`` for where they cost less
             and fit in a gibibyte; `gram_reason` says why or why not.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Attributes:
         illuminations: ``(L, 2)``, float64.

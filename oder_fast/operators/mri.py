@@ -33,7 +33,7 @@ class CartesianMRI(MeasurementOperator):
 
     Args:
         coil_maps: :math:`S_c`, shape ``(C, H, W)``, or ``(B, C, H, W)`` with maps for each image of a batch;
-            complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU faces. Of
+            complex64 or complex128, and complex32 (half the memory, a relative error of 2e-4) for the GPU backends. Of
             pixels where all of them are 0 nothing is measured: a fixed point has there what the denoiser keeps.
         mask: What is sampled, bool or 0 and 1: ``(W,)`` for lines with phase encoding along the last axis (as in
             fastMRI), ``(H, 1)`` for phase encoding along the first axis, ``(H, W)`` for points; ``(B, 1, W)``,
@@ -42,7 +42,7 @@ class CartesianMRI(MeasurementOperator):
             fastMRI, BART and scanners' files), or at index 0.
         readout_size: Samples along a line of k-space where the readout is oversampled: at least the image's size along
             the lines. The image is then the middle of the field of view; what lies outside is taken for zero.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Attributes:
         coil_maps: ``(1 or B, C, H, W)``.
@@ -135,7 +135,7 @@ class CartesianMRI(MeasurementOperator):
             )
         self._kspace_shape = (size[0], size[1])
         if self.axis == -1:
-            # The faces read the maps along the transform.
+            # The backends read the maps along the transform.
             maps = _by_columns(maps)
         self.register_buffer("coil_maps", kept(maps), persistent=False)
         self.register_buffer("mask", kept(lines), persistent=False)
@@ -459,7 +459,7 @@ def _read_mask(
 
 
 def _by_columns(values: Tensor) -> Tensor:
-    """Lay values out column by column, as the faces read what belongs to points."""
+    """Lay values out column by column, as the backends read what belongs to points."""
     return values.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 

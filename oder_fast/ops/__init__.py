@@ -1,5 +1,6 @@
-"""The operators' contract: documentation, checks, choice of the face, fake kernel and vjp."""
+"""The operators' contract: documentation, checks, choice of the backend, fake kernel and vjp."""
 
+from .backends import BackendUnavailableError, available
 from .diffraction import (
     Optics,
     diffraction_adjoint,
@@ -11,7 +12,6 @@ from .diffraction import (
     normal_matrices,
     transfer_at,
 )
-from .faces import BackendUnavailableError, available
 from .fourier import fourier_adjoint, fourier_forward, fourier_gradient
 from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient
 from .red_update import RedUpdate, red_update

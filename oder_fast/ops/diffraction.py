@@ -11,7 +11,7 @@ from torch import Tensor
 from .._numpy import takes_numpy
 from .._torch import fft
 from ..reference import diffraction as reference
-from . import _checks, faces
+from . import _checks, backends
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor transfer, Tensor depths, Tensor support"
@@ -50,7 +50,7 @@ class Optics(NamedTuple):
     spacing: float = 0.0
 
 
-# ------------------------------------------------------------------ what the compiled faces take
+# ------------------------------------------------------------------ what the compiled backends take
 
 
 # torch.compile knows no dtype.to_complex.
@@ -63,7 +63,7 @@ def _pairs(value: Tensor | None) -> Tensor | None:
 
 
 def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
-    """Return the spectra of slices; the C++ face leaves out the rows that no pupil meets."""
+    """Return the spectra of slices; the C++ backend leaves out the rows that no pupil meets."""
     if backend == "cpu":
         spectrum = torch.empty_like(image, memory_format=torch.contiguous_format)
         _launch(
@@ -74,7 +74,7 @@ def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
 
 
 def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
-    """Return the images of spectra; the C++ face takes their memory, and rows that no pupil meets for zero."""
+    """Return the images of spectra; the C++ backend takes their memory, and rows that no pupil meets for zero."""
     if backend == "cpu":
         pairs = _pairs(spectrum)
         _launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
@@ -95,8 +95,8 @@ def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Te
 
 
 def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
-    code = faces.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
-    faces.face(backend).launch(name, like, code, *args)
+    code = backends.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
+    backends.named(backend).launch(name, like, code, *args)
 
 
 def _scan(
@@ -419,7 +419,7 @@ def _check_scan(
     optics: Optics,
     backend: str,
 ) -> tuple[list[float], str]:
-    """Check all but the number of slices or intensities; return the numbers and the face."""
+    """Check all but the number of slices or intensities; return the numbers and the backend."""
     height, width = like.shape[2:]
     for name, value, ndim in (
         ("transfer", transfer, None),
@@ -459,7 +459,7 @@ def _check_scan(
         raise ValueError(
             f"{op}: optics must be finite, and its first three numbers above 0, got {tuple(numbers)}"
         )
-    return numbers, faces.resolve(backend, like.device, kind)
+    return numbers, backends.resolve(backend, like.device, kind)
 
 
 def _check_image(op: str, image: Tensor, depths: Tensor) -> None:
@@ -500,7 +500,7 @@ def diffraction_forward(
             :math:`P(u + f_l)` is 1 in each row of the transform; 0 and 0 where none. Half the sampling rate is never
             among them.
         optics: See `Optics`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Shape ``(B, L, H, W)``, real; differentiable any number of times in `image`.
@@ -508,7 +508,7 @@ def diffraction_forward(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape or device that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -556,7 +556,7 @@ def diffraction_adjoint(
         depths: As there.
         support: As there.
         optics: As there.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Shape ``(B, Z, H, W)``, complex; differentiable any number of times in `intensities`.
@@ -564,7 +564,7 @@ def diffraction_adjoint(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape or device that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -621,7 +621,7 @@ def diffraction_gradient(
         blocks: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of range
             are not seen (that would cost a synchronisation) and those illuminations count as zero.
         optics: As there.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Like `image`; differentiable any number of times in `image` and `spectra`.
@@ -629,7 +629,7 @@ def diffraction_gradient(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -675,7 +675,7 @@ def diffraction_gram(
         auto: :math:`g_d`, shape ``(Z, H, W)``, dtype of `image`.
         pairs: :math:`m`, shape ``(Z, Z, 2 K + 1, M + 1)``: row frequencies -K to K, column frequencies 0 to M.
         spectrum: ``torch.fft.fft2(A.adjoint(y), norm="ortho")``, like `image`; None for zeros (the normal operator).
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Like `image`; differentiable any number of times in `image` and `spectrum`.
@@ -683,7 +683,7 @@ def diffraction_gram(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape or device that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -713,7 +713,7 @@ def diffraction_gram(
         _checks.tensor(op, "spectrum", spectrum, ndim=4)
         _checks.same(op, "spectrum", spectrum, "image", image)
         _checks.shape(op, "spectrum", spectrum, tuple(image.shape), "as image")
-    chosen = faces.resolve(backend, image.device, image.dtype)
+    chosen = backends.resolve(backend, image.device, image.dtype)
     if chosen == "reference":
         return reference.diffraction_gram(image, auto, pairs, spectrum)
     result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)

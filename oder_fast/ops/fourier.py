@@ -10,7 +10,7 @@ from torch import Tensor
 from .._numpy import takes_numpy
 from .._torch import kept
 from ..reference import fourier as reference
-from . import _checks, faces
+from . import _checks, backends
 from ._library import LIBRARY, register
 
 _SCAN = "Tensor coil_maps, Tensor sampling"
@@ -20,12 +20,12 @@ LIBRARY.define(
     f"fourier_gradient(Tensor image, Tensor? samples, {_SCAN}, Tensor? coils, int axis, str backend) -> Tensor"
 )
 
-# Edges of the block of pixels of a program of the Triton face, each with one partial sum of the norms.
+# Edges of the block of pixels of a program of the Triton backend, each with one partial sum of the norms.
 ROWS = COLUMNS = 32
-# In half precision the coil maps of the GPU faces take half the memory.
+# In half precision the coil maps of the GPU backends take half the memory.
 HALF = torch.complex32
 
-# ------------------------------------------------------------------ what the compiled faces take
+# ------------------------------------------------------------------ what the compiled backends take
 
 
 def _pairs(value: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _sample_shape(batch: int, coil_maps: Tensor, sampling: Tensor, axis: int) ->
 
 
 def _new_samples(like: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int) -> Tensor:
-    """Allocate samples; those of a mask column by column, as the compiled faces read and write them."""
+    """Allocate samples; those of a mask column by column, as the compiled backends read and write them."""
     shape = _sample_shape(like.shape[0], coil_maps, sampling, axis)
     if sampling.ndim == 2:
         return like.new_empty(shape)
@@ -71,7 +71,7 @@ def _scan(
     if backend != "cpu":
         device = coil_maps.device
         mask = sampling.ndim == 3
-        # Between the two axes of a mask; the Triton face keeps all spectra, those of a mask before and after.
+        # Between the two axes of a mask; the Triton backend keeps all spectra, those of a mask before and after.
         planes = 1 + mask if backend == "triton" else int(mask)
         workspace = (planes, batch, n_used, n if mask else sampling.shape[1], width, 2)
         scratch = (
@@ -80,7 +80,7 @@ def _scan(
             torch.empty(workspace, device=device) if planes else None,
         )
     return [
-        faces.DTYPE_CODES[torch.float16 if coil_maps.dtype == HALF else coil_maps.real.dtype],
+        backends.DTYPE_CODES[torch.float16 if coil_maps.dtype == HALF else coil_maps.real.dtype],
         _pairs(coil_maps.transpose(-1, -2) if transposed else coil_maps),
         coil_maps.shape[0] == 1,
         (sampling if sampling.ndim == 2 else sampling.transpose(-1, -2)).contiguous(),
@@ -110,8 +110,8 @@ _ROOTS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
-    code = faces.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
-    faces.face(backend).launch(name, like, code, *args)
+    code = backends.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
+    backends.named(backend).launch(name, like, code, *args)
 
 
 # ------------------------------------------------------------------ forward
@@ -226,7 +226,7 @@ register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward,
 def _check_scan(
     op: str, like_name: str, like: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int, backend: str
 ) -> tuple[Tensor, int, str]:
-    """Check everything but image and samples; return the maps, the axis from the end, and the face."""
+    """Check everything but image and samples; return the maps, the axis from the end, and the backend."""
     _checks.tensor(op, like_name, like)
     if not like.is_complex() or like.dtype == HALF:
         raise TypeError(f"{op}: {like_name} must be complex64 or complex128, got {like.dtype}")
@@ -262,9 +262,9 @@ def _check_scan(
             f"{op}: sampling must be int64 lines (K, L) or a bool mask (K, H, W), got {sampling.dtype} "
             f"of shape {tuple(sampling.shape)}"
         )
-    chosen = faces.resolve(backend, like.device, like.dtype)
+    chosen = backends.resolve(backend, like.device, like.dtype)
     if coil_maps.dtype == HALF and chosen == "cpu":
-        raise TypeError(f"{op}: coil_maps in {HALF} are for the GPU faces, not for 'cpu'")
+        raise TypeError(f"{op}: coil_maps in {HALF} are for the GPU backends, not for 'cpu'")
     return coil_maps, axis, chosen
 
 
@@ -307,12 +307,12 @@ def fourier_forward(
 
     Args:
         image: Shape ``(B, H, W)``, complex64 or complex128.
-        coil_maps: :math:`S_c`, shape ``(1 or B, C, H, W)``, dtype of `image`; on the GPU faces also complex32,
+        coil_maps: :math:`S_c`, shape ``(1 or B, C, H, W)``, dtype of `image`; on the GPU backends also complex32,
             which halves their memory at a relative error of 2e-4. Not differentiable.
         sampling: int64 lines ``(1 or B, L)``, the frequencies sampled along `axis`, each once, -1 as padding; or a bool
             mask ``(1 or B, H, W)`` of points.
         axis: The axis that the lines are counted along, -2 or -1; of no meaning for a mask.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Samples ``(B, C, L, P)`` with `P` the length of a line, zero where -1 pads; or ``(B, C, H, W)``, zero
@@ -321,7 +321,7 @@ def fourier_forward(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -358,7 +358,7 @@ def fourier_adjoint(
         coil_maps: As in `fourier_forward`.
         sampling: As in `fourier_forward`.
         axis: As in `fourier_forward`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Images ``(B, H, W)``, dtype of `samples`; differentiable any number of times in `samples`.
@@ -366,7 +366,7 @@ def fourier_adjoint(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -400,7 +400,7 @@ def fourier_gradient(
     .. math:: \frac{C}{|B|} \sum_{c \in B} \overline{S_c} \odot F^H M (F (S_c \odot x) - y_c)
 
     An unbiased estimate of the full gradient when each coil is as likely to be in the minibatch as any other. On
-    the compiled faces nothing but maps, samples and images passes through memory where lines are sampled; a mask
+    the compiled backends nothing but maps, samples and images passes through memory where lines are sampled; a mask
     takes one plane of intermediate results more.
 
     Args:
@@ -412,7 +412,7 @@ def fourier_gradient(
         coils: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of range
             are not seen (that would cost a synchronisation) and those coils count as zero.
         axis: As in `fourier_forward`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Like `image`; differentiable any number of times in `image` and `samples`.
@@ -420,7 +420,7 @@ def fourier_gradient(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device, value or index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._numpy import takes_numpy
 from ..reference import radon as reference
-from . import _checks, faces
+from . import _checks, backends
 from ._library import LIBRARY, register
 
 _GEOMETRY = "int n_bins, float bin_spacing, float bin_offset, float pixel_size, str backend"
@@ -37,7 +37,7 @@ def _sums(
     """Allocate the ray sums of a projection, shape (n_sums, B, n_used, D), and tell n_sums.
 
     The CUDA kernels split the image into so many groups of strips that one image fills the GPU; in a gradient
-    the first sinogram then takes the residual. The C++ face keeps its own, in its back-projection's layout.
+    the first sinogram then takes the residual. The C++ backend keeps its own, in its back-projection's layout.
     """
     if backend == "cpu":
         return None, 0
@@ -65,10 +65,10 @@ def _forward_impl(
     sinogram = image.new_empty(batch, angles.shape[0], n_bins)
     if image.numel() == 0:
         return sinogram.zero_()
-    faces.face(backend).launch(
+    backends.named(backend).launch(
         "radon_forward",
         image,
-        faces.DTYPE_CODES[image.dtype],
+        backends.DTYPE_CODES[image.dtype],
         image,
         sinogram,
         *(_sums(image, angles, None, n_bins, backend) if backend == "cuda" else (None, 0)),
@@ -122,10 +122,10 @@ def _gather(
     image = sinogram.new_empty(batch, height, width)
     if image.numel() == 0:
         return image
-    faces.face(backend).launch(
+    backends.named(backend).launch(
         name,
         sinogram,
-        faces.DTYPE_CODES[sinogram.dtype],
+        backends.DTYPE_CODES[sinogram.dtype],
         sinogram,
         image,
         batch,
@@ -188,7 +188,7 @@ register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_bac
 def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (angles,) = ctx.saved_tensors
     back = torch.ops.oder_fast.radon_backproject
-    backend = faces.resolve("auto", grad.device, grad.dtype)
+    backend = backends.resolve("auto", grad.device, grad.dtype)
     if backend == "reference":
         image = reference.radon_backproject(grad, angles, *ctx.size, *ctx.geometry)
     else:
@@ -223,10 +223,10 @@ def _gradient_impl(
     gradient = torch.empty_like(image, memory_format=torch.contiguous_format)
     if image.numel() == 0:
         return gradient
-    faces.face(backend).launch(
+    backends.named(backend).launch(
         "radon_gradient",
         image,
-        faces.DTYPE_CODES[image.dtype],
+        backends.DTYPE_CODES[image.dtype],
         image,
         sinogram,
         *_sums(image, angles, views, n_bins, backend),
@@ -280,7 +280,7 @@ register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _
 def _check_geometry(
     op: str, angles: Tensor, n_bins: int, spacing: float, offset: float, pixel_size: float, like: Tensor
 ) -> Tensor:
-    """Check the geometry and return the angles as the faces take them."""
+    """Check the geometry and return the angles as the backends take them."""
     _checks.tensor(op, "angles", angles, ndim=1)
     _checks.floating(op, "angles", angles)
     if angles.shape[0] == 0:
@@ -329,7 +329,7 @@ def radon_forward(
         bin_spacing: Distance of neighbouring bins, in the unit of `pixel_size`.
         bin_offset: Position of the detector's centre, same unit.
         pixel_size: Edge of a pixel; the result is in this unit times the unit of `image`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Sinogram, shape ``(B, V, D)``, dtype of `image`; differentiable any number of times in `image`.
@@ -337,7 +337,7 @@ def radon_forward(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -352,7 +352,7 @@ def radon_forward(
     _checks.tensor(op, "image", image, ndim=3)
     _checks.floating(op, "image", image)
     angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
-    chosen = faces.resolve(backend, image.device, image.dtype)
+    chosen = backends.resolve(backend, image.device, image.dtype)
     geometry = (n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
     if chosen == "reference":
         return reference.radon_forward(image, angles, *geometry)
@@ -384,7 +384,7 @@ def radon_adjoint(
         bin_spacing: As in `radon_forward`.
         bin_offset: As in `radon_forward`.
         pixel_size: As in `radon_forward`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Images, shape ``(B, H, W)``, dtype of `sinogram`; differentiable any number of times in `sinogram`.
@@ -392,7 +392,7 @@ def radon_adjoint(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -429,7 +429,7 @@ def radon_backproject(
         bin_spacing: As in `radon_forward`.
         bin_offset: As in `radon_forward`.
         pixel_size: As in `radon_forward`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Images, shape ``(B, H, W)``, dtype of `sinogram`; differentiable in `sinogram` (in plain PyTorch).
@@ -437,7 +437,7 @@ def radon_backproject(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -468,7 +468,7 @@ def _back(
         raise ValueError(
             f"{op}: image_shape must be (height, width), both at least 1, got {tuple(image_shape)}"
         )
-    chosen = faces.resolve(backend, sinogram.device, sinogram.dtype)
+    chosen = backends.resolve(backend, sinogram.device, sinogram.dtype)
     args = (sinogram, angles, *image_shape, *map(float, geometry))
     if chosen == "reference":
         result: Tensor = getattr(reference, op)(*args)
@@ -508,7 +508,7 @@ def radon_gradient(
         bin_spacing: As in `radon_forward`.
         bin_offset: As in `radon_forward`.
         pixel_size: As in `radon_forward`.
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         Like `image`; differentiable any number of times in `image` and `sinogram`.
@@ -516,7 +516,7 @@ def radon_gradient(
     Raises:
         TypeError: For something that is no tensor, or of another dtype.
         ValueError: For a shape, device, value or view index that does not fit.
-        BackendUnavailableError: If a face named by `backend` is not here.
+        BackendUnavailableError: If a backend named by `backend` is not here.
 
     Example:
         >>> import torch
@@ -539,7 +539,7 @@ def radon_gradient(
         _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, n_bins")
     if views is not None:
         _checks.index(op, "views", views, angles.shape[0], image.device)
-    chosen = faces.resolve(backend, image.device, image.dtype)
+    chosen = backends.resolve(backend, image.device, image.dtype)
     args = (image, sinogram, angles, views, n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
     if chosen == "reference":
         return reference.radon_gradient(*args)

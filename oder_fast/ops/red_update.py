@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._numpy import takes_numpy
 from ..reference import red_update as reference
-from . import _checks, faces
+from . import _checks, backends
 from ._library import LIBRARY, register
 
 # Numbers that a GPU block updates at least, before one image is split over more blocks.
@@ -52,10 +52,10 @@ def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return updated, extrapolated, reductions.zero_()
     batch, length = image.shape[0], image.numel() // image.shape[0] * (2 if image.is_complex() else 1)
     parts = 0 if backend == "cpu" else min(-(-length // PART), 1024)
-    faces.face(backend).launch(
+    backends.named(backend).launch(
         "red_update",
         image,
-        faces.DTYPE_CODES[image.real.dtype],
+        backends.DTYPE_CODES[image.real.dtype],
         _reals(image),
         _reals(fidelity_grad),
         _reals(denoised),
@@ -147,7 +147,7 @@ def red_update(
         previous: The last iterate `x`, like `image`; given together with `momentum`.
         momentum: ``beta``, float or tensor ``(B,)``; not differentiated.
         nonnegative: Project on ``x >= 0`` (real images only).
-        backend: ``"auto"`` or the name of a face.
+        backend: ``"auto"`` or the name of a backend.
 
     Returns:
         A `RedUpdate`; `image` and `extrapolated` are differentiable any number of times in `image`,
@@ -191,7 +191,7 @@ def red_update(
             momentum = torch.tensor(float(momentum), dtype=torch.float64, device=image.device)
         momentum = momentum.expand(image.shape[0]) if momentum.ndim == 0 else momentum
         _checks.shape(op, "momentum", momentum, (image.shape[0],), "one for each image")
-    chosen = faces.resolve(backend, image.device, image.dtype)
+    chosen = backends.resolve(backend, image.device, image.dtype)
     args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
     if chosen == "reference":
         return RedUpdate(*reference.red_update(*args))

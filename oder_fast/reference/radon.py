@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Views at 45 degrees could march along either axis; the margin keeps every face on the same choice although
+# Views at 45 degrees could march along either axis; the margin keeps every backend on the same choice although
 # their cosines differ in the last bit.
 TIE_MARGIN = 1e-9
 

@@ -1,4 +1,4 @@
-// What the C++ faces offer to the bindings.
+// What the C++ backends offer to the bindings.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The GPU faces without a GPU: CUDA kernels run on the host, Triton kernels interpreted, both compiled."""
+"""The GPU backends without a GPU: CUDA kernels run on the host, Triton kernels interpreted, both compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast.ops import faces
+from oder_fast.ops import backends
 from oder_fast.testing import CASES, TOLERANCE, angles_over, relative_error
 
 TESTS = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ def load(name):
 cuda_host, operators = load("cuda_host"), load("test_operators")
 radon, red_update = load("test_radon"), load("test_red_update")
 
-# What every face must pass, here for the CUDA kernels on the host.
+# What every backend must pass, here for the CUDA kernels on the host.
 test_cuda_gradients = operators.test_gradients_equal_those_of_the_reference
 test_cuda_adjoint = operators.test_adjoint_is_the_exact_transpose
 test_cuda_strides = operators.test_any_view_of_memory_is_taken
@@ -48,12 +48,12 @@ test_cuda_projection = red_update.test_projection_clips_and_keeps_nan
 test_cuda_large_images = red_update.test_large_images_go_past_the_caches
 
 
-class HostFace:
-    """A GPU face on CPU tensors, as the fixture `face` describes faces."""
+class HostBuild:
+    """A GPU backend on CPU tensors, as the fixture `backend` describes backends."""
 
     def __init__(self, backend):
         self.name = f"{backend}-host"
-        self.backend, self.device, self.dtypes = backend, "cpu", faces.DTYPES[backend]
+        self.backend, self.device, self.dtypes = backend, "cpu", backends.DTYPES[backend]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def module():
 
 
 @pytest.fixture
-def face(module):
-    with faces.use_module("cuda", module):
-        yield HostFace("cuda")
+def backend(module):
+    with backends.use_module("cuda", module):
+        yield HostBuild("cuda")
 
 
 interpreted = pytest.mark.skipif(
@@ -75,8 +75,8 @@ BOTH = pytest.mark.parametrize("backend", ["cuda", pytest.param("triton", marks=
 
 @pytest.fixture
 def use(module):
-    """Choose a GPU face by name."""
-    return lambda backend: faces.use_module("cuda", module) if backend == "cuda" else nullcontext()
+    """Choose a GPU backend by name."""
+    return lambda backend: backends.use_module("cuda", module) if backend == "cuda" else nullcontext()
 
 
 def compare(case, shape, dtype, backend, generator):
@@ -141,9 +141,9 @@ SHAPES = pytest.mark.parametrize(
 
 
 @SHAPES
-def test_cuda_values(case, shape, face, generator):
-    for dtype in operators.dtypes_of(case, face):
-        compare(case, shape, dtype, face.backend, generator)
+def test_cuda_values(case, shape, build, generator):
+    for dtype in operators.dtypes_of(case, backend):
+        compare(case, shape, dtype, build.backend, generator)
 
 
 def tiled(stem, shapes):
@@ -160,29 +160,29 @@ def tiled(stem, shapes):
     ("case", "shape"),
     tiled("radon", TILED) + tiled("fourier", FOURIER_TILED) + tiled("diffraction", DIFFRACTION_TILED),
 )
-def test_cuda_tiles(case, shape, face, generator):
-    compare(case, shape, case.dtype, face.backend, generator)
+def test_cuda_tiles(case, shape, build, generator):
+    compare(case, shape, case.dtype, build.backend, generator)
     if shape is COPIED_BY_FOURS:
         for dtype in (torch.bfloat16, torch.float16):
-            compare(case, shape, dtype, face.backend, generator)
+            compare(case, shape, dtype, build.backend, generator)
 
 
-def test_cuda_refuses_what_exceeds_shared_memory(face):
+def test_cuda_refuses_what_exceeds_shared_memory(build):
     image, lines = torch.zeros(1, 12000, 1, dtype=torch.complex64), torch.tensor([[0]])
     with pytest.raises(ValueError, match="length 12000 does not fit into the shared memory"):
-        oder_fast.ops.fourier_forward(image, image[:, None], lines, backend=face.backend)
+        oder_fast.ops.fourier_forward(image, image[:, None], lines, backend=build.backend)
     mask = torch.ones(1, 1, 12000, dtype=torch.bool)
     with pytest.raises(ValueError, match="length 12000 does not fit into the shared memory"):
-        oder_fast.ops.fourier_gradient(image.mT, None, image.mT[None], mask, backend=face.backend)
+        oder_fast.ops.fourier_gradient(image.mT, None, image.mT[None], mask, backend=build.backend)
     volume, depths = torch.zeros(1, 8193, 1, 1, dtype=torch.complex64), torch.zeros(8193).double()
     light, support = torch.zeros(1, 2).double(), torch.tensor([[[0, 1]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="at most 8192 unevenly spaced slices, got 8193"):
         oder_fast.ops.diffraction_forward(
-            volume, light, depths, support, oder_fast.ops.Optics(0.4, 2.0, 1.0, 1.0), backend=face.backend
+            volume, light, depths, support, oder_fast.ops.Optics(0.4, 2.0, 1.0, 1.0), backend=build.backend
         )
 
 
-def test_cuda_white_noise_at_full_size(face, generator):
+def test_cuda_white_noise_at_full_size(build, generator):
     """Positions in plain float32 would miss this by a factor of ten."""
     angles, size = angles_over(9, start=0.1), (512, 512)
     image = torch.randn(1, *size, generator=generator)
@@ -196,7 +196,7 @@ def test_cuda_white_noise_at_full_size(face, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cuda_storage_rounds_as_torch_does(dtype, face, generator):
+def test_cuda_storage_rounds_as_torch_does(dtype, build, generator):
     x = torch.arange(65536).to(torch.uint16).view(dtype)
     x = x[x.isfinite()][None]
     other = x[:, torch.randperm(x.shape[1], generator=generator)]
@@ -208,7 +208,7 @@ def test_cuda_storage_rounds_as_torch_does(dtype, face, generator):
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_cuda_takes_misaligned_memory(shift, face, generator):
+def test_cuda_takes_misaligned_memory(shift, build, generator):
     """Slices that start inside a 16-byte run, alike for all operands and not."""
     for shifts in ([shift] * 4, [shift, 0, 2 * shift, 1]):
         x, g, d, p = (torch.randn(400, generator=generator)[s : s + 315].view(3, 105) for s in shifts)
@@ -249,7 +249,7 @@ def outcomes(module, monkeypatch, order, stems=tuple(TINY)):
     monkeypatch.setenv("ODER_HOST_ORDER", order)
     generator = torch.Generator().manual_seed(0)
     found = []
-    with faces.use_module("cuda", module):
+    with backends.use_module("cuda", module):
         for case in CASES:
             stem = case.name.partition("_")[0]
             for shape in TINY[stem] if stem in stems else ():
@@ -370,7 +370,7 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
     assert not missed
     monkeypatch.setenv("ODER_PLANTED", "1000")
     with (
-        faces.use_module("cuda", module),
+        backends.use_module("cuda", module),
         pytest.raises(RuntimeError, match="some of its threads do not reach"),
     ):
         oder_fast.red_update(*torch.zeros(3, 1, 8), 0.1, 1.0, backend="cuda")
@@ -470,7 +470,7 @@ def test_triton_adjoint(case, generator):
         operators.test_adjoint_is_the_exact_transpose(case, shape, HostTriton(), generator)
 
 
-class HostTriton(HostFace):
+class HostTriton(HostBuild):
     def __init__(self):
         super().__init__("triton")
         self.dtypes = (torch.float32, torch.complex64)

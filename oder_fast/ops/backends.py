@@ -1,10 +1,11 @@
-"""The faces of the operators: which are here, which one a call runs on, and why one is missing."""
+"""The backends of the operators: which are here, which one a call runs on, and why one is missing."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,18 +23,18 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16, torch.complex64),
     "triton": (torch.float32, torch.bfloat16, torch.float16, torch.complex64),
 }
-# The codes that the compiled faces take; complex tensors reach them as pairs of reals.
+# The codes that the compiled backends take; complex tensors reach them as pairs of reals.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Best first; the baseline module also tells which of the others this processor can run.
 CPU_ISAS = ("avx512", "avx2", "baseline")
 
 
 class BackendUnavailableError(RuntimeError):
-    """A face that was asked for by name is not here or cannot take these tensors."""
+    """A backend that was asked for by name is not here or cannot take these tensors."""
 
 
 class _Compiled:
-    """A compiled face: passes tensors on as addresses, and the threads or the stream to run on."""
+    """A compiled backend: passes tensors on as addresses, and the threads or the stream to run on."""
 
     def __init__(self, module: ModuleType, kind: str) -> None:
         self.module = module
@@ -49,15 +50,15 @@ class _Compiled:
 
 
 class _Triton:
-    """The Triton face: its launchers take the tensors themselves."""
+    """The Triton backend: its launchers take the tensors themselves."""
 
     def __init__(self) -> None:
         self.functions: dict[str, Callable[..., None]] = {}
 
     def launch(self, name: str, like: Tensor, *args: Any) -> None:
         if not self.functions:  # importing triton takes longer than all the rest
-            for stem in STEMS:
-                self.functions |= vars(importlib.import_module(f"oder_fast.kernels.{stem}"))
+            for module in pkgutil.iter_modules(importlib.import_module("oder_fast.kernels").__path__):
+                self.functions |= vars(importlib.import_module(f"oder_fast.kernels.{module.name}"))
         if like.is_cuda:
             with torch.cuda.device(like.device):
                 self.functions[name](*args)
@@ -65,8 +66,7 @@ class _Triton:
             self.functions[name](*args)
 
 
-Face = _Compiled | _Triton
-STEMS = ("diffraction", "fourier", "radon", "red_update")
+Backend = _Compiled | _Triton
 
 
 def _import(name: str) -> ModuleType | str:
@@ -77,7 +77,7 @@ def _import(name: str) -> ModuleType | str:
         return str(error)
 
 
-def _load_cpu() -> Face | str:
+def _load_cpu() -> Backend | str:
     baseline = _import("oder_fast._cpu_baseline")
     if isinstance(baseline, str):
         return f"the C++ kernels were not built ({baseline}); reinstall with a C++17 compiler on the PATH"
@@ -85,7 +85,7 @@ def _load_cpu() -> Face | str:
     return _Compiled(importlib.import_module(f"oder_fast._cpu_{isa}"), "cpu")
 
 
-def _load_cuda() -> Face | str:
+def _load_cuda() -> Backend | str:
     module = _import("oder_fast._cuda")
     if isinstance(module, str):
         return (
@@ -95,20 +95,20 @@ def _load_cuda() -> Face | str:
     return _Compiled(module, "cuda")
 
 
-def _find_triton() -> Face | str:
+def _find_triton() -> Backend | str:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return _Triton()
 
 
 _FORCED: list[ModuleType] = []
-# Found at import, so that choosing a face is a look into a table that torch.compile can trace.
-_FACES: dict[str, Face | str] = {"cpu": _load_cpu(), "cuda": _load_cuda(), "triton": _find_triton()}
+# Found at import, so that choosing a backend is a look into a table that torch.compile can trace.
+_BACKENDS: dict[str, Backend | str] = {"cpu": _load_cpu(), "cuda": _load_cuda(), "triton": _find_triton()}
 
 
 def _reason_against(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the face cannot take such tensors; None where it can."""
-    found = _FACES[backend]
+    """Why the backend cannot take such tensors; None where it can."""
+    found = _BACKENDS[backend]
     if isinstance(found, str):
         return found
     if dtype not in DTYPES[backend]:
@@ -122,9 +122,9 @@ def _reason_against(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return None
 
 
-def face(backend: str) -> Face:
-    """Return a face that `resolve` has named."""
-    found = _FACES[backend]
+def named(backend: str) -> Backend:
+    """Return a backend that `resolve` has named."""
+    found = _BACKENDS[backend]
     if isinstance(found, str):
         raise BackendUnavailableError(f"backend {backend!r} is not available: {found}")
     return found
@@ -133,17 +133,17 @@ def face(backend: str) -> Face:
 def resolve(
     backend: str, device: torch.device, dtype: torch.dtype, has: tuple[str, ...] = BACKENDS[2:]
 ) -> str:
-    """Return the face to run on: the named one, or the fastest that is here.
+    """Return the backend to run on: the named one, or the fastest that is here.
 
     Args:
         backend: One of `BACKENDS`; ``"auto"`` obeys the environment variable ``ODER_FAST_BACKEND``, unless that names
-            a face which the operator does not have.
+            a backend which the operator does not have.
         device: Where the tensors are.
         dtype: Of the image.
-        has: Faces of the operator besides the reference.
+        has: Backends of the operator besides the reference.
 
     Raises:
-        BackendUnavailableError: If the named face is missing or cannot take such tensors.
+        BackendUnavailableError: If the named backend is missing or cannot take such tensors.
         ValueError: If the name is none of `BACKENDS`.
     """
     if backend == "auto":
@@ -156,7 +156,7 @@ def resolve(
         return backend
     if backend != "auto":
         reason = (
-            _reason_against(backend, device, dtype) if backend in has else "the operator has no such face"
+            _reason_against(backend, device, dtype) if backend in has else "the operator has no such backend"
         )
         if reason is not None:
             raise BackendUnavailableError(f"backend {backend!r} is not available: {reason}")
@@ -168,10 +168,10 @@ def resolve(
 
 
 def available() -> dict[str, str]:
-    """Return, for each face, ``"available"`` or the reason why it is not."""
+    """Return, for each backend, ``"available"`` or the reason why it is not."""
     result = {"reference": "available"}
     for backend in ("cpu", "cuda", "triton"):
-        found = _FACES[backend]
+        found = _BACKENDS[backend]
         result[backend] = found if isinstance(found, str) else "available"
     if result["cuda"] == "available" and not torch.cuda.is_available():
         result["cuda"] = "built, but torch sees no CUDA device"
@@ -179,19 +179,19 @@ def available() -> dict[str, str]:
 
 
 def cpu_isa() -> str | None:
-    """Return the instruction set that the C++ face runs on."""
-    found = _FACES["cpu"]
+    """Return the instruction set that the C++ backend runs on."""
+    found = _BACKENDS["cpu"]
     return found.module.__name__.rpartition("_cpu_")[2] if isinstance(found, _Compiled) else None
 
 
 @contextmanager
 def use_module(backend: str, module: ModuleType) -> Iterator[None]:
-    """Run a compiled face on another module: another instruction set, or CUDA kernels built for the host."""
-    before = _FACES[backend]
-    _FACES[backend] = _Compiled(module, backend)
+    """Run a compiled backend on another module: another instruction set, or CUDA kernels built for the host."""
+    before = _BACKENDS[backend]
+    _BACKENDS[backend] = _Compiled(module, backend)
     _FORCED.append(module)
     try:
         yield
     finally:
-        _FACES[backend] = before
+        _BACKENDS[backend] = before
         _FORCED.pop()
