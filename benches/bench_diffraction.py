@@ -16,12 +16,12 @@ import sys
 
 import pytest
 import torch
+from cases import in_turn, relative_error
 
 import oder_fast
 from gpu import Work, add_row, needs_gpu, rotated, time_in_turn
 from oder_fast import ops
 from oder_fast.data import led_ring
-from oder_fast.testing import in_turn, relative_error
 
 CASES = ((256, 32, 8), (512, 89, 8))
 # The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.
@@ -63,12 +63,12 @@ class Scan:
             stored[1][one] = 1j * (here - there)
         return stored
 
-    def ours(self, blocks: torch.Tensor | None = None) -> torch.Tensor:
+    def ours(self, illuminations: torch.Tensor | None = None) -> torch.Tensor:
         return ops.diffraction_gradient(
             self.image,
             self.spectra,
             *self.operator._scan,
-            blocks,
+            illuminations,
             self.operator.optics,
             backend=self.operator.backend,
         )

@@ -16,11 +16,11 @@ import sys
 
 import pytest
 import torch
+from cases import TOLERANCE, in_turn, relative_error
 
 import oder_fast
 from gpu import Work, add_row, machine, needs_gpu, rotated, time_in_turn
 from oder_fast import ops
-from oder_fast.testing import TOLERANCE, in_turn, relative_error
 
 CASES = ((1, 16, 320, 320), (8, 16, 640, 368))
 # The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.

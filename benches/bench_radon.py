@@ -13,12 +13,7 @@ import sys
 
 import pytest
 import torch
-
-import oder_fast
-from gpu import Work, add_row, needs_gpu, rotated, time_in_turn
-from oder_fast import ParallelBeamCT
-from oder_fast.reference import radon as reference
-from oder_fast.testing import (
+from cases import (
     ELLIPSES,
     TOLERANCE,
     angles_over,
@@ -27,6 +22,12 @@ from oder_fast.testing import (
     in_turn,
     relative_error,
 )
+
+import oder_fast
+from gpu import Work, add_row, needs_gpu, rotated, time_in_turn
+from oder_fast import ParallelBeamCT
+from oder_fast.ops import Detector
+from oder_fast.reference import radon as reference
 
 N, BINS, VIEWS = 512, 729, 180
 
@@ -86,9 +87,9 @@ def test_radon_forward(report, build, one_thread, generator, batch):
     few = torch.arange(0, VIEWS, 20)
 
     def ours():
-        return oder_fast.radon_forward(x, angles, BINS, backend=build.backend)
+        return oder_fast.ops.radon_forward(x, angles, Detector(BINS), backend=build.backend)
 
-    expected = oder_fast.radon_forward(x.double(), angles[few], BINS, backend="reference")
+    expected = oder_fast.ops.radon_forward(x.double(), angles[few], Detector(BINS), backend="reference")
     error = relative_error(ours()[:, few], expected)
     assert error < 1e-6
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
@@ -117,10 +118,11 @@ def test_radon_adjoint(report, build, one_thread, generator, batch):
     angles = angles_over(VIEWS)
 
     def ours():
-        return oder_fast.radon_adjoint(y, angles, (N, N), backend=build.backend)
+        return oder_fast.ops.radon_adjoint(y, angles, Detector(BINS), (N, N), backend=build.backend)
 
     error = relative_error(
-        ours()[:1], oder_fast.radon_adjoint(y[:1].double(), angles, (N, N), backend="reference")
+        ours()[:1],
+        oder_fast.ops.radon_adjoint(y[:1].double(), angles, Detector(BINS), (N, N), backend="reference"),
     )
     assert error < 1e-6
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
@@ -152,16 +154,19 @@ def test_radon_gradient_of_a_minibatch(report, build, one_thread, generator):
     plain = GridSampleRadon(N, BINS, angles)
 
     def ours():
-        return oder_fast.radon_gradient(x, y, angles, views, backend=build.backend)
+        return oder_fast.ops.radon_gradient(x, y, angles, Detector(BINS), views, backend=build.backend)
 
     error = relative_error(
-        ours(), oder_fast.radon_gradient(x.double(), y.double(), angles, views, backend="reference")
+        ours(),
+        oder_fast.ops.radon_gradient(
+            x.double(), y.double(), angles, Detector(BINS), views, backend="reference"
+        ),
     )
     assert error < 1e-6
     # Another discretisation of the same integrals: close on a smooth image, equal nowhere.
     smooth = torch.nn.functional.avg_pool2d(x[None], 31, 1, 15)[0]
     other = plain.gradient(smooth, y[0] * 0, views, n_views)
-    same = oder_fast.radon_gradient(smooth, None, angles, views, n_bins=BINS)
+    same = oder_fast.ops.radon_gradient(smooth, None, angles, Detector(BINS), views)
     assert relative_error(same, other) < 0.02
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
     times = in_turn(
@@ -182,11 +187,11 @@ def test_two_threads(report, generator):
         pytest.skip("one core")
     x = torch.rand(1, N, N, generator=generator)
     angles = angles_over(VIEWS)
-    y = oder_fast.radon_forward(x, angles, BINS)
+    y = oder_fast.ops.radon_forward(x, angles, Detector(BINS))
     calls = {
-        "radon_forward": lambda: oder_fast.radon_forward(x, angles, BINS),
-        "radon_adjoint": lambda: oder_fast.radon_adjoint(y, angles, (N, N)),
-        "radon_gradient": lambda: oder_fast.radon_gradient(x, y, angles),
+        "radon_forward": lambda: oder_fast.ops.radon_forward(x, angles, Detector(BINS)),
+        "radon_adjoint": lambda: oder_fast.ops.radon_adjoint(y, angles, Detector(BINS), (N, N)),
+        "radon_gradient": lambda: oder_fast.ops.radon_gradient(x, y, angles, Detector(BINS)),
     }
     report.benchmark.pedantic(calls["radon_gradient"], rounds=3, warmup_rounds=1)
 
@@ -221,7 +226,7 @@ def test_accuracy_on_ellipses(report):
     exact = ellipse_sinogram(large, angles, torch.arange(BINS) - (BINS - 1) / 2)
 
     def call():
-        return oder_fast.radon_forward(image[None], angles, BINS)[0]
+        return oder_fast.ops.radon_forward(image[None], angles, Detector(BINS))[0]
 
     report.benchmark.pedantic(call, rounds=2)
     ours, theirs = call(), torch.from_numpy(astra.FP(image.numpy()))
@@ -237,7 +242,8 @@ def test_accuracy_on_ellipses(report):
     astra = astra_operator(128, 183, small)
     image = ellipse_image(tuple((v, *(k / 2 for k in p), t) for v, *p, t in ELLIPSES), 128).float()
     difference = relative_error(
-        oder_fast.radon_forward(image[None], small, 183)[0], torch.from_numpy(astra.FP(image.numpy()))
+        oder_fast.ops.radon_forward(image[None], small, Detector(183))[0],
+        torch.from_numpy(astra.FP(image.numpy())),
     )
     assert difference < 1e-5
     report.add(
@@ -250,19 +256,18 @@ def test_accuracy_on_ellipses(report):
 
 
 MEMORY = """
-import sys, torch, oder_fast
-from oder_fast.testing import angles_over
+import math, sys, torch, oder_fast
 torch.set_num_threads(1)
 n, bins, n_views, size = 512, 4001, 1200, 600
-angles = angles_over(n_views)
+angles = torch.arange(n_views) * (math.pi / n_views)
 x, y = torch.rand(1, n, n), torch.rand(1, n_views, bins)
 views = torch.arange(size)
-oder_fast.radon_gradient(x, y, angles, views[:1])
+oder_fast.ops.radon_gradient(x, y, angles, oder_fast.ops.Detector(bins), views[:1])
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-result = oder_fast.radon_gradient(x, y, angles, views)
+result = oder_fast.ops.radon_gradient(x, y, angles, oder_fast.ops.Detector(bins), views)
 print(peak() - before - result.numel() * 4, size * bins * 4)
 """
 
@@ -383,12 +388,14 @@ def test_gpu_forward(report, generator, scan):
     on_gpu, work = angles.cuda(), forward_work(batch, size, n_bins, angles)
     x = torch.rand(batch, size, size, generator=generator).cuda()
     xs = rotated(x, work[0].bytes)
-    ours = both_backends(lambda k, backend: oder_fast.radon_forward(xs[k], on_gpu, n_bins, backend=backend))
-    error = check(ours, reference.radon_forward(x.double(), angles, n_bins))
+    ours = both_backends(
+        lambda k, backend: oder_fast.ops.radon_forward(xs[k], on_gpu, Detector(n_bins), backend=backend)
+    )
+    error = check(ours, reference.radon_forward(x.double(), angles, Detector(n_bins)))
     report.benchmark.pedantic(lambda: None)
     candidates = ours | {
         "call by call": ours["cuda"],
-        "torch, view by view": lambda k: reference.radon_forward(xs[k], angles, n_bins),
+        "torch, view by view": lambda k: reference.radon_forward(xs[k], angles, Detector(n_bins)),
     }
     if scan == SCANS[0]:
         plain, every = GridSampleRadon(size, n_bins, on_gpu), torch.arange(n_views, device="cuda")
@@ -406,13 +413,17 @@ def test_gpu_adjoint(report, generator, scan):
     y = torch.rand(batch, n_views, n_bins, generator=generator).cuda()
     ys = rotated(y, work[0].bytes)
     ours = both_backends(
-        lambda k, backend: oder_fast.radon_adjoint(ys[k], on_gpu, (size, size), backend=backend)
+        lambda k, backend: oder_fast.ops.radon_adjoint(
+            ys[k], on_gpu, Detector(n_bins), (size, size), backend=backend
+        )
     )
-    error = check(ours, reference.radon_adjoint(y.double(), angles, size, size))
+    error = check(ours, reference.radon_adjoint(y.double(), angles, Detector(n_bins), (size, size)))
     report.benchmark.pedantic(lambda: None)
     candidates = ours | {
         "call by call": ours["cuda"],
-        "torch, view by view": lambda k: reference.radon_adjoint(ys[k], angles, size, size),
+        "torch, view by view": lambda k: reference.radon_adjoint(
+            ys[k], angles, Detector(n_bins), (size, size)
+        ),
     }
     times = time_in_turn(candidates, len(ys), eager=candidates.keys() - ours)
     add_row(report, "radon_adjoint", name_of(scan), times, work, error)
@@ -430,12 +441,14 @@ def test_gpu_gradient(report, generator, scan):
     y = torch.rand(batch, n_views, n_bins, generator=generator).cuda()
     sets = rotated((x, y), work[0].bytes)
     ours = both_backends(
-        lambda k, backend: oder_fast.radon_gradient(*sets[k], on_gpu, chosen, backend=backend)
+        lambda k, backend: oder_fast.ops.radon_gradient(
+            *sets[k], on_gpu, Detector(n_bins), chosen, backend=backend
+        )
     )
 
     def view_by_view(x, y):
-        residual = reference.radon_forward(x, used, n_bins) - y.index_select(1, chosen)
-        return reference.radon_adjoint(residual, used, size, size) * (n_views / n_used)
+        residual = reference.radon_forward(x, used, Detector(n_bins)) - y.index_select(1, chosen)
+        return reference.radon_adjoint(residual, used, Detector(n_bins), (size, size)) * (n_views / n_used)
 
     error = check(ours, view_by_view(x.double(), y.double()))
     report.benchmark.pedantic(lambda: None)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TOLERANCE, in_turn, relative_error
 
 import oder_fast
 from gpu import Work, add_row, copy_rate, machine, matmul_rate, needs_gpu, rotated, time_in_turn
-from oder_fast.testing import TOLERANCE, in_turn, relative_error
 
 SHAPE = (1, 2048, 2048)  # 16 MB
 
@@ -22,7 +22,7 @@ def test_red_update(report, build, one_thread, generator, momentum):
     options = {"previous": last, "momentum": 0.5} if momentum else {}
 
     def ours():
-        return oder_fast.red_update(x, g, d, 0.1, 1.5, **options, backend=build.backend)
+        return oder_fast.ops.red_update(x, g, d, 0.1, 1.5, **options, backend=build.backend)
 
     def eager():
         new = (x - 0.1 * (g + 1.5 * (x - d))).clamp(min=0)
@@ -30,7 +30,9 @@ def test_red_update(report, build, one_thread, generator, momentum):
         return new, extrapolated, (new - x).square().sum((1, 2)), new.square().sum((1, 2))
 
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    expected = oder_fast.red_update(x.double(), g.double(), d.double(), 0.1, 1.5, **wide, backend="reference")
+    expected = oder_fast.ops.red_update(
+        x.double(), g.double(), d.double(), 0.1, 1.5, **wide, backend="reference"
+    )
     error = max(relative_error(a, b) for a, b in zip(ours(), expected, strict=True))
     assert error < 1e-6
     report.benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
@@ -98,7 +100,7 @@ def test_gpu_red_update(report, shape, momentum):
     def call(k, backend, kind=torch.float32):
         x, g, d, last = (v.to(kind) for v in sets[k])
         options = {"previous": last, "momentum": weights} if momentum else {}
-        return oder_fast.red_update(x, g, d, step_size, tau, **options, nonnegative=True, backend=backend)
+        return oder_fast.ops.red_update(x, g, d, step_size, tau, **options, nonnegative=True, backend=backend)
 
     def eager(k):
         x, g, d, last = sets[k]

@@ -11,12 +11,12 @@ import copy
 
 import pytest
 import torch
+from cases import relative_error
 
 from bench_training import ADJOINT, FORWARD, denoiser_alone
 from gpu import needs_gpu, time_in_turn
 from oder_fast import DEQRED, GradientStep, Implicit, Nesterov, ParallelBeamCT, UNet
 from oder_fast.data import add_gaussian_noise, random_ellipses
-from oder_fast.testing import relative_error
 
 pytestmark = [
     needs_gpu,

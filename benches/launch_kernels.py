@@ -1,7 +1,7 @@
 """Launch the GPU kernels once and nothing much besides, for tools that watch them.
 
-    compute-sanitizer python benches/launch_kernels.py small
-    ncu --profile-from-start off python benches/launch_kernels.py paper
+    PYTHONPATH=tests compute-sanitizer python benches/launch_kernels.py small
+    PYTHONPATH=tests ncu --profile-from-start off python benches/launch_kernels.py paper
 
 `small` runs every operator's CUDA backend at the shapes of the operator tests and at those that need several tiles. `paper`
 runs each operator at the paper's sizes, on the CUDA backend and then on the Triton one; only the second of two calls of each
@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from cases import CASES, angles_over
 
 import bench_diffraction
 import bench_fourier
 import bench_radon
 import oder_fast
 from oder_fast import ops
-from oder_fast.ops import backends
-from oder_fast.testing import CASES, angles_over
+from oder_fast.ops import Detector, backends
 
 
 def tiled_shapes() -> dict[str, tuple[dict, ...]]:
@@ -68,9 +68,15 @@ def paper(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     views = torch.randperm(n_views, generator=generator)[:n_used].cuda()
     x = torch.rand(batch, size, size, generator=generator).cuda()
     y = torch.rand(batch, n_views, n_bins, generator=generator).cuda()
-    yield "radon_forward", lambda: oder_fast.radon_forward(x, angles, n_bins, backend=backend)
-    yield "radon_adjoint", lambda: oder_fast.radon_adjoint(y, angles, (size, size), backend=backend)
-    yield "radon_gradient", lambda: oder_fast.radon_gradient(x, y, angles, views, backend=backend)
+    yield "radon_forward", lambda: oder_fast.ops.radon_forward(x, angles, Detector(n_bins), backend=backend)
+    yield (
+        "radon_adjoint",
+        lambda: oder_fast.ops.radon_adjoint(y, angles, Detector(n_bins), (size, size), backend=backend),
+    )
+    yield (
+        "radon_gradient",
+        lambda: oder_fast.ops.radon_gradient(x, y, angles, Detector(n_bins), views, backend=backend),
+    )
     for points in (False, True):
         mri = bench_fourier.on_gpu(bench_fourier.Scan(*bench_fourier.CASES[0], points))
         mri.operator.backend = backend
@@ -87,7 +93,7 @@ def paper(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     momentum = torch.full((8,), 0.5, dtype=torch.float64, device="cuda")
     yield (
         "red_update",
-        lambda: oder_fast.red_update(
+        lambda: oder_fast.ops.red_update(
             *images[:3], step_size, tau, previous=images[3], momentum=momentum, backend=backend
         ),
     )

@@ -55,7 +55,7 @@ export name work log
 
 # Nothing but what is installed: not the sources beside it, nor packages from a network. Warnings, errors in CI, are only shown.
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-export PYTHONPATH=$work/site:$root/benches${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$work/site:$root/benches:$root/tests${PYTHONPATH:+:$PYTHONPATH}
 export PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_CACHE_DIR=1
 # Deterministic products, which the tests ask for.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8

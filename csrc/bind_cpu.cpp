@@ -57,15 +57,15 @@ template <class... Head, class Call>
 void define_diffraction(pybind11::module_& m, const char* name, Call call) {
   m.def(
       name,
-      [call](int dtype, Head... head, Address transfer, bool stored, Address depths, Address support, Address blocks,
-             int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude, double first,
-             double spacing, int64_t batch, int64_t n_illuminations, int64_t n_slices, int64_t height, int64_t width,
-             int threads) {
+      [call](int dtype, Head... head, Address transfer, bool stored, Address depths, Address support,
+             Address illuminations, int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude,
+             double first, double spacing, int64_t batch, int64_t n_illuminations, int64_t n_slices, int64_t height,
+             int64_t width, int threads) {
         const oder::DiffractionScan scan{at(transfer),
                                          stored,
                                          at<double>(depths),
                                          at<int32_t>(support),
-                                         at<int64_t>(blocks),
+                                         at<int64_t>(illuminations),
                                          n_used,
                                          pixel_size,
                                          cutoff,

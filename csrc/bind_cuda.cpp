@@ -75,14 +75,14 @@ void def_diffraction(py::module_& m, const char* name, Launch launch) {
   m.def(
       name,
       [launch](int dtype, First... first, Address transfer, bool stored, Address depths, Address support,
-               Address blocks, int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude,
+               Address illuminations, int64_t n_used, double pixel_size, double cutoff, double scale, double amplitude,
                double first_depth, double spacing, int64_t batch, int64_t n_illuminations, int64_t n_slices,
                int64_t height, int64_t width, Address stream) {
         const DiffractionScan scan{at(transfer),
                                    stored,
                                    at<double>(depths),
                                    at<int32_t>(support),
-                                   at<int64_t>(blocks),
+                                   at<int64_t>(illuminations),
                                    narrow(n_used, "n_used"),
                                    pixel_size,
                                    cutoff,

@@ -15,11 +15,11 @@ namespace oder {
 
 // A scan in intensity diffraction tomography; complex numbers are pairs of reals.
 struct DiffractionScan {
-  const void* transfer;    // double [n_illuminations, 2], or functions [n_illuminations, n_slices, height, width]
-  bool stored;             // the latter
-  const double* depths;    // [n_slices]
-  const int32_t* support;  // [n_illuminations, height, 2] signed column frequencies of the pupil: begin, end
-  const int64_t* blocks;   // [n_used] or null for all
+  const void* transfer;          // double [n_illuminations, 2], or functions [n_illuminations, n_slices, height, width]
+  bool stored;                   // the latter
+  const double* depths;          // [n_slices]
+  const int32_t* support;        // [n_illuminations, height, 2] signed column frequencies of the pupil: begin, end
+  const int64_t* illuminations;  // [n_used] or null for all
   int64_t n_used;
   double pixel_size, cutoff, scale, amplitude, first, spacing;  // spacing 0: see depths
   int64_t n_illuminations, n_slices, height, width;

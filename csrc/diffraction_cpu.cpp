@@ -333,7 +333,7 @@ struct Diffraction {
   std::vector<Active<T>> active(const Row& row) const {
     std::vector<Active<T>> result;
     for (int64_t u = 0; u < scan.n_used; ++u) {
-      const int64_t l = scan.blocks ? scan.blocks[u] : u;
+      const int64_t l = scan.illuminations ? scan.illuminations[u] : u;
       if (l < 0 || l >= scan.n_illuminations) continue;
       const Interval here = support(l, row.i, false), there = support(l, row.mirror, true);
       if (here.begin >= here.end && there.begin >= there.end) continue;

@@ -74,7 +74,7 @@ struct Row {
 };
 
 ODER_DEVICE Light light_of(const DiffractionScan& scan, const Common& common, const Row& row, int used) {
-  const int64_t l = scan.blocks ? scan.blocks[used] : used;
+  const int64_t l = scan.illuminations ? scan.illuminations[used] : used;
   Light light{};
   light.l = -1;
   if (l < 0 || l >= scan.n_illuminations) return light;

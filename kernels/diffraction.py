@@ -77,7 +77,7 @@ def _functions(
 
 @triton.jit
 def _diffraction_kernel(
-    spectrum, half, out, transfer, depths, support, blocks,
+    spectrum, half, out, transfer, depths, support, illuminations,
     n_used, n_illuminations, n_slices, height, width,
     row_step, column_step, cutoff_squared, gain, scale, factor,
     ALL: tl.constexpr, STORED: tl.constexpr, IMAGE: tl.constexpr, DATA: tl.constexpr, FORWARD: tl.constexpr,
@@ -121,7 +121,7 @@ def _diffraction_kernel(
     for used in range(n_used):
         light = tl.full([], 0, tl.int64) + used
         if not ALL:
-            light = tl.load(blocks + used)
+            light = tl.load(illuminations + used)
         known = (light >= 0) & (light < n_illuminations)
         light = tl.where(known, light, 0)
         begin = tl.load(support + 2 * (light * height + i))
@@ -235,7 +235,7 @@ class Scan(NamedTuple):
     stored: bool
     depths: Tensor
     support: Tensor
-    blocks: Tensor | None
+    illuminations: Tensor | None
     n_used: int
     pixel_size: float
     cutoff: float
@@ -266,7 +266,7 @@ def _launch(
         scan.transfer,
         scan.depths,
         scan.support,
-        scan.support.view(torch.int64) if scan.blocks is None else scan.blocks,
+        scan.support.view(torch.int64) if scan.illuminations is None else scan.illuminations,
         scan.n_used,
         scan.n_illuminations,
         scan.n_slices,
@@ -278,7 +278,7 @@ def _launch(
         scan.amplitude / (2 * math.pi * scan.scale),
         scan.scale,
         2 * scan.n_illuminations / scan.n_used,
-        ALL=scan.blocks is None,
+        ALL=scan.illuminations is None,
         STORED=scan.stored,
         IMAGE=spectrum is not None,
         DATA=half is not None,

@@ -17,10 +17,9 @@ from .denoisers import (
     estimate_lipschitz,
 )
 from .deqred import DEQRED
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import diagnose
 from .fixed_point import (
     Anderson,
-    Average,
     DivergenceError,
     FixedPointError,
     Implicit,
@@ -35,29 +34,10 @@ from .fixed_point import (
 from .operators import (
     CartesianMRI,
     DiffractionTomography,
-    LeastSquares,
     MeasurementOperator,
     MeasurementParallel,
     ParallelBeamCT,
     as_operator,
-    split_blocks,
-)
-from .ops import (
-    BackendUnavailableError,
-    Optics,
-    RedUpdate,
-    diffraction_adjoint,
-    diffraction_forward,
-    diffraction_gradient,
-    diffraction_gram,
-    fourier_adjoint,
-    fourier_forward,
-    fourier_gradient,
-    radon_adjoint,
-    radon_backproject,
-    radon_forward,
-    radon_gradient,
-    red_update,
 )
 from .published import oder
 from .red import GradientStep, ProximalStep
@@ -69,11 +49,8 @@ __all__ = [
     "DEQRED",
     "Anderson",
     "AtNoiseLevel",
-    "Average",
-    "BackendUnavailableError",
     "CartesianMRI",
     "DRUNet",
-    "Diagnosis",
     "DiffractionTomography",
     "DivergenceError",
     "DnCNN",
@@ -81,17 +58,14 @@ __all__ = [
     "GradientStep",
     "Implicit",
     "JacobianFree",
-    "LeastSquares",
     "MeasurementOperator",
     "MeasurementParallel",
     "Nesterov",
     "NotConvergedError",
     "NotConvergedWarning",
-    "Optics",
     "ParallelBeamCT",
     "Picard",
     "ProximalStep",
-    "RedUpdate",
     "Solution",
     "TotalVariation",
     "UNet",
@@ -100,21 +74,8 @@ __all__ = [
     "bound_lipschitz",
     "build_info",
     "diagnose",
-    "diffraction_adjoint",
-    "diffraction_forward",
-    "diffraction_gradient",
-    "diffraction_gram",
     "estimate_lipschitz",
-    "fourier_adjoint",
-    "fourier_forward",
-    "fourier_gradient",
     "oder",
-    "radon_adjoint",
-    "radon_backproject",
-    "radon_forward",
-    "radon_gradient",
-    "red_update",
-    "split_blocks",
 ]
 
 

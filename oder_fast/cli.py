@@ -120,8 +120,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    from .training import RunError, reconstruct_files
-    from .training.reconstruction.jobs import escaped
+    from .reconstruction import reconstruct_files
+    from .reconstruction.jobs import escaped
+    from .training import RunError
 
     options = {name: value for name, value in vars(arguments).items() if name != "run"}
     options["select"] = dict(arguments.select) or None

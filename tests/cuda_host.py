@@ -16,7 +16,7 @@ from types import ModuleType
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("diffraction_cuda.cu", "fourier_cuda.cu", "radon_cuda.cu", "red_update_cuda.cu", "bind_cuda.cpp")
+SOURCES = (*sorted(path.name for path in (ROOT / "csrc").glob("*_cuda.cu")), "bind_cuda.cpp")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unknown-pragmas"]
 

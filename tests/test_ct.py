@@ -9,9 +9,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from cases import angles_over, dot_test, relative_error
 
 from oder_fast import ParallelBeamCT
-from oder_fast.testing import angles_over, dot_test, relative_error
 
 
 def disc(n, x, y, radius, value):

@@ -516,6 +516,22 @@ def test_metrics():
     assert data.ssim(truth.flip(0), truth) < 0.5
 
 
+def test_metrics_take_what_a_model_gives():
+    truth = torch.rand(16, 16, generator=seeded())
+    image = truth + 0.1 * torch.rand(16, 16, generator=seeded(1))
+    for metric in (data.psnr, data.ssim, data.snr):
+        plain = metric(image, truth)
+        assert metric(image.clone().requires_grad_(), truth.clone().requires_grad_()) == plain
+        assert metric(image.bfloat16(), truth) == pytest.approx(plain, rel=0.02)
+        if torch.cuda.is_available():
+            assert metric(image.cuda(), truth.cuda()) == pytest.approx(plain, rel=1e-5)
+    for metric in (data.psnr, data.ssim):
+        with pytest.raises(
+            ValueError, match=r"image must have the shape of truth, \(16, 16\), got \(1, 16, 16\)"
+        ):
+            metric(image[None], truth)
+
+
 def test_metrics_of_complex_images(generator):
     """The ratio counts phases; peak and structure are for magnitudes."""
     truth = torch.randn(16, 16, dtype=torch.complex64, generator=generator)

@@ -6,18 +6,12 @@ import math
 
 import pytest
 import torch
+from cases import relative_error
 
-from oder_fast import (
-    DiffractionTomography,
-    diffraction_adjoint,
-    diffraction_forward,
-    diffraction_gradient,
-    diffraction_gram,
-    ops,
-)
+from oder_fast import DiffractionTomography, ops
 from oder_fast.data import led_ring
+from oder_fast.ops import diffraction_adjoint, diffraction_forward, diffraction_gradient, diffraction_gram
 from oder_fast.reference import diffraction as reference
-from oder_fast.testing import relative_error
 
 WAVELENGTH, APERTURE, INDEX, PIXEL = 0.6, 0.32, 1.33, 0.42
 
@@ -87,9 +81,9 @@ def test_the_gradient_of_the_data(generator):
     idt = scan(height=4, width=5, n=2, lights=3)
     x = draw(1, *idt.image_shape, generator=generator).requires_grad_()
     y = draw(1, *idt.data_shape, dtype=torch.float64, generator=generator).requires_grad_()
-    blocks = torch.tensor([2, 0])
+    illuminations = torch.tensor([2, 0])
     for backend in ("reference", "cpu"):
-        for some in (None, blocks):
+        for some in (None, illuminations):
 
             def gradient(x, y, some=some, backend=backend):
                 spectra = torch.fft.rfft2(y, norm="ortho")
@@ -148,9 +142,9 @@ def test_indices_out_of_range_are_refused():
     idt = scan()
     x = torch.zeros(1, *idt.image_shape, dtype=torch.complex64)
     *args, optics = arguments(idt)
-    for blocks in (torch.tensor([5]), torch.tensor([-1])):
-        with pytest.raises(ValueError, match="blocks must"):
-            diffraction_gradient(x, None, *args, blocks, optics)
+    for illuminations in (torch.tensor([5]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match="illuminations must"):
+            diffraction_gradient(x, None, *args, illuminations, optics)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, TOLERANCE, angles_over, relative_error
 
 import oder_fast
-from oder_fast.ops import backends
-from oder_fast.testing import CASES, TOLERANCE, angles_over, relative_error
+from oder_fast.ops import Detector, backends
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
@@ -187,11 +187,13 @@ def test_cuda_white_noise_at_full_size(build, generator):
     angles, size = angles_over(9, start=0.1), (512, 512)
     image = torch.randn(1, *size, generator=generator)
     sinogram = torch.randn(1, 9, 729, generator=generator)
-    forward = oder_fast.radon_forward(image, angles, 729, backend="cuda")
-    expected = oder_fast.radon_forward(image.double(), angles, 729, backend="reference")
+    forward = oder_fast.ops.radon_forward(image, angles, Detector(729), backend="cuda")
+    expected = oder_fast.ops.radon_forward(image.double(), angles, Detector(729), backend="reference")
     assert relative_error(forward, expected) < 1e-6
-    adjoint = oder_fast.radon_adjoint(sinogram, angles, size, backend="cuda")
-    expected = oder_fast.radon_adjoint(sinogram.double(), angles, size, backend="reference")
+    adjoint = oder_fast.ops.radon_adjoint(sinogram, angles, Detector(729), size, backend="cuda")
+    expected = oder_fast.ops.radon_adjoint(
+        sinogram.double(), angles, Detector(729), size, backend="reference"
+    )
     assert relative_error(adjoint, expected) < 1e-6
 
 
@@ -201,9 +203,9 @@ def test_cuda_storage_rounds_as_torch_does(dtype, build, generator):
     x = x[x.isfinite()][None]
     other = x[:, torch.randperm(x.shape[1], generator=generator)]
     zero = torch.zeros_like(x)
-    same = oder_fast.red_update(x, zero, zero, 0.0, 0.0, backend="cuda").image
+    same = oder_fast.ops.red_update(x, zero, zero, 0.0, 0.0, backend="cuda").image
     assert torch.equal(same, x)
-    moved = oder_fast.red_update(x, other, zero, 1.0, 0.0, backend="cuda").image
+    moved = oder_fast.ops.red_update(x, other, zero, 1.0, 0.0, backend="cuda").image
     assert torch.equal(moved, (x.float() - other.float()).to(dtype))
 
 
@@ -212,9 +214,9 @@ def test_cuda_takes_misaligned_memory(shift, build, generator):
     """Slices that start inside a 16-byte run, alike for all operands and not."""
     for shifts in ([shift] * 4, [shift, 0, 2 * shift, 1]):
         x, g, d, p = (torch.randn(400, generator=generator)[s : s + 315].view(3, 105) for s in shifts)
-        got = oder_fast.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="cuda")
+        got = oder_fast.ops.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="cuda")
         x, g, d, p = (v.double() for v in (x, g, d, p))
-        expected = oder_fast.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="reference")
+        expected = oder_fast.ops.red_update(x, g, d, 0.3, 0.7, previous=p, momentum=0.5, backend="reference")
         for one, other in zip(got, expected, strict=True):
             assert relative_error(one, other) < 1e-6
 
@@ -373,7 +375,7 @@ def test_cuda_planted_bugs_are_caught(monkeypatch):
         backends.use_module("cuda", module),
         pytest.raises(RuntimeError, match="some of its threads do not reach"),
     ):
-        oder_fast.red_update(*torch.zeros(3, 1, 8), 0.1, 1.0, backend="cuda")
+        oder_fast.ops.red_update(*torch.zeros(3, 1, 8), 0.1, 1.0, backend="cuda")
 
 
 RESOURCES = TESTS / "kernel_resources.json"
@@ -517,8 +519,10 @@ def test_views_out_of_range_count_as_zero(backend, use, generator):
     sinogram = torch.randn(2, 4, 15, generator=generator)
     angles, views = angles_over(4, start=0.3), torch.tensor([7, 2, -1])
     with use(backend):
-        got = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, 15, 1.0, 0.0, 1.0, backend)
-    alone = oder_fast.radon_gradient(image.double(), sinogram.double(), angles, views[1:2]) / 3
+        got = torch.ops.oder_fast.radon_gradient(image, sinogram, angles, views, 15, [1.0, 0.0, 1.0], backend)
+    alone = (
+        oder_fast.ops.radon_gradient(image.double(), sinogram.double(), angles, Detector(15), views[1:2]) / 3
+    )
     assert relative_error(got, alone) < 2e-6
 
 
@@ -527,12 +531,14 @@ def test_angle_that_is_no_number_counts_as_zero(backend, use, generator):
     image = torch.randn(1, 6, 7, generator=generator)
     angles = torch.tensor([math.nan, 0.5, math.inf], dtype=torch.float64)
     with use(backend):
-        got = torch.ops.oder_fast.radon_forward(image, angles, 9, 1.0, 0.0, 1.0, backend)
-        back = torch.ops.oder_fast.radon_adjoint(got, angles, 6, 7, 1.0, 0.0, 1.0, backend)
+        got = torch.ops.oder_fast.radon_forward(image, angles, 9, [1.0, 0.0, 1.0], backend)
+        back = torch.ops.oder_fast.radon_adjoint(got, angles, 6, 7, [1.0, 0.0, 1.0], backend)
     assert torch.equal(got[:, ::2], torch.zeros(1, 2, 9))
-    expected = oder_fast.radon_forward(image.double(), angles[1:2], 9)
+    expected = oder_fast.ops.radon_forward(image.double(), angles[1:2], Detector(9))
     assert relative_error(got[:, 1:2], expected) < 2e-6
-    assert relative_error(back, oder_fast.radon_adjoint(expected, angles[1:2], (6, 7))) < 2e-6
+    assert (
+        relative_error(back, oder_fast.ops.radon_adjoint(expected, angles[1:2], Detector(9), (6, 7))) < 2e-6
+    )
 
 
 @BOTH
@@ -552,16 +558,19 @@ def test_detectors_beyond_the_usual(bins, spacing, offset, start, backend, use, 
     image = torch.randn(1, 14, 17, generator=generator)
     angles = angles_over(4, start=start)
     sinogram = torch.randn(1, 4, bins, generator=generator)
-    options = {"bin_spacing": spacing, "bin_offset": offset}
+    scan, options = (angles, Detector(bins, spacing, offset)), {"backend": backend}
     with use(backend):
-        forward = oder_fast.radon_forward(image, angles, bins, **options, backend=backend)
-        adjoint = oder_fast.radon_adjoint(sinogram, angles, (14, 17), **options, backend=backend)
-        back = oder_fast.radon_backproject(sinogram, angles, (14, 17), **options, backend=backend)
+        forward = oder_fast.ops.radon_forward(image, *scan, **options)
+        adjoint = oder_fast.ops.radon_adjoint(sinogram, *scan, (14, 17), **options)
+        back = oder_fast.ops.radon_backproject(sinogram, *scan, (14, 17), **options)
     options["backend"] = "reference"
-    wide, size = sinogram.double(), (14, 17)
-    assert relative_error(forward, oder_fast.radon_forward(image.double(), angles, bins, **options)) < 1e-5
-    assert relative_error(adjoint, oder_fast.radon_adjoint(wide, angles, size, **options)) < 1e-5
-    assert relative_error(back, oder_fast.radon_backproject(wide, angles, size, **options)) < 1e-5
+    wide = sinogram.double()
+    for got, expected in (
+        (forward, oder_fast.ops.radon_forward(image.double(), *scan, **options)),
+        (adjoint, oder_fast.ops.radon_adjoint(wide, *scan, (14, 17), **options)),
+        (back, oder_fast.ops.radon_backproject(wide, *scan, (14, 17), **options)),
+    ):
+        assert relative_error(got, expected) < 1e-5
 
 
 @BOTH
@@ -570,11 +579,19 @@ def test_pixels_at_whole_bins_read_no_bin_beside_the_detector(spacing, backend, 
     angles = torch.tensor([math.pi, math.pi / 2, -math.pi / 2], dtype=torch.float64)
     for size in ((1, 63), (63, 1)):
         with use(backend):
-            got = oder_fast.radon_adjoint(
-                torch.ones(1, 3, 65), angles, size, bin_spacing=spacing, backend=backend
+            got = oder_fast.ops.radon_adjoint(
+                torch.ones(1, 3, 65),
+                angles,
+                Detector(65, spacing),
+                size,
+                backend=backend,
             )
-        expected = oder_fast.radon_adjoint(
-            torch.ones(1, 3, 65).double(), angles, size, bin_spacing=spacing, backend="reference"
+        expected = oder_fast.ops.radon_adjoint(
+            torch.ones(1, 3, 65).double(),
+            angles,
+            Detector(65, spacing),
+            size,
+            backend="reference",
         )
         assert relative_error(got, expected) < 1e-6
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import angles_over
 
 import bench_diffraction
 import bench_fourier
@@ -20,7 +21,6 @@ import bench_red_update
 import gpu
 import launch_kernels
 from gpu import H200, Machine, Work
-from oder_fast.testing import angles_over
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benches" / "run_gpu.sh"

@@ -9,10 +9,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import dot_test, relative_error
 
 from oder_fast import DEQRED, Anderson, DiffractionTomography, GradientStep, Implicit, Picard, Unrolled
 from oder_fast.data import beam_propagation, cell_like, led_ring
-from oder_fast.testing import dot_test, relative_error
 
 OPTICS = {"pixel_size": 0.4, "wavelength": 0.6, "numerical_aperture": 0.35, "medium_index": 1.33}
 

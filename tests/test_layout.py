@@ -29,9 +29,19 @@ MAY_IMPORT = {
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
     "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},
-    "cli": {"_demo", "training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
+    "reconstruction": {"training", "denoisers", "data", "operators"},
+    "cli": {
+        "_demo",
+        "reconstruction",
+        "training",
+        "deqred",
+        "red",
+        "fixed_point",
+        "operators",
+        "denoisers",
+        "data",
+    },
     "_demo": {"training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
-    "testing": {"ops", "operators", "reference"},
 }
 
 
@@ -100,7 +110,7 @@ def tracked() -> list[str]:
     ("stem", "needed"),
     [
         (stem, pattern.format(stem))
-        for stem in ("diffraction", "fourier", "radon", "red_update")
+        for stem in sorted(path.stem for path in (PACKAGE / "reference").glob("[a-z]*.py"))
         for pattern in (
             "csrc/{}_cpu.cpp",
             "csrc/{}_cuda.cu",

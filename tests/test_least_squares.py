@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import relative_error
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from oder_fast.data import led_ring
 from oder_fast.operators import LeastSquares, MeasurementOperator
 from oder_fast.operators import idt as idt_module
 from oder_fast.operators.solve import MAX_PROJECTED, MAX_STEPS, nonnegative
-from oder_fast.testing import relative_error
 
 TIGHT = 1e-10
 

@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
+from cases import dot_test, relative_error
 
 from oder_fast import DEQRED, Anderson, CartesianMRI, GradientStep, Implicit, Nesterov, Picard, Unrolled
 from oder_fast.data import birdcage_maps, espirit_maps, random_ellipses, random_lines
-from oder_fast.testing import dot_test, relative_error
 
 
 def draw(*size, generator, dtype=torch.complex128):

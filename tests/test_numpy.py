@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases import CASES
 from torch import Tensor
 
 import oder_fast
 from oder_fast import CartesianMRI, DiffractionTomography, ParallelBeamCT, data
 from oder_fast._numpy import from_numpy
 from oder_fast.denoisers import DnCNN, TotalVariation, UNet
-from oder_fast.testing import CASES
+from oder_fast.ops import Detector
 
 
 def unaligned(array):
@@ -64,7 +65,7 @@ def test_what_is_no_number_and_masked_arrays_stay_what_they_are():
     for value in (np.array(["a"]), np.array([None]), np.ma.masked_array([1.0], [True]), "a", None, {}):
         assert from_numpy(value) is value
     with pytest.raises(TypeError, match=r"image must be a torch\.Tensor, got MaskedArray"):
-        oder_fast.radon_forward(np.ma.masked_all((1, 4, 4)), torch.zeros(1), 4)
+        oder_fast.ops.radon_forward(np.ma.masked_all((1, 4, 4)), torch.zeros(1), Detector(4))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

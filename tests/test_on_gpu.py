@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, TOLERANCE, relative_error
 
 import oder_fast
 from oder_fast import DEQRED, Anderson, GradientStep, Implicit, Nesterov, ParallelBeamCT, ProximalStep
-from oder_fast.testing import CASES, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -88,7 +88,7 @@ def test_more_numbers_than_32_bits_count(backend):
     one = torch.ones((), dtype=torch.float64, device="cuda")
     image = torch.full((1, n), 3.0, dtype=torch.bfloat16, device="cuda")
     image[0, -41:] = 5.0
-    updated = oder_fast.red_update(image, image, image, 0.5 * one, one, backend=backend).image
+    updated = oder_fast.ops.red_update(image, image, image, 0.5 * one, one, backend=backend).image
     expected = torch.full((41,), 2.5, device="cuda")
     assert torch.equal(updated[0, -41:].float(), expected)
     assert torch.equal(updated[0, :41].float(), torch.full((41,), 1.5, device="cuda"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import CASES, TOLERANCE, VIEWS, dot_test, relative_error, viewed
 from torch import Tensor
-
-from oder_fast.testing import CASES, TOLERANCE, VIEWS, dot_test, relative_error, viewed
+from torch.autograd import forward_ad
 
 ALL = [
     pytest.param(case, shape, id=f"{case.name}-{k}")
@@ -89,6 +89,64 @@ def plain(value):
     if not isinstance(value, Tensor):
         return value
     return value.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def real_inner(a, b):
+    return sum((x.conj() * y).real.sum() for x, y in zip(a, b, strict=True))
+
+
+# Of torch's own forward-mode derivatives.
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.parametrize(("case", "shape"), FIRST)
+def test_transforms_of_torch_func(case, shape, build, generator):
+    args, options = case.make_inputs(shape, case.dtype, build.device, generator)
+    options["backend"] = build.backend
+    inputs = tuple(args[k] for k in case.differentiable)
+
+    def function(*inputs):
+        full = list(args)
+        for k, value in zip(case.differentiable, inputs, strict=True):
+            full[k] = value
+        # The last result of red_update has no derivative.
+        return tuple(results(case.function(*full, **options))[:2])
+
+    def random(values):
+        return tuple(torch.randn(v.shape, dtype=v.dtype, generator=generator).to(v) for v in values)
+
+    values = function(*inputs)
+    weights, tangents = random(values), random(inputs)
+    outputs, vjp = torch.func.vjp(function, *inputs)
+    again, along = torch.func.jvp(function, inputs, tangents)
+    for one, other, third in zip(values, outputs, again, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+    gradients = vjp(weights)
+    leaves = tuple(v.detach().requires_grad_() for v in inputs)
+    expected = torch.autograd.grad(function(*leaves), leaves, weights)
+    for one, other in zip(gradients, expected, strict=True):
+        assert relative_error(one, other) < 1e-6
+    size = sum(float(a.norm()) * float(w.norm()) for a, w in zip(along, weights, strict=True))
+    assert abs(real_inner(along, weights) - real_inner(tangents, gradients)) < 1e-5 * size
+    # Forward-mode derivatives without a transform.
+    with forward_ad.dual_level():
+        duals = function(*(forward_ad.make_dual(v, t) for v, t in zip(inputs, tangents, strict=True)))
+        for dual, tangent in zip(duals, along, strict=True):
+            assert relative_error(forward_ad.unpack_dual(dual).tangent, tangent) < 1e-6
+    # Several at once, of a gradient too; along another axis, and of the first argument alone.
+    first, *rest = inputs
+    many = torch.stack((first, tangents[0]), -1)
+    gradient = lambda x: torch.func.vjp(lambda v: function(v, *rest), x)[1](weights)[0]  # noqa: E731
+    for f in (lambda x: function(x, *rest)[0], gradient):
+        got = torch.func.vmap(f, in_dims=-1)(many)
+        for k, one in enumerate((first, tangents[0])):
+            assert relative_error(got[k], f(one)) < 1e-6
+    # Twice differentiated.
+    energy = lambda x: sum(v.abs().square().sum() for v in function(x, *rest))  # noqa: E731
+    if not first.is_complex():
+        _, curvature = torch.func.jvp(torch.func.grad(energy), (first,), (tangents[0],))
+        _, moved = torch.func.jvp(lambda x: function(x, *rest), (first,), (tangents[0],))
+        twice = 2 * real_inner(moved, moved)
+        assert abs((curvature * tangents[0]).sum() - twice) < 1e-5 * twice
 
 
 @pytest.mark.parametrize(("case", "shape"), FIRST)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast.ops import backends
+from oder_fast.ops import Detector, backends
 
 
 def test_build_info_tells_what_runs_here():
@@ -49,11 +49,11 @@ def test_the_environment_chooses_the_backend(monkeypatch):
     assert backends.resolve("auto", x.device, x.dtype) == "reference"
     monkeypatch.setenv("ODER_FAST_BACKEND", "cuda")
     if not torch.cuda.is_available():
-        with pytest.raises(oder_fast.BackendUnavailableError, match=r"takes CUDA tensors|not built"):
-            oder_fast.radon_forward(x, angles, 4)
+        with pytest.raises(oder_fast.ops.BackendUnavailableError, match=r"takes CUDA tensors|not built"):
+            oder_fast.ops.radon_forward(x, angles, Detector(4))
     monkeypatch.setenv("ODER_FAST_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend must be one of"):
-        oder_fast.radon_forward(x, angles, 4)
+        oder_fast.ops.radon_forward(x, angles, Detector(4))
     monkeypatch.delenv("ODER_FAST_BACKEND")
     assert backends.resolve("auto", x.device, x.dtype) == "cpu"
     assert backends.resolve("auto", x.device, torch.bfloat16) == "reference"

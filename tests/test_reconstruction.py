@@ -28,18 +28,17 @@ from oder_fast import Anderson, CartesianMRI, DnCNN, GradientStep, ParallelBeamC
 from oder_fast.cli import main
 from oder_fast.data import birdcage_maps, brain_like, cell_like, random_ellipses, read_image, read_nifti
 from oder_fast.fixed_point import DivergenceError
+from oder_fast.reconstruction import InputError, reconstruct_files
+from oder_fast.reconstruction import ledger as ledgers
+from oder_fast.reconstruction import run as reconstruction
 from oder_fast.training import (
     CheckpointError,
     ConfigurationError,
-    InputError,
     RunError,
     Trainer,
     load_model,
     read_configuration,
-    reconstruct_files,
 )
-from oder_fast.training.reconstruction import ledger as ledgers
-from oder_fast.training.reconstruction import run as reconstruction
 
 SIZE = 24
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oder_fast import CartesianMRI, DiffractionTomography, ParallelBeamCT
 from oder_fast._torch import fft
-from oder_fast.testing import relative_error
 
 
 class Transforms(TorchDispatchMode):

@@ -31,7 +31,7 @@ TYPES = {
     **dict.fromkeys(("row_step", "column_step", "cutoff_squared", "gain", "scale", "factor"), "fp32"),
     "depths": "*fp64",
     "support": "*i32",
-    "blocks": "*i64",
+    "illuminations": "*i64",
     "mask": "*u8",
 }
 # Launching makes sizes of one constants; they must compile too.

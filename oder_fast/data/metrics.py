@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._numpy import takes_numpy
 
 
-def _check_real(name: str, *images: Tensor) -> None:
-    if any(image.is_complex() for image in images):
+def _arrays(name: str, image: Tensor, truth: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return both as arrays, wherever the tensors live and whether or not they have a graph."""
+    if image.is_complex() or truth.is_complex():
         raise TypeError(f"{name}: the images must be real; give the magnitudes, image.abs(), of complex ones")
+    if image.shape != truth.shape:
+        raise ValueError(
+            f"{name}: image must have the shape of truth, {tuple(truth.shape)}, got {tuple(image.shape)}"
+        )
+    # NumPy knows no bfloat16.
+    image, truth = (v.float() if v.dtype == torch.bfloat16 else v for v in (image, truth))
+    return image.detach().cpu().numpy(), truth.detach().cpu().numpy()
 
 
 def _range(truth: Tensor, data_range: float | None) -> float:
-    return float(truth.max() - truth.min()) if data_range is None else data_range
+    return float((truth.max() - truth.min()).detach()) if data_range is None else data_range
 
 
 @takes_numpy
@@ -24,7 +35,7 @@ def snr(image: Tensor, truth: Tensor) -> float:
     Complex images are compared as they are, phases included.
     """
     wide = torch.complex128 if truth.is_complex() or image.is_complex() else torch.float64
-    truth, image = truth.to(wide), image.to(wide)
+    truth, image = truth.detach().to(wide), image.detach().to(wide)
     ratio = torch.linalg.vector_norm(truth) / torch.linalg.vector_norm(truth - image)
     return float(20 * torch.log10(ratio))
 
@@ -32,10 +43,10 @@ def snr(image: Tensor, truth: Tensor) -> float:
 @takes_numpy
 def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
     """Return the peak signal-to-noise ratio in dB of real images; `data_range` is that of the truth where None."""
-    _check_real("psnr", image, truth)
     from skimage.metrics import peak_signal_noise_ratio
 
-    return float(peak_signal_noise_ratio(truth.numpy(), image.numpy(), data_range=_range(truth, data_range)))
+    measured, expected = _arrays("psnr", image, truth)
+    return float(peak_signal_noise_ratio(expected, measured, data_range=_range(truth, data_range)))
 
 
 @takes_numpy
@@ -45,10 +56,10 @@ def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
     Of several slices ``(..., H, W)``, each with at least 7 rows and columns as one has, it is the mean, relative to the
     range of all.
     """
-    _check_real("ssim", image, truth)
     from skimage.metrics import structural_similarity
 
+    measured, expected = _arrays("ssim", image, truth)
     span = _range(truth, data_range)
-    slices = (values.reshape(-1, *values.shape[-2:]).numpy() for values in (truth, image))
+    slices = (values.reshape(-1, *values.shape[-2:]) for values in (expected, measured))
     values = [float(structural_similarity(*pair, data_range=span)) for pair in zip(*slices, strict=True)]
     return sum(values) / len(values)

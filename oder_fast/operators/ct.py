@@ -136,13 +136,9 @@ class ParallelBeamCT(MeasurementOperator):
         return self.n_blocks, self.n_bins
 
     @property
-    def _geometry(self) -> dict[str, Any]:
-        return {
-            "bin_spacing": self.bin_spacing,
-            "bin_offset": self.bin_offset,
-            "pixel_size": self.pixel_size,
-            "backend": self.backend,
-        }
+    def detector(self) -> ops.Detector:
+        """Where the bins are, as functions of `oder_fast.ops` take it."""
+        return ops.Detector(self.n_bins, self.bin_spacing, self.bin_offset, self.pixel_size)
 
     def _check(self, name: str, value: Tensor, shape: tuple[int, int]) -> None:
         if not isinstance(value, Tensor):
@@ -153,14 +149,14 @@ class ParallelBeamCT(MeasurementOperator):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project images ``(B, H, W)`` to sinograms ``(B, V, D)``; see `oder_fast.radon_forward`."""
+        """Project images ``(B, H, W)`` to sinograms ``(B, V, D)``; see `oder_fast.ops.radon_forward`."""
         self._check("image", x, self.image_shape)
-        return ops.radon_forward(x, self.angles, self.n_bins, **self._geometry)
+        return ops.radon_forward(x, self.angles, self.detector, backend=self.backend)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Back-project sinograms ``(B, V, D)``: the exact transpose of `forward`."""
         self._check("sinogram", y, self.data_shape)
-        return ops.radon_adjoint(y, self.angles, self.image_shape, **self._geometry)
+        return ops.radon_adjoint(y, self.angles, self.detector, self.image_shape, backend=self.backend)
 
     def least_squares(self, y: Tensor) -> CTLeastSquares:
         r"""Return the data fidelity :math:`g(x) = \tfrac12 \|A x - y\|^2` of sinograms ``(B, V, D)``."""
@@ -214,7 +210,7 @@ class ParallelBeamCT(MeasurementOperator):
         return _blocks.expected_smoothness(self.n_blocks, size, self.norm_squared(), self._largest_view)
 
     def _normal(self, v: Tensor, blocks: Tensor | None = None) -> Tensor:
-        return ops.radon_gradient(v, None, self.angles, blocks, n_bins=self.n_bins, **self._geometry)
+        return ops.radon_gradient(v, None, self.angles, self.detector, blocks, backend=self.backend)
 
     def _circulant(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
         """Return the spectrum of A^T A's mean response to points, on a larger grid, and the grid; kept."""
@@ -282,7 +278,9 @@ class ParallelBeamCT(MeasurementOperator):
         length = 2 * (response.shape[-1] - 1)
         spectrum = fft(torch.fft.rfftn, y.to(response.dtype), (-1,), (length,)) * response
         filtered = fft(torch.fft.irfftn, spectrum, (-1,), (length,))[..., : self.n_bins].to(y.dtype)
-        return ops.radon_backproject(filtered, self.angles, self.image_shape, **self._geometry)
+        return ops.radon_backproject(
+            filtered, self.angles, self.detector, self.image_shape, backend=self.backend
+        )
 
 
 class CTLeastSquares(LeastSquares):
@@ -297,7 +295,7 @@ class CTLeastSquares(LeastSquares):
     def _gradient(self, x: Tensor, blocks: Tensor | None) -> Tensor:
         ct = self.operator
         ct._check("image", x, ct.image_shape)
-        return ops.radon_gradient(x, self.y, ct.angles, blocks, n_bins=ct.n_bins, **ct._geometry)
+        return ops.radon_gradient(x, self.y, ct.angles, ct.detector, blocks, backend=ct.backend)
 
     def _normal(self, v: Tensor, blocks: Tensor | None) -> Tensor:
         return self.operator._normal(v, blocks)

@@ -48,7 +48,7 @@ class DiffractionTomography(MeasurementOperator):
     .. math:: y_l = 2 \operatorname{Re} F^{-1} \Bigl( \sum_z h_{l,z} \, F x_z \Bigr)
 
     with the permittivity contrast :math:`x = n^2 - n_0^2` of slices and the transfer functions :math:`h_{l,z}` of the
-    first Born approximation (`oder_fast.diffraction_forward`); y is the intensity over that without the object,
+    first Born approximation (`oder_fast.ops.diffraction_forward`); y is the intensity over that without the object,
     minus 1. The blocks that minibatches are made of are the illuminations.
 
     With evenly spaced slices the transfer functions follow from two waves per illumination and frequency, and none
@@ -551,7 +551,7 @@ def _read_functions(functions: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _pupils(f: Tensor, radius: float, height: int, width: int, pixel_size: float) -> Tensor:
-    """Return int32 (L, H, 2): where |u + f| <= radius in each row, as `oder_fast.diffraction_forward` takes it."""
+    """Return int32 (L, H, 2): where |u + f| <= radius in each row, as `oder_fast.ops.diffraction_forward` takes it."""
     k = torch.arange(height, dtype=torch.float64)
     k = torch.where(2 * k < height, k, k - height)
     chord = radius**2 - (k / (height * pixel_size) + f[:, :1]) ** 2

@@ -232,7 +232,7 @@ class CartesianMRI(MeasurementOperator):
         return MRILeastSquares(self, y)
 
     def _samples(self, y: Tensor) -> Tensor:
-        """Return k-space as `oder_fast.fourier_gradient` takes it, checked."""
+        """Return k-space as `oder_fast.ops.fourier_gradient` takes it, checked."""
         samples = self._convert(y)
         values = y.detach()
         if torch.compiler.is_compiling():
@@ -330,7 +330,7 @@ class CartesianMRI(MeasurementOperator):
         return -2 if self.axis is None else self.axis
 
     def _convert(self, y: Tensor) -> Tensor:
-        """Bring k-space into the form of `oder_fast.fourier_forward`."""
+        """Bring k-space into the form of `oder_fast.ops.fourier_forward`."""
         self._check("k-space", y, self.data_shape)
         if self.axis is None:
             if self.centered:

@@ -1,5 +1,6 @@
 """The operators' contract: documentation, checks, choice of the backend, fake kernel and vjp."""
 
+from ..reference.radon import Detector
 from .backends import BackendUnavailableError, available
 from .diffraction import (
     Optics,
@@ -18,6 +19,7 @@ from .red_update import RedUpdate, red_update
 
 __all__ = [
     "BackendUnavailableError",
+    "Detector",
     "Optics",
     "RedUpdate",
     "available",

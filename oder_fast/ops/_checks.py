@@ -17,16 +17,17 @@ def tensor(op: str, name: str, value: object, *, ndim: int | None = None) -> Non
         raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
-    # torch would take an operator without a forward-mode formula for a constant, and its tangent for zero.
-    if _duals_about() and forward_ad.unpack_dual(value, level=0).tangent is not None:
-        raise RuntimeError(
-            f"{op}: no forward-mode derivative; use reverse mode (torch.autograd.grad, backward)"
-        )
 
 
-def _duals_about() -> bool:
-    """Whether some tensor may have a tangent: to ask each costs more than a small operator."""
-    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+def constant(op: str, name: str, value: Tensor) -> None:
+    """Refuse a tangent in what has no derivative: torch would take it for zero."""
+    # To ask each tensor costs more than a small operator.
+    if (
+        forward_ad._current_level >= 0
+        and not torch.compiler.is_compiling()
+        and forward_ad.unpack_dual(value, level=0).tangent is not None
+    ):
+        raise RuntimeError(f"{op}: {name} has no derivative; detach it")
 
 
 def floating(op: str, name: str, value: Tensor, *, allow_complex: bool = False) -> None:

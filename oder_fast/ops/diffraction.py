@@ -12,13 +12,13 @@ from .._numpy import takes_numpy
 from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, backends
-from ._library import LIBRARY, register
+from ._library import LIBRARY, call, register, register_linear, restored
 
 _SCAN = "Tensor transfer, Tensor depths, Tensor support"
 LIBRARY.define(f"diffraction_forward(Tensor image, {_SCAN}, float[] optics, str backend) -> Tensor")
 LIBRARY.define(f"diffraction_adjoint(Tensor intensities, {_SCAN}, float[] optics, str backend) -> Tensor")
 LIBRARY.define(
-    f"diffraction_gradient(Tensor image, Tensor? spectra, {_SCAN}, Tensor? blocks, float[] optics, str backend) "
+    f"diffraction_gradient(Tensor image, Tensor? spectra, {_SCAN}, Tensor? illuminations, float[] optics, str backend) "
     "-> Tensor"
 )
 LIBRARY.define(
@@ -104,7 +104,7 @@ def _scan(
     transfer: Tensor,
     depths: Tensor,
     support: Tensor,
-    blocks: Tensor | None,
+    illuminations: Tensor | None,
     optics: list[float],
 ) -> list[Any]:
     """Return the arguments that describe a scan, the same for every compiled kernel."""
@@ -114,8 +114,8 @@ def _scan(
         stored,
         depths,
         support,
-        blocks,
-        transfer.shape[0] if blocks is None else blocks.shape[0],
+        illuminations,
+        transfer.shape[0] if illuminations is None else illuminations.shape[0],
         *optics,
         image.shape[0],
         transfer.shape[0],
@@ -148,17 +148,9 @@ def _forward_fake(image: Tensor, transfer: Tensor, *_: Any) -> Tensor:
     return image.new_empty(image.shape[0], transfer.shape[0], *image.shape[2:], dtype=image.real.dtype)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, transfer, depths, support, ctx.optics, ctx.backend = inputs
-    ctx.save_for_backward(transfer, depths, support)
-
-
-def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    back = torch.ops.oder_fast.diffraction_adjoint
-    return back(grad, *ctx.saved_tensors, ctx.optics, ctx.backend), *[None] * 5
-
-
-register("diffraction_forward", _forward_impl, _forward_fake, _forward_backward, _linear_setup)
+register_linear(
+    "diffraction_forward", _forward_impl, _forward_fake, "diffraction_adjoint", lambda image, *scan: scan
+)
 
 
 # ------------------------------------------------------------------ adjoint
@@ -181,12 +173,13 @@ def _adjoint_impl(
     return _inverse(spectrum, support, backend)
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    forward = torch.ops.oder_fast.diffraction_forward
-    return forward(grad, *ctx.saved_tensors, ctx.optics, ctx.backend), *[None] * 5
-
-
-register("diffraction_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _linear_setup)
+register_linear(
+    "diffraction_adjoint",
+    _adjoint_impl,
+    _adjoint_fake,
+    "diffraction_forward",
+    lambda intensities, *scan: scan,
+)
 
 
 # ------------------------------------------------------------------ gradient
@@ -198,14 +191,14 @@ def _gradient_impl(
     transfer: Tensor,
     depths: Tensor,
     support: Tensor,
-    blocks: Tensor | None,
+    illuminations: Tensor | None,
     optics: list[float],
     backend: str,
 ) -> Tensor:
     spectrum = _like_image(image)
     if image.numel() == 0:
         return spectrum
-    scan = _scan(image, transfer, depths, support, blocks, optics)
+    scan = _scan(image, transfer, depths, support, illuminations, optics)
     pairs = (_pairs(_transform(image, support, backend)), _pairs(spectra), _pairs(spectrum))
     _launch("diffraction_gradient", image, backend, *pairs, *scan)
     return _inverse(spectrum, support, backend)
@@ -215,28 +208,22 @@ def _like_image(image: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(image, memory_format=torch.contiguous_format)
 
 
-def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, spectra, transfer, depths, support, blocks, ctx.optics, ctx.backend = inputs
-    ctx.with_data = spectra is not None
-    ctx.save_for_backward(transfer, depths, support, blocks)
-
-
 def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Apply the normal operator to `grad`, and -A_B, among spectra, with the blocks back in their places."""
-    transfer, depths, support, blocks = ctx.saved_tensors
-    used, rest = (transfer, depths, support), (ctx.optics, ctx.backend)
-    normal = torch.ops.oder_fast.diffraction_gradient(grad, None, *used, blocks, *rest)
-    if not (ctx.with_data and ctx.needs_input_grad[1]):
+    """Apply the normal operator to `grad`, and -A_B, among spectra, with the illuminations back in their places."""
+    _, with_data, transfer, depths, support, illuminations, *rest = restored(ctx)
+    used = (transfer, depths, support)
+    normal = call("diffraction_gradient", grad, None, *used, illuminations, *rest)
+    if not (with_data and ctx.needs_input_grad[1]):
         return normal, *[None] * 7
-    if blocks is not None:
-        used = (transfer.index_select(0, blocks), depths, support.index_select(0, blocks))
-    intensities = torch.ops.oder_fast.diffraction_forward(grad, *used, *rest)
+    if illuminations is not None:
+        used = (transfer.index_select(0, illuminations), depths, support.index_select(0, illuminations))
+    intensities = call("diffraction_forward", grad, *used, *rest)
     # Half a spectrum stands for a whole one: its inner columns count twice.
     projected = fft(torch.fft.rfftn, intensities) * -(len(transfer) / used[0].shape[0])
     projected = projected * _weights(grad.shape[-1], projected)
-    if blocks is not None:
+    if illuminations is not None:
         empty = projected.new_zeros(projected.shape[0], len(transfer), *projected.shape[2:])
-        projected = empty.index_add(1, blocks, projected)
+        projected = empty.index_add(1, illuminations, projected)
     return normal, projected, *[None] * 6
 
 
@@ -249,7 +236,7 @@ def _weights(width: int, like: Tensor) -> Tensor:
     return weights
 
 
-register("diffraction_gradient", _gradient_impl, _like_image, _gradient_backward, _gradient_setup)
+register("diffraction_gradient", _gradient_impl, _like_image, _gradient_backward, variables=(0, 1))
 
 
 # ------------------------------------------------------------------ Gram matrices
@@ -274,19 +261,14 @@ def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | No
     return _inverse(result, None, backend)
 
 
-def _gram_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, auto, pairs, spectrum, ctx.backend = inputs
-    ctx.with_data = spectrum is not None
-    ctx.save_for_backward(auto, pairs)
-
-
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    normal = torch.ops.oder_fast.diffraction_gram(grad, *ctx.saved_tensors, None, ctx.backend)
-    grad_spectrum = -fft(torch.fft.fftn, grad) if ctx.with_data else None
+    _, auto, pairs, with_data, backend = restored(ctx)
+    normal = call("diffraction_gram", grad, auto, pairs, None, backend)
+    grad_spectrum = -fft(torch.fft.fftn, grad) if with_data else None
     return normal, None, None, grad_spectrum, None
 
 
-register("diffraction_gram", _gram_impl, _like_image, _gram_backward, _gram_setup)
+register("diffraction_gram", _gram_impl, _like_image, _gram_backward, variables=(0, 3))
 
 
 # ------------------------------------------------------------------ matrices
@@ -527,9 +509,7 @@ def diffraction_forward(
     numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
     if chosen == "reference":
         return reference.diffraction_forward(image, transfer, depths, support, numbers)
-    result: Tensor = torch.ops.oder_fast.diffraction_forward(
-        image, transfer, depths, support, numbers, chosen
-    )
+    result: Tensor = call("diffraction_forward", image, transfer, depths, support, numbers, chosen)
     return result
 
 
@@ -587,7 +567,7 @@ def diffraction_adjoint(
     if chosen == "reference":
         return reference.diffraction_adjoint(intensities, transfer, depths, support, numbers)
     args = (intensities, transfer, depths, support, numbers)
-    result: Tensor = torch.ops.oder_fast.diffraction_adjoint(*args, chosen)
+    result: Tensor = call("diffraction_adjoint", *args, chosen)
     return result
 
 
@@ -598,7 +578,7 @@ def diffraction_gradient(
     transfer: Tensor,
     depths: Tensor,
     support: Tensor,
-    blocks: Tensor | None,
+    illuminations: Tensor | None,
     optics: Optics,
     *,
     backend: str = "auto",
@@ -618,8 +598,8 @@ def diffraction_gradient(
         transfer: As in `diffraction_forward`.
         depths: As there.
         support: As there.
-        blocks: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of range
-            are not seen (that would cost a synchronisation) and those illuminations count as zero.
+        illuminations: int64 indices of the minibatch, on the device of `image`; None for all. On a GPU indices out of
+            range are not seen (that would cost a synchronisation) and those illuminations count as zero.
         optics: As there.
         backend: ``"auto"`` or the name of a backend.
 
@@ -647,12 +627,12 @@ def diffraction_gradient(
         _checks.same(op, "spectra", spectra, "image", image)
         expected = (image.shape[0], len(transfer), image.shape[2], image.shape[3] // 2 + 1)
         _checks.shape(op, "spectra", spectra, expected, "batch, illuminations, H, W // 2 + 1")
-    if blocks is not None:
-        _checks.index(op, "blocks", blocks, len(transfer), image.device)
-    args = (image, spectra, transfer, depths, support, blocks, numbers)
+    if illuminations is not None:
+        _checks.index(op, "illuminations", illuminations, len(transfer), image.device)
+    args = (image, spectra, transfer, depths, support, illuminations, numbers)
     if chosen == "reference":
         return reference.diffraction_gradient(*args)
-    result: Tensor = torch.ops.oder_fast.diffraction_gradient(*args, chosen)
+    result: Tensor = call("diffraction_gradient", *args, chosen)
     return result
 
 
@@ -716,5 +696,5 @@ def diffraction_gram(
     chosen = backends.resolve(backend, image.device, image.dtype)
     if chosen == "reference":
         return reference.diffraction_gram(image, auto, pairs, spectrum)
-    result: Tensor = torch.ops.oder_fast.diffraction_gram(image, auto, pairs, spectrum, chosen)
+    result: Tensor = call("diffraction_gram", image, auto, pairs, spectrum, chosen)
     return result

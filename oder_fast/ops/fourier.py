@@ -11,7 +11,7 @@ from .._numpy import takes_numpy
 from .._torch import kept
 from ..reference import fourier as reference
 from . import _checks, backends
-from ._library import LIBRARY, register
+from ._library import LIBRARY, call, register, register_linear, restored
 
 _SCAN = "Tensor coil_maps, Tensor sampling"
 LIBRARY.define(f"fourier_forward(Tensor image, {_SCAN}, int axis, str backend) -> Tensor")
@@ -129,17 +129,7 @@ def _forward_fake(image: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int,
     return _new_samples(image, coil_maps, sampling, axis)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, coil_maps, sampling, ctx.axis, ctx.backend = inputs
-    ctx.save_for_backward(coil_maps, sampling)
-
-
-def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    back = torch.ops.oder_fast.fourier_adjoint
-    return back(grad, *ctx.saved_tensors, ctx.axis, ctx.backend), *[None] * 4
-
-
-register("fourier_forward", _forward_impl, _forward_fake, _forward_backward, _linear_setup)
+register_linear("fourier_forward", _forward_impl, _forward_fake, "fourier_adjoint", lambda image, *scan: scan)
 
 
 # ------------------------------------------------------------------ adjoint
@@ -161,12 +151,9 @@ def _adjoint_fake(samples: Tensor, coil_maps: Tensor, sampling: Tensor, axis: in
     return _new_image(samples.shape[0], samples, coil_maps)
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    forward = torch.ops.oder_fast.fourier_forward
-    return forward(grad, *ctx.saved_tensors, ctx.axis, ctx.backend), *[None] * 4
-
-
-register("fourier_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _linear_setup)
+register_linear(
+    "fourier_adjoint", _adjoint_impl, _adjoint_fake, "fourier_forward", lambda samples, *scan: scan
+)
 
 
 # ------------------------------------------------------------------ gradient
@@ -193,31 +180,24 @@ def _gradient_fake(image: Tensor, samples: Tensor | None, coil_maps: Tensor, *_:
     return _new_image(image.shape[0], image, coil_maps)
 
 
-def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, samples, coil_maps, sampling, coils, ctx.axis, ctx.backend = inputs
-    ctx.with_data = samples is not None
-    ctx.save_for_backward(coil_maps, sampling, coils)
-
-
 def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Apply the Hermitian normal operator to `grad`, and -A_B with the coils back in their places."""
-    coil_maps, sampling, coils = ctx.saved_tensors
-    how = (ctx.axis, ctx.backend)
-    normal = torch.ops.oder_fast.fourier_gradient(grad, None, coil_maps, sampling, coils, *how)
-    if not (ctx.with_data and ctx.needs_input_grad[1]):
+    _, with_data, coil_maps, sampling, coils, *how = restored(ctx)
+    normal = call("fourier_gradient", grad, None, coil_maps, sampling, coils, *how)
+    if not (with_data and ctx.needs_input_grad[1]):
         return normal, *[None] * 6
     maps = coil_maps
     if coils is not None:
         maps = torch.view_as_complex(torch.view_as_real(coil_maps.resolve_conj()).index_select(1, coils))
     scale = -coil_maps.shape[1] / maps.shape[1]
-    projected = torch.ops.oder_fast.fourier_forward(grad, maps, sampling, *how) * scale
+    projected = call("fourier_forward", grad, maps, sampling, *how) * scale
     if coils is not None:
         empty = projected.new_zeros(projected.shape[0], coil_maps.shape[1], *projected.shape[2:])
         projected = empty.index_add(1, coils, projected)
     return normal, projected, *[None] * 5
 
 
-register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
+register("fourier_gradient", _gradient_impl, _gradient_fake, _gradient_backward, variables=(0, 1))
 
 
 # ------------------------------------------------------------------ what users call
@@ -339,7 +319,7 @@ def fourier_forward(
     _check_image(op, image, coil_maps)
     if chosen == "reference":
         return reference.fourier_forward(image, coil_maps, sampling, axis)
-    result: Tensor = torch.ops.oder_fast.fourier_forward(image, coil_maps, sampling, axis, chosen)
+    result: Tensor = call("fourier_forward", image, coil_maps, sampling, axis, chosen)
     return result
 
 
@@ -380,7 +360,7 @@ def fourier_adjoint(
     _check_samples(op, samples, samples.shape[0], coil_maps, sampling, axis)
     if chosen == "reference":
         return reference.fourier_adjoint(samples, coil_maps, sampling, axis)
-    result: Tensor = torch.ops.oder_fast.fourier_adjoint(samples, coil_maps, sampling, axis, chosen)
+    result: Tensor = call("fourier_adjoint", samples, coil_maps, sampling, axis, chosen)
     return result
 
 
@@ -440,5 +420,5 @@ def fourier_gradient(
     args = (image, samples, coil_maps, sampling, coils, axis)
     if chosen == "reference":
         return reference.fourier_gradient(*args)
-    result: Tensor = torch.ops.oder_fast.fourier_gradient(*args, chosen)
+    result: Tensor = call("fourier_gradient", *args, chosen)
     return result

@@ -7,24 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._numpy import takes_numpy
+from .._numpy import from_numpy, takes_numpy
 from ..reference import radon as reference
+from ..reference.radon import Detector
 from . import _checks, backends
-from ._library import LIBRARY, register
+from ._library import LIBRARY, call, register, register_linear, restored
 
-_GEOMETRY = "int n_bins, float bin_spacing, float bin_offset, float pixel_size, str backend"
-LIBRARY.define(f"radon_forward(Tensor image, Tensor angles, {_GEOMETRY}) -> Tensor")
+# A detector is its number of bins, and its spacing, offset and pixel size.
+LIBRARY.define(
+    "radon_forward(Tensor image, Tensor angles, int n_bins, float[] lengths, str backend) -> Tensor"
+)
 for _name in ("radon_adjoint", "radon_backproject"):
     LIBRARY.define(
-        f"{_name}(Tensor sinogram, Tensor angles, SymInt height, SymInt width, float bin_spacing, "
-        "float bin_offset, float pixel_size, str backend) -> Tensor"
+        f"{_name}(Tensor sinogram, Tensor angles, SymInt height, SymInt width, float[] lengths, str backend) -> Tensor"
     )
 LIBRARY.define(
-    "radon_backproject_transpose(Tensor image, Tensor angles, int n_bins, float bin_spacing, float bin_offset, "
-    "float pixel_size) -> Tensor"
+    "radon_backproject_transpose(Tensor image, Tensor angles, int n_bins, float[] lengths, str backend) -> Tensor"
 )
 LIBRARY.define(
-    f"radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, {_GEOMETRY}) -> Tensor"
+    "radon_gradient(Tensor image, Tensor? sinogram, Tensor angles, Tensor? views, int n_bins, float[] lengths, "
+    "str backend) -> Tensor"
 )
 
 # Image rows or columns over which the CUDA kernels sum a ray before they write it down.
@@ -52,15 +54,7 @@ def _sums(
 # ------------------------------------------------------------------ forward
 
 
-def _forward_impl(
-    image: Tensor,
-    angles: Tensor,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
-    backend: str,
-) -> Tensor:
+def _forward_impl(image: Tensor, angles: Tensor, n_bins: int, lengths: list[float], backend: str) -> Tensor:
     batch, height, width = image.shape
     sinogram = image.new_empty(batch, angles.shape[0], n_bins)
     if image.numel() == 0:
@@ -78,9 +72,7 @@ def _forward_impl(
         angles,
         angles.shape[0],
         n_bins,
-        bin_spacing,
-        bin_offset,
-        pixel_size,
+        *lengths,
     )
     return sinogram
 
@@ -89,18 +81,13 @@ def _forward_fake(image: Tensor, angles: Tensor, n_bins: int, *_: Any) -> Tensor
     return image.new_empty(image.shape[0], angles.shape[0], n_bins)
 
 
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    image, angles, _, *geometry = inputs
-    ctx.save_for_backward(angles)
-    ctx.size, ctx.geometry = image.shape[1:], geometry
-
-
-def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (angles,) = ctx.saved_tensors
-    return torch.ops.oder_fast.radon_adjoint(grad, angles, *ctx.size, *ctx.geometry), *[None] * 6
-
-
-register("radon_forward", _forward_impl, _forward_fake, _forward_backward, _forward_setup)
+register_linear(
+    "radon_forward",
+    _forward_impl,
+    _forward_fake,
+    "radon_adjoint",
+    lambda image, angles, n_bins, *geometry: (angles, *image.shape[1:], *geometry),
+)
 
 
 # ------------------------------------------------------------------ adjoint
@@ -112,9 +99,7 @@ def _gather(
     angles: Tensor,
     height: int,
     width: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
+    lengths: list[float],
     backend: str,
 ) -> Tensor:
     """Launch `radon_adjoint` or `radon_backproject`."""
@@ -134,9 +119,7 @@ def _gather(
         angles,
         angles.shape[0],
         n_bins,
-        bin_spacing,
-        bin_offset,
-        pixel_size,
+        *lengths,
     )
     return image
 
@@ -153,55 +136,35 @@ def _adjoint_fake(sinogram: Tensor, angles: Tensor, height: int, width: int, *_:
     return sinogram.new_empty(sinogram.shape[0], height, width)
 
 
-def _adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sinogram, angles, _, _, *geometry = inputs
-    ctx.save_for_backward(angles)
-    ctx.n_bins, ctx.geometry = sinogram.shape[2], geometry
+register_linear(
+    "radon_adjoint",
+    _adjoint_impl,
+    _adjoint_fake,
+    "radon_forward",
+    lambda sinogram, angles, height, width, *geometry: (angles, sinogram.shape[2], *geometry),
+)
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (angles,) = ctx.saved_tensors
-    return torch.ops.oder_fast.radon_forward(grad, angles, ctx.n_bins, *ctx.geometry), *[None] * 7
-
-
-register("radon_adjoint", _adjoint_impl, _adjoint_fake, _adjoint_backward, _adjoint_setup)
-
-
-def _backproject_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sinogram, angles, _, _, *geometry, _ = inputs
-    ctx.save_for_backward(angles)
-    ctx.n_bins, ctx.geometry = sinogram.shape[2], geometry
-
-
-def _backproject_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (angles,) = ctx.saved_tensors
-    transpose = torch.ops.oder_fast.radon_backproject_transpose
-    return transpose(grad, angles, ctx.n_bins, *ctx.geometry), *[None] * 7
-
-
-register("radon_backproject", _backproject_impl, _adjoint_fake, _backproject_backward, _backproject_setup)
+register_linear(
+    "radon_backproject",
+    _backproject_impl,
+    _adjoint_fake,
+    "radon_backproject_transpose",
+    lambda sinogram, angles, height, width, *geometry: (angles, sinogram.shape[2], *geometry),
+)
 
 
 # Filtered back-projection only starts an iteration: its transpose, rarely needed, is left to the reference.
 
 
-def _transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (angles,) = ctx.saved_tensors
-    back = torch.ops.oder_fast.radon_backproject
-    backend = backends.resolve("auto", grad.device, grad.dtype)
-    if backend == "reference":
-        image = reference.radon_backproject(grad, angles, *ctx.size, *ctx.geometry)
-    else:
-        image = back(grad, angles, *ctx.size, *ctx.geometry, backend)
-    return image, *[None] * 5
-
-
-register(
+register_linear(
     "radon_backproject_transpose",
-    reference.radon_backproject_transpose,
+    lambda image, angles, n_bins, lengths, backend: reference.radon_backproject_transpose(
+        image, angles, Detector(n_bins, *lengths)
+    ),
     _forward_fake,
-    _transpose_backward,
-    _forward_setup,
+    "radon_backproject",
+    lambda image, angles, n_bins, *geometry: (angles, *image.shape[1:], *geometry),
 )
 
 
@@ -214,9 +177,7 @@ def _gradient_impl(
     angles: Tensor,
     views: Tensor | None,
     n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
+    lengths: list[float],
     backend: str,
 ) -> Tensor:
     batch, height, width = image.shape
@@ -239,9 +200,7 @@ def _gradient_impl(
         views,
         angles.shape[0] if views is None else views.shape[0],
         n_bins,
-        bin_spacing,
-        bin_offset,
-        pixel_size,
+        *lengths,
     )
     return gradient
 
@@ -250,85 +209,66 @@ def _gradient_fake(image: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(image, memory_format=torch.contiguous_format)
 
 
-def _gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, sinogram, angles, views, *geometry = inputs
-    ctx.save_for_backward(angles, views)
-    ctx.with_data, ctx.geometry = sinogram is not None, geometry
-
-
 def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Apply the symmetric normal operator to `grad`, and -A_B with rows back in their places."""
-    angles, views = ctx.saved_tensors
-    normal = torch.ops.oder_fast.radon_gradient(grad, None, angles, views, *ctx.geometry)
-    if not (ctx.with_data and ctx.needs_input_grad[1]):
+    _, with_data, angles, views, *geometry = restored(ctx)
+    normal = call("radon_gradient", grad, None, angles, views, *geometry)
+    if not (with_data and ctx.needs_input_grad[1]):
         return normal, *[None] * 8
     used = angles if views is None else angles[views]
-    scale = -angles.shape[0] / used.shape[0]
-    projected = torch.ops.oder_fast.radon_forward(grad, used, *ctx.geometry) * scale
+    projected = call("radon_forward", grad, used, *geometry) * (-angles.shape[0] / used.shape[0])
     if views is not None:
         empty = projected.new_zeros(projected.shape[0], angles.shape[0], projected.shape[2])
         projected = empty.index_add(1, views, projected)
     return normal, projected, *[None] * 7
 
 
-register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, _gradient_setup)
+register("radon_gradient", _gradient_impl, _gradient_fake, _gradient_backward, variables=(0, 1))
 
 
 # ------------------------------------------------------------------ what users call
 
 
-def _check_geometry(
-    op: str, angles: Tensor, n_bins: int, spacing: float, offset: float, pixel_size: float, like: Tensor
-) -> Tensor:
-    """Check the geometry and return the angles as the backends take them."""
+def _check_scan(op: str, angles: Tensor, detector: Detector, like: Tensor) -> tuple[Tensor, Any, list[float]]:
+    """Check the geometry; return the angles, the number of bins and the lengths as the backends take them."""
     _checks.tensor(op, "angles", angles, ndim=1)
     _checks.floating(op, "angles", angles)
+    _checks.constant(op, "angles", angles)
     if angles.shape[0] == 0:
         raise ValueError(f"{op}: angles must hold at least one view, got none")
     if angles.device != like.device:
         raise ValueError(f"{op}: angles must be on {like.device}, got {angles.device}")
-    if isinstance(n_bins, bool) or not isinstance(n_bins, (int, torch.SymInt)):
+    if not isinstance(detector, Detector):
+        raise TypeError(f"{op}: detector must be an ops.Detector, got {type(detector).__name__}")
+    n_bins, spacing, offset, pixel_size = map(from_numpy, detector)
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int | torch.SymInt):
         raise TypeError(f"{op}: n_bins must be an int, got {type(n_bins).__name__}")
     if n_bins < 1:
         raise ValueError(f"{op}: n_bins must be at least 1, got {n_bins}")
-    _checks.positive(op, "bin_spacing", spacing)
+    _checks.positive(op, "spacing", spacing)
     _checks.positive(op, "pixel_size", pixel_size)
     # Beyond this the distance of rays along a line is no finite number.
     if not 0 < spacing / pixel_size < 1e300:
-        raise ValueError(
-            f"{op}: bin_spacing must be above 0 and below 1e300 pixels, got {spacing / pixel_size}"
-        )
+        raise ValueError(f"{op}: spacing must be above 0 and below 1e300 pixels, got {spacing / pixel_size}")
     if not abs(offset / pixel_size) < 1e300:
-        raise ValueError(f"{op}: bin_offset must be finite and below 1e300 pixels, got {offset / pixel_size}")
-    return angles.detach().to(torch.float64)
+        raise ValueError(f"{op}: offset must be finite and below 1e300 pixels, got {offset / pixel_size}")
+    return angles.detach().to(torch.float64), n_bins, [float(spacing), float(offset), float(pixel_size)]
 
 
 @takes_numpy
-def radon_forward(
-    image: Tensor,
-    angles: Tensor,
-    n_bins: int,
-    *,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
-    backend: str = "auto",
-) -> Tensor:
+def radon_forward(image: Tensor, angles: Tensor, detector: Detector, *, backend: str = "auto") -> Tensor:
     r"""Project images along parallel rays.
 
     .. math:: y_{b,v,d} = \int x_b \, ds \quad \text{along} \quad x\cos\theta_v + y\sin\theta_v = s_d
 
     The integral is Joseph's: march along the axis nearer the ray, interpolate linearly along the other, times
     the step length. x points right and y up from the image centre, which is the axis of rotation; pixels outside
-    the image are zero; :math:`s_d = (d - (D - 1)/2)\,\mathrm{bin\_spacing} + \mathrm{bin\_offset}`.
+    the image are zero.
 
     Args:
         image: Shape ``(B, H, W)``, floating point; rows run downward.
         angles: :math:`\theta_v` in radians, shape ``(V,)``, any order, on the device of `image`.
-        n_bins: Number of detector bins ``D``.
-        bin_spacing: Distance of neighbouring bins, in the unit of `pixel_size`.
-        bin_offset: Position of the detector's centre, same unit.
-        pixel_size: Edge of a pixel; the result is in this unit times the unit of `image`.
+        detector: Where the bins are, :math:`s_d`, and how large a pixel is.
         backend: ``"auto"`` or the name of a backend.
 
     Returns:
@@ -341,7 +281,7 @@ def radon_forward(
 
     Example:
         >>> import torch
-        >>> radon_forward(torch.ones(1, 2, 2), torch.zeros(1), n_bins=2)
+        >>> radon_forward(torch.ones(1, 2, 2), torch.zeros(1), Detector(n_bins=2))
         tensor([[[2., 2.]]])
 
     References:
@@ -351,12 +291,11 @@ def radon_forward(
     op = "radon_forward"
     _checks.tensor(op, "image", image, ndim=3)
     _checks.floating(op, "image", image)
-    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
+    scan = _check_scan(op, angles, detector, image)
     chosen = backends.resolve(backend, image.device, image.dtype)
-    geometry = (n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
     if chosen == "reference":
-        return reference.radon_forward(image, angles, *geometry)
-    result: Tensor = torch.ops.oder_fast.radon_forward(image, angles, *geometry, chosen)
+        return reference.radon_forward(image, scan[0], detector)
+    result: Tensor = call(op, image, *scan, chosen)
     return result
 
 
@@ -364,11 +303,9 @@ def radon_forward(
 def radon_adjoint(
     sinogram: Tensor,
     angles: Tensor,
+    detector: Detector,
     image_shape: tuple[int, int],
     *,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     r"""Back-project sinograms: the exact transpose of `radon_forward`.
@@ -380,10 +317,8 @@ def radon_adjoint(
     Args:
         sinogram: Shape ``(B, V, D)``, floating point.
         angles: In radians, shape ``(V,)``, on the device of `sinogram`.
+        detector: As in `radon_forward`.
         image_shape: ``(H, W)`` of the result.
-        bin_spacing: As in `radon_forward`.
-        bin_offset: As in `radon_forward`.
-        pixel_size: As in `radon_forward`.
         backend: ``"auto"`` or the name of a backend.
 
     Returns:
@@ -396,84 +331,64 @@ def radon_adjoint(
 
     Example:
         >>> import torch
-        >>> radon_adjoint(torch.ones(1, 1, 2), torch.zeros(1), (2, 2))
+        >>> radon_adjoint(torch.ones(1, 1, 2), torch.zeros(1), Detector(2), (2, 2))
         tensor([[[1., 1.],
                  [1., 1.]]])
     """
-    geometry = (bin_spacing, bin_offset, pixel_size)
-    return _back("radon_adjoint", sinogram, angles, image_shape, geometry, backend)
+    return _back("radon_adjoint", sinogram, angles, detector, image_shape, backend)
 
 
 @takes_numpy
 def radon_backproject(
     sinogram: Tensor,
     angles: Tensor,
+    detector: Detector,
     image_shape: tuple[int, int],
     *,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     r"""Back-project for filtered back-projection: not the adjoint of `radon_forward`.
 
     .. math:: x_b(p) = \sum_v y_{b,v}(p \cdot \theta_v)
 
-    Each row of the sinogram is interpolated linearly at the pixel's centre, as the inversion formula has it,
+    Each row of the filtered sinogram is interpolated linearly at the pixel's centre, as the inversion formula has it,
     where the transpose of Joseph's method would leave its pattern of weights in the image.
 
-    Args:
-        sinogram: Filtered sinogram, shape ``(B, V, D)``, floating point.
-        angles: In radians, shape ``(V,)``, on the device of `sinogram`.
-        image_shape: ``(H, W)`` of the result.
-        bin_spacing: As in `radon_forward`.
-        bin_offset: As in `radon_forward`.
-        pixel_size: As in `radon_forward`.
-        backend: ``"auto"`` or the name of a backend.
-
-    Returns:
-        Images, shape ``(B, H, W)``, dtype of `sinogram`; differentiable in `sinogram` (in plain PyTorch).
-
-    Raises:
-        TypeError: For something that is no tensor, or of another dtype.
-        ValueError: For a shape, device or value that does not fit.
-        BackendUnavailableError: If a backend named by `backend` is not here.
+    Arguments, result and errors as of `radon_adjoint`; its derivatives are computed in plain PyTorch.
 
     Example:
         >>> import torch
-        >>> radon_backproject(torch.ones(1, 3, 4), torch.zeros(3), (2, 2))
+        >>> radon_backproject(torch.ones(1, 3, 4), torch.zeros(3), Detector(4), (2, 2))
         tensor([[[3., 3.],
                  [3., 3.]]])
     """
-    geometry = (bin_spacing, bin_offset, pixel_size)
-    return _back("radon_backproject", sinogram, angles, image_shape, geometry, backend)
+    return _back("radon_backproject", sinogram, angles, detector, image_shape, backend)
 
 
 def _back(
     op: str,
     sinogram: Tensor,
     angles: Tensor,
+    detector: Detector,
     image_shape: tuple[int, int],
-    geometry: tuple[float, float, float],
     backend: str,
 ) -> Tensor:
     """Check and dispatch `radon_adjoint` or `radon_backproject`."""
     _checks.tensor(op, "sinogram", sinogram, ndim=3)
     _checks.floating(op, "sinogram", sinogram)
-    batch, _, n_bins = sinogram.shape
-    angles = _check_geometry(op, angles, n_bins, *geometry, sinogram)
-    expected = (batch, angles.shape[0], n_bins)
-    _checks.shape(op, "sinogram", sinogram, expected, "one row for each of the angles")
+    angles, n_bins, lengths = _check_scan(op, angles, detector, sinogram)
+    expected = (sinogram.shape[0], angles.shape[0], n_bins)
+    _checks.shape(op, "sinogram", sinogram, expected, "batch, number of angles, detector.n_bins")
     if len(image_shape) != 2 or min(image_shape) < 1:
         raise ValueError(
             f"{op}: image_shape must be (height, width), both at least 1, got {tuple(image_shape)}"
         )
     chosen = backends.resolve(backend, sinogram.device, sinogram.dtype)
-    args = (sinogram, angles, *image_shape, *map(float, geometry))
+    result: Tensor
     if chosen == "reference":
-        result: Tensor = getattr(reference, op)(*args)
-        return result
-    result = getattr(torch.ops.oder_fast, op)(*args, chosen)
+        result = getattr(reference, op)(sinogram, angles, detector, image_shape)
+    else:
+        result = call(op, sinogram, angles, *image_shape, lengths, chosen)
     return result
 
 
@@ -482,12 +397,9 @@ def radon_gradient(
     image: Tensor,
     sinogram: Tensor | None,
     angles: Tensor,
+    detector: Detector,
     views: Tensor | None = None,
     *,
-    n_bins: int | None = None,
-    bin_spacing: float = 1.0,
-    bin_offset: float = 0.0,
-    pixel_size: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     r"""Compute the gradient of the least-squares data fidelity over all views or a minibatch of them.
@@ -502,12 +414,9 @@ def radon_gradient(
         sinogram: The measured data of all views, shape ``(B, V, D)``; None for zeros, which gives the normal
             operator :math:`A_B^T A_B x`.
         angles: In radians, shape ``(V,)``.
+        detector: As in `radon_forward`.
         views: int64 indices into `angles`, on the device of `image`; None for all. On a GPU indices out of range
             are not seen (that would cost a synchronisation) and those views count as zero.
-        n_bins: Number of detector bins, where `sinogram` is None.
-        bin_spacing: As in `radon_forward`.
-        bin_offset: As in `radon_forward`.
-        pixel_size: As in `radon_forward`.
         backend: ``"auto"`` or the name of a backend.
 
     Returns:
@@ -520,28 +429,23 @@ def radon_gradient(
 
     Example:
         >>> import torch
-        >>> radon_gradient(torch.ones(1, 2, 2), torch.full((1, 1, 2), 3.0), torch.zeros(1))
+        >>> radon_gradient(torch.ones(1, 2, 2), torch.full((1, 1, 2), 3.0), torch.zeros(1), Detector(2))
         tensor([[[-1., -1.],
                  [-1., -1.]]])
     """
     op = "radon_gradient"
     _checks.tensor(op, "image", image, ndim=3)
     _checks.floating(op, "image", image)
+    angles, n_bins, lengths = _check_scan(op, angles, detector, image)
     if sinogram is not None:
         _checks.tensor(op, "sinogram", sinogram, ndim=3)
-        n_bins = sinogram.shape[2]
-    elif n_bins is None:
-        raise ValueError(f"{op}: n_bins must be given where sinogram is None")
-    angles = _check_geometry(op, angles, n_bins, bin_spacing, bin_offset, pixel_size, image)
-    if sinogram is not None:
         _checks.same(op, "sinogram", sinogram, "image", image)
         expected = (image.shape[0], angles.shape[0], n_bins)
-        _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, n_bins")
+        _checks.shape(op, "sinogram", sinogram, expected, "batch of image, number of angles, detector.n_bins")
     if views is not None:
         _checks.index(op, "views", views, angles.shape[0], image.device)
     chosen = backends.resolve(backend, image.device, image.dtype)
-    args = (image, sinogram, angles, views, n_bins, float(bin_spacing), float(bin_offset), float(pixel_size))
     if chosen == "reference":
-        return reference.radon_gradient(*args)
-    result: Tensor = torch.ops.oder_fast.radon_gradient(*args, chosen)
+        return reference.radon_gradient(image, sinogram, angles, detector, views)
+    result: Tensor = call(op, image, sinogram, angles, views, n_bins, lengths, chosen)
     return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._numpy import takes_numpy
 from ..reference import red_update as reference
 from . import _checks, backends
-from ._library import LIBRARY, register
+from ._library import LIBRARY, call, register
 
 # Numbers that a GPU block updates at least, before one image is split over more blocks.
 PART = 4096
@@ -115,7 +115,23 @@ def _backward(ctx: Any, grad_updated: Tensor, grad_extrapolated: Tensor, _: Any)
     )
 
 
-register("red_update", _impl, _fake, _backward, _setup)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative, _ = ctx.inputs
+    along = [0 if tangent is None else tangent for tangent in tangents[:6]]
+    step, weight = (v.to(image.real.dtype) for v in (step_size, tau))
+    prior = along[0] - along[2] + torch.zeros_like(image)
+    slope = along[1] + weight * prior + along[4] * (image - denoised)
+    updated = along[0] - step * slope - along[3] * (fidelity_grad + weight * (image - denoised))
+    if nonnegative:
+        moved = image - step * (fidelity_grad + weight * (image - denoised))
+        updated = updated * (moved > 0)
+    if previous is None:
+        return updated, image.new_empty(0), None
+    factor = momentum.to(image.real.dtype).reshape(-1, *[1] * (image.ndim - 1))
+    return updated, updated + factor * (updated - along[5]), None
+
+
+register("red_update", _impl, _fake, _backward, _setup, variables=range(6), jvp=_jvp)
 
 
 @takes_numpy
@@ -195,7 +211,7 @@ def red_update(
     args = (image, fidelity_grad, denoised, step_size, tau, previous, momentum, nonnegative)
     if chosen == "reference":
         return RedUpdate(*reference.red_update(*args))
-    updated, extrapolated, reductions = torch.ops.oder_fast.red_update(*args, chosen)
+    updated, extrapolated, reductions = call("red_update", *args, chosen)
     return RedUpdate(updated, updated if previous is None else extrapolated, reductions)
 
 

@@ -124,15 +124,15 @@ def diffraction_gradient(
     transfer: Tensor,
     depths: Tensor,
     support: Tensor,
-    blocks: Tensor | None,
+    illuminations: Tensor | None,
     optics: Sequence[float],
 ) -> Tensor:
     """Return (L / |B|) A_B^T (A_B x - y_B) over all illuminations or some, from half the spectra of the data."""
     functions = transfer_functions(transfer, depths, support, optics, image.shape[-1]).to(image.dtype)
-    used = functions if blocks is None else functions[blocks]
+    used = functions if illuminations is None else functions[illuminations]
     residual = _scattered(image, used)
     if spectra is not None and spectra.numel() > 0:
-        data = spectra if blocks is None else spectra[:, blocks]
+        data = spectra if illuminations is None else spectra[:, illuminations]
         residual = residual - fft(torch.fft.irfftn, data, size=image.shape[-2:])
     return _back(residual, used) * (functions.shape[0] / used.shape[0])
 

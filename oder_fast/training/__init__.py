@@ -5,17 +5,14 @@ from .configuration import Configuration, ConfigurationError, read_configuration
 from .losses import l1_loss, mse_loss, ssim_loss
 from .model import load_model, make_model
 from .processes import LostProcessError
-from .reconstruction import InputError, Report, reconstruct_files
 from .trainer import Outcome, RunError, Trainer
 
 __all__ = [
     "CheckpointError",
     "Configuration",
     "ConfigurationError",
-    "InputError",
     "LostProcessError",
     "Outcome",
-    "Report",
     "RunError",
     "Trainer",
     "l1_loss",
@@ -24,6 +21,5 @@ __all__ = [
     "make_model",
     "mse_loss",
     "read_configuration",
-    "reconstruct_files",
     "ssim_loss",
 ]

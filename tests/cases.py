@@ -1,7 +1,4 @@
-"""What tests and benches share: the registry of operators, tolerances, and the adjoint test.
-
-Not part of the package's interface; `tests/` and `benches/` alone import it.
-"""
+"""What tests and benches share: the registry of operators, tolerances, and the adjoint test."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from ._torch import fft
-from .operators import DiffractionTomography
-from .reference import diffraction
+from oder_fast import ops
+from oder_fast._torch import fft
+from oder_fast.operators import DiffractionTomography
+from oder_fast.reference import diffraction
 
 # Relative L2 to the reference in float64, of a result or a gradient, by dtype of storage.
 TOLERANCE = {
@@ -223,12 +220,10 @@ RADON_LARGE_SHAPES = (
 )
 
 
-def _geometry(shape: dict[str, Any]) -> dict[str, float]:
-    return {
-        "bin_spacing": shape.get("spacing", 1.0),
-        "bin_offset": shape.get("offset", 0.0),
-        "pixel_size": shape.get("pixel", 1.0),
-    }
+def _detector(shape: dict[str, Any]) -> ops.Detector:
+    return ops.Detector(
+        shape["bins"], shape.get("spacing", 1.0), shape.get("offset", 0.0), shape.get("pixel", 1.0)
+    )
 
 
 def _draw(size: Sequence[int], dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
@@ -240,7 +235,7 @@ def _forward_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     image = _draw(shape["image"], dtype, device, generator)
-    return (image, shape["angles"].to(device), shape["bins"]), _geometry(shape)
+    return (image, shape["angles"].to(device), _detector(shape)), {}
 
 
 def _adjoint_inputs(
@@ -248,15 +243,15 @@ def _adjoint_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     batch, height, width = shape["image"]
     sinogram = _draw((batch, len(shape["angles"]), shape["bins"]), dtype, device, generator)
-    return (sinogram, shape["angles"].to(device), (height, width)), _geometry(shape)
+    return (sinogram, shape["angles"].to(device), _detector(shape), (height, width)), {}
 
 
 def _gradient_inputs(
     shape: dict[str, Any], dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    (sinogram, angles, _), geometry = _adjoint_inputs(shape, dtype, device, generator)
+    (sinogram, angles, detector, _), _ = _adjoint_inputs(shape, dtype, device, generator)
     views = torch.randperm(len(angles), generator=generator)[: max(1, len(angles) // 2)].to(device)
-    return (_draw(shape["image"], dtype, device, generator), sinogram, angles, views), geometry
+    return (_draw(shape["image"], dtype, device, generator), sinogram, angles, detector, views), {}
 
 
 def _red_inputs(
@@ -421,8 +416,8 @@ def _diffraction_gradient_inputs(
     (intensities, *scan, optics), _ = _diffraction_adjoint_inputs(shape, dtype, device, generator)
     spectra = fft(torch.fft.rfftn, intensities) if intensities.numel() else _half(intensities, dtype)
     n = shape["lights"]
-    blocks = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
-    return (_draw(shape["image"], dtype, device, generator), spectra, *scan, blocks, optics), {}
+    illuminations = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(device)
+    return (_draw(shape["image"], dtype, device, generator), spectra, *scan, illuminations, optics), {}
 
 
 def _diffraction_gram_inputs(
@@ -463,7 +458,7 @@ CASES = (
         _forward_inputs,
         RADON_SHAPES,
         (0,),
-        lambda image, angles, n_bins, **o: lambda y: ops.radon_adjoint(y, angles, image.shape[1:], **o),
+        lambda image, *scan, **o: lambda y: ops.radon_adjoint(y, *scan, image.shape[1:], **o),
         **RADON,
     ),
     OpCase(
@@ -471,7 +466,7 @@ CASES = (
         _adjoint_inputs,
         RADON_SHAPES,
         (0,),
-        lambda y, angles, _, **o: lambda x: ops.radon_forward(x, angles, y.shape[2], **o),
+        lambda y, angles, detector, _, **o: lambda x: ops.radon_forward(x, angles, detector, **o),
         **RADON,
     ),
     OpCase("radon_backproject", _adjoint_inputs, RADON_SHAPES, (0,), **RADON),

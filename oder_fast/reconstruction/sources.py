@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import (
+from ..data import (
     ImageFolder,
     Sample,
     espirit_maps,
@@ -18,17 +18,17 @@ from ...data import (
     read_led_stack,
     remove_oversampling,
 )
-from ...data.arrays import array_layout
-from ...data.datasets import Scale
-from ...data.files import is_hdf5, naming
-from ...data.images import format_of
-from ...data.kspace import kspace_selections, read_kspace_header, readout_oversampling
-from ...data.matlab import is_matlab_file
-from ...data.nifti import is_nifti, nifti_layout
-from ...operators import CartesianMRI
-from ..configuration import Configuration
-from ..scans import IDTScan, MRIScan, Scan
-from ..stream import seed_of
+from ..data.arrays import array_layout
+from ..data.datasets import Scale
+from ..data.files import is_hdf5, naming
+from ..data.images import format_of
+from ..data.kspace import kspace_selections, read_kspace_header, readout_oversampling
+from ..data.matlab import is_matlab_file
+from ..data.nifti import is_nifti, nifti_layout
+from ..operators import CartesianMRI
+from ..training.configuration import Configuration
+from ..training.scans import IDTScan, MRIScan, Scan
+from ..training.stream import seed_of
 from .jobs import Choices, InputError, Item, Job, is_picture, label_of, led_files
 
 FULL = 0.95

@@ -16,19 +16,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ...data import atomic, collate, psnr, ssim, write_image
-from ...data.datasets import Scale
-from ...data.dicom import NoImageError
-from ...data.files import first_bad
-from ...data.writers import HOLD_VOLUMES
-from ...denoisers.call import as_channels
-from ...operators import CartesianMRI
-from .. import configuration as settings
-from ..configuration import ConfigurationError, explain
-from ..model import autocast, load_model, make_model, solve
-from ..processes import pick_device
-from ..scans import Measured
-from ..stream import seed_of
+from ..data import atomic, collate, psnr, ssim, write_image
+from ..data.datasets import Scale
+from ..data.dicom import NoImageError
+from ..data.files import first_bad
+from ..data.writers import HOLD_VOLUMES
+from ..denoisers.call import as_channels
+from ..operators import CartesianMRI
+from ..training import configuration as settings
+from ..training.configuration import ConfigurationError, explain
+from ..training.model import autocast, load_model, make_model, solve
+from ..training.processes import pick_device
+from ..training.scans import Measured
+from ..training.stream import seed_of
 from .jobs import (
     Choices,
     Format,

@@ -15,8 +15,8 @@ from typing import Annotated, Any, TextIO, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from ...data.files import atomic, remove_unfinished
-from ..trainer import RunError
+from ..data.files import atomic, remove_unfinished
+from ..training.trainer import RunError
 from .jobs import InputError, Job, escaped, led_files
 
 LEDGER, QUALITY = "reconstructed.jsonl", "quality.csv"

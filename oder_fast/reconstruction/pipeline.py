@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..logs import live_line
-from ..trainer import RunError
+from ..training.logs import live_line
+from ..training.trainer import RunError
 from .jobs import Item, Job, Solved, escaped, reason_of
 from .ledger import Ledger
 

@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from ...data import Sample
-from ...data.arrays import array_layout
-from ...data.datasets import IMAGE_SUFFIXES, Scale, is_image
-from ...data.images import DICOM_SUFFIXES
-from ...data.kspace import SUFFIXES
-from ...data.microscopy import LED_NAME
-from ...data.nifti import NIFTI_SUFFIXES
-from ..configuration import MOST_PIXELS
+from ..data import Sample
+from ..data.arrays import array_layout
+from ..data.datasets import IMAGE_SUFFIXES, Scale, is_image
+from ..data.images import DICOM_SUFFIXES
+from ..data.kspace import SUFFIXES
+from ..data.microscopy import LED_NAME
+from ..data.nifti import NIFTI_SUFFIXES
+from ..training.configuration import MOST_PIXELS
 
 Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
 Part = Literal["magnitude", "phase", "real", "imaginary"]
