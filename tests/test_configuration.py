@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oder_fast.training import ConfigurationError, l1_loss, mse_loss, read_configuration, ssim_loss
+from oder_fast.training import ConfigurationError, Trainer, l1_loss, mse_loss, read_configuration, ssim_loss
 from oder_fast.training.configuration import CT, IDT, MRI, differences
 from oder_fast.training.losses import total_loss
 from oder_fast.training.scans import make_scan
@@ -331,3 +331,13 @@ def test_losses_that_are_refused():
         total_loss({"mse": 1}, x, x.to(torch.complex64))
     with pytest.raises(ValueError, match="at least 11 rows and columns"):
         ssim_loss(x, x)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_configurations(path, tmp_path):
+    configuration = read_configuration(path, [f"output={tmp_path / 'run'}"])
+    assert configuration.training.steps > 0
+    # All that is checked before anything long starts.
+    Trainer(configuration, progress=False)

@@ -6,10 +6,12 @@ import csv
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -97,6 +99,21 @@ def live_line(name: str, unit: str, total: int, shown: bool, initial: int = 0) -
     return tqdm(total=total, initial=initial, desc=name, unit=unit, **options)
 
 
+def duration(seconds: float) -> str:
+    """Say a time in the unit that it is counted in."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, when what a GPU was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Logs:
     """The tables, TensorBoard's files and the live line of a run; of its first process alone.
 
@@ -119,14 +136,28 @@ class Logs:
         threading.excepthook = self._of_thread
         self.progress = progress
         self.bar: Any = None
+        self._beat: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def begin_stage(self, name: str, steps: int, step: int) -> None:
         """Start the live line of a stage."""
         self.end_stage()
         self.bar = live_line(name, "step", steps, self.progress, initial=step)
+        if self.progress:
+            self._beat = threading.Thread(target=self._show_time, args=(self.bar, self._ended), daemon=True)
+            self._beat.start()
+
+    def _show_time(self, bar: Any, ended: threading.Event) -> None:
+        """Show that a step of minutes is alive: its time goes on."""
+        while not ended.wait(2.0 if sys.stderr.isatty() else 60.0):
+            bar.refresh()
 
     def end_stage(self) -> None:
         """End it."""
+        if self._beat is not None:
+            self._ended.set()
+            self._beat.join()
+            self._beat, self._ended = None, threading.Event()
         if self.bar is not None:
             self.bar.close()
             self.bar = None

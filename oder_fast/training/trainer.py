@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -43,7 +44,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .configuration import Configuration, ConfigurationError, differences
-from .logs import SOLVED, Logs, Silence, draw_images
+from .logs import SOLVED, Logs, Silence, clock, draw_images, duration
 from .losses import total_loss
 from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
 from .processes import (
@@ -69,6 +70,8 @@ USUAL = 10.0
 """Largest magnitude of images that networks are initialized for, generously."""
 
 CHECKPOINTS_OF_ROOM = 2
+# Of a step through the fixed point, to tell how long a run takes.
+TYPICAL_CALLS, TYPICAL_PRODUCTS = 15, 20
 """Beyond those that are kept: the one being written, and the tables and pictures."""
 
 
@@ -214,6 +217,7 @@ class Trainer:
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"data: {error}") from error
         self.largest = float(batch.image.abs().max())
+        self.sample = torch.zeros_like(batch.image[:1])
         if self.stages[1].steps and self.model.nonnegative and not whole.is_complex():
             least = min(float(whole.min()), float(batch.image.min()))
             if least < -0.01 * self.largest:
@@ -304,12 +308,45 @@ class Trainer:
                 "data.scale"
             )
         if rank() == 0:
+            self.logs.say(self._estimate())
             (self.folder / "images").mkdir(exist_ok=True)
             for folder in (self.folder, self.folder / "images"):
                 remove_unfinished(folder)
             (self.folder / "configuration.json").write_text(
                 self.configuration.model_dump_json(indent=2) + "\n"
             )
+
+    def _estimate(self) -> str:
+        """Tell about how long is left, by what a call of the denoiser and its derivative take."""
+        try:
+            denoiser = copy.deepcopy(self.model.denoiser)
+        except (RuntimeError, TypeError):
+            return "the denoiser cannot be copied, so how long this takes will be seen"
+        image = as_channels(self.sample.to(self.device))
+        call = both = math.inf
+        with torch.random.fork_rng():
+            # The first call makes what later ones find; the machine may have other things to do.
+            begin, rounds = clock(self.device), 0
+            while rounds < 2 or (rounds < 10 and clock(self.device) - begin < 1):
+                start, rounds = clock(self.device), rounds + 1
+                with torch.no_grad():
+                    denoiser(image)
+                call = min(call, clock(self.device) - start)
+                start = clock(self.device)
+                denoiser(image.requires_grad_()).sum().backward()
+                both = min(both, clock(self.device) - start)
+        # Of a solve, and of its adjoint, in which each product is a backward pass.
+        solve = TYPICAL_CALLS * call + TYPICAL_PRODUCTS * (both - call) + both
+        position, parts, total = self.position, [], 0.0
+        for number, (stage, one) in enumerate(zip(self.stages, (both, solve), strict=True)):
+            left = stage.steps - (position.step if number == position.stage else 0)
+            if number < position.stage or left <= 0:
+                continue
+            seconds = one * stage.batch_size
+            total += left * seconds
+            what = ("on noise", "through the fixed point")[number]
+            parts.append(f"{left} steps {what} of about {duration(seconds)}")
+        return f"{' and '.join(parts) or 'no steps'}: {duration(total)} in all, if the machine stays as it is"
 
     # -------------------------------------------------------------- state
 
