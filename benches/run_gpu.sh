@@ -114,10 +114,14 @@ from pip._vendor.packaging.requirements import Requirement
 with open("pyproject.toml", "rb") as file:
     settings = tomllib.load(file)
 project = settings["project"]
-wanted = [*settings["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"]["test"]]
+extras = project["optional-dependencies"]
+wanted = [*settings["build-system"]["requires"], *project["dependencies"], *extras["test"]]
 seen, missing = {"torch"}, []  # torch is there, and brings its own libraries
 while wanted:
     need = Requirement(wanted.pop(0))
+    if need.name == project["name"]:
+        wanted += [line for extra in need.extras for line in extras[extra]]
+        continue
     if need.name.lower() in seen or (need.marker and not need.marker.evaluate({"extra": ""})):
         continue
     seen.add(need.name.lower())
