@@ -27,7 +27,7 @@ def command(*arguments):
 
 
 def call(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=600)
 
 
 class Ran(NamedTuple):
@@ -157,7 +157,7 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
             seen += process.stderr.read1()
             assert process.poll() is None, seen
         process.send_signal(signal.SIGINT)
-        out, rest = process.communicate(timeout=60)
+        out, rest = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"interrupted" in rest
     assert b"Traceback" not in seen + rest

@@ -185,7 +185,7 @@ def run_killed(folder, kind, at):
         [sys.executable, "-c", KILLED, configuration, kind, str(at)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -241,7 +241,7 @@ def test_a_process_that_loads_and_is_killed(whole, tmp_path):
         def _step(self, *arguments):
             if self._overall() == 5:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-                time.sleep(10)  # until the signal of its end comes
+                time.sleep(600)  # until the signal of its end comes
             return super()._step(*arguments)
 
     with pytest.raises(RunError, match=r"loads data ended .*Killed.* checkpoint is .*0-00000004.pt; mend it"):
@@ -1093,7 +1093,7 @@ print(Trainer(read_configuration(configuration), progress=False).fit().reason)
 def run_ranks(folder, port, mode, **changes):
     import json
 
-    tree = SMALL | {"output": str(folder), "timeout": 60} | changes
+    tree = SMALL | {"output": str(folder), "timeout": 300} | changes
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, json.dumps(tree), mode],
@@ -1107,7 +1107,7 @@ def run_ranks(folder, port, mode, **changes):
         for k in range(2)
     ]
     try:
-        return [(*p.communicate(timeout=120), p.returncode) for p in processes]
+        return [(*p.communicate(timeout=600), p.returncode) for p in processes]
     finally:
         for p in processes:
             p.kill()
@@ -1144,15 +1144,14 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
 
 
 def test_a_process_that_dies_ends_the_others_with_a_reason(tmp_path, port):
-    start = time.monotonic()
-    (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies")
+    # The ranks would wait for hours: that the other ends at all is since it knows.
+    (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies", timeout=36000)
     assert dead == -signal.SIGKILL
     assert status == 1
     cause, _, message = err.rpartition("direct cause of the following exception")
     assert "Error: " in cause
     assert "LostProcessError: rank 0 lost contact with another of the 2 ranks: look in" in message
     assert "mend it, and go on with --resume (resume=True)\n" in message
-    assert time.monotonic() - start < 60
 
 
 def test_a_process_that_diverges_has_all_leave_the_batch_out(tmp_path, port):
