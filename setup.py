@@ -1,4 +1,4 @@
-"""Build the compiled backends with ninja: C++ always, CUDA where nvcc is found (ODER_FAST_CUDA=auto|1|0)."""
+"""Build the compiled backends with ninja: C++ always, CUDA where nvcc and a driver are (ODER_FAST_CUDA=auto|1|0)."""
 
 from __future__ import annotations
 
