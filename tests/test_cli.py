@@ -42,6 +42,8 @@ def run_demo(*arguments):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(common, "RED_ITERATIONS", 6)
         patch.setattr(common, "ODER_ITERATIONS", 9)
+        # The training's own report goes with its folder, and takes longer than the demonstration to draw.
+        patch.setattr("oder_fast.training.trainer.write_report", lambda *_, **__: None)
         status = main(["demo", *map(str, arguments)])
     torch.set_num_threads(threads)
     return Ran(status, out.getvalue(), err.getvalue())
