@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_numbers(demo):
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("existing", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
     output = tmp_path / "out"
     if existing:

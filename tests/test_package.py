@@ -68,7 +68,17 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", ["oder_fast", *MODULES])
+# They train.
+LONG = ("oder_fast.training.trainer", "oder_fast.training.reconstruction.run")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else [])
+        for name in ("oder_fast", *MODULES)
+    ],
+)
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
