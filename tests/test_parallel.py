@@ -556,6 +556,7 @@ def test_two_ranks(name, report):
         assert results.get(name) == "passed", f"rank {rank}: {results.get(name, 'did not run')}"
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_is_killed_ends_the_others_with_the_reason(tmp_path):
     started = processes(tmp_path, "killed")
     assert any(line.startswith("solving") for line in started[1].stdout)

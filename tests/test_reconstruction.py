@@ -97,7 +97,10 @@ def checkpoints(tmp_path_factory):
     def get(kind):
         if kind not in made:
             configuration = read_configuration(COMMON | KINDS[kind] | {"output": str(folder / kind)})
-            made[kind] = Trainer(configuration, progress=False).fit().last
+            with pytest.MonkeyPatch.context() as patch:
+                # Drawing its curves takes longer than the run.
+                patch.setattr("oder_fast.training.report._curves", lambda *_: b"")
+                made[kind] = Trainer(configuration, progress=False).fit().last
         return made[kind]
 
     return get

@@ -85,6 +85,18 @@ def without_times(path):
     return [(line.split(",")[:2], line.split(",")[3:]) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def curves():
+    """Have the report drawn, as in `whole`."""
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request, monkeypatch):
+    """Drawing the report's curves takes longer than these runs."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("oder_fast.training.report._curves", lambda *_: b"")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupted."""
@@ -189,8 +201,14 @@ def run_killed(folder, kind, at):
     )
 
 
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path):
-    for kind, at in (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2)):
+MOMENTS = (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2))
+
+
+@pytest.mark.parametrize(
+    "moments", [(("save", 1),), pytest.param(MOMENTS, marks=pytest.mark.exhaustive)], ids=["one", "many"]
+)
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path, moments):
+    for kind, at in moments:
         killed = run_killed(tmp_path, kind, at)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         for path in list_checkpoints(tmp_path):
@@ -613,7 +631,9 @@ def test_a_disk_that_fills_up(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("enough", [2, HALVINGS + 1])
-def test_a_batch_without_a_gradient_is_left_out_and_the_rate_halved(tmp_path, monkeypatch, capsys, enough):
+def test_a_batch_without_a_gradient_is_left_out_and_the_rate_halved(
+    tmp_path, monkeypatch, capsys, enough, curves
+):
     def compute(self, batch, seeds):
         if self.position.stage == 1 and self.position.halvings < enough:
             raise DivergenceError("Anderson: the residual grew")
@@ -731,7 +751,7 @@ def test_a_sample_that_breaks_a_run_leaves_a_checkpoint(tmp_path, workers):
     assert list_checkpoints(tmp_path)
 
 
-def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path):
+def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path, curves):
     outcome = train(tmp_path, "training.steps=0")
     rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
     assert outcome.psnr == pytest.approx(max(r["psnr"] for r in rows), abs=1e-3)
