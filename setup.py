@@ -20,7 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-STEMS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*_cpu.cpp"))
+# Not bind_cpu.cpp.
+STEMS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
