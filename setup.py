@@ -1,7 +1,8 @@
-"""Build the compiled backends with ninja: C++ always, CUDA where nvcc is found (ODER_FAST_CUDA=auto|1|0)."""
+"""Build the compiled backends with ninja: C++ always, CUDA where nvcc and a driver are (ODER_FAST_CUDA=auto|1|0)."""
 
 from __future__ import annotations
 
+import ctypes
 import filecmp
 import json
 import os
@@ -19,7 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-STEMS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*_cpu.cpp"))
+# Not bind_cpu.cpp.
+STEMS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -37,18 +39,33 @@ def first_line(command: list[str]) -> str:
     return out[0] if out else ""
 
 
+def has_driver() -> bool:
+    """Tell whether an NVIDIA driver is here: libcuda.so.1 comes with it alone, and into containers too."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def find_nvcc() -> tuple[str | None, str]:
-    """Return nvcc's path, and the reason where there is none."""
+    """Return the path of the nvcc to compile CUDA with, None to leave it out, and the reason for either."""
     wanted = os.environ.get("ODER_FAST_CUDA", "auto")
     if wanted not in ("auto", "1", "0"):
         raise SystemExit(f"ODER_FAST_CUDA must be auto, 1 or 0, got {wanted!r}")
     if wanted == "0":
-        return None, "ODER_FAST_CUDA=0 at install"
+        return None, "ODER_FAST_CUDA=0"
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which("nvcc")
-    if nvcc is None and wanted == "1":
-        raise SystemExit("ODER_FAST_CUDA=1, but nvcc is neither on the PATH nor under CUDA_HOME")
-    return nvcc, "" if nvcc else "nvcc was not found at install (PATH, CUDA_HOME)"
+    if wanted == "1":
+        if nvcc is None:
+            raise SystemExit("ODER_FAST_CUDA=1, but nvcc is neither on the PATH nor under CUDA_HOME")
+        return nvcc, "ODER_FAST_CUDA=1"
+    if nvcc is None:
+        return None, "nvcc is neither on the PATH nor under CUDA_HOME"
+    if not has_driver():
+        return None, "nvcc is here, but no NVIDIA driver (libcuda.so.1); ODER_FAST_CUDA=1 insists"
+    return nvcc, "nvcc and an NVIDIA driver (libcuda.so.1) are here"
 
 
 class NinjaBuild(build_ext):
@@ -61,7 +78,9 @@ class NinjaBuild(build_ext):
         include = build / "include"
         self._keep_headers(Path(pybind11.get_include()), include)
         cxx = os.environ.get("CXX", "g++")
-        nvcc, why_not = find_nvcc()
+        nvcc, reason = find_nvcc()
+        told = f"compiles CUDA with {nvcc}" if nvcc else "leaves CUDA out"
+        print(f"oder-fast: {told}: {reason}", flush=True)
         isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
         headers = [f"-I{ROOT / 'csrc'}", f"-isystem{include}", f"-isystem{sysconfig.get_paths()['include']}"]
         text = [
@@ -103,7 +122,7 @@ class NinjaBuild(build_ext):
             module(f"_cpu_{isa}", objects, cxx, ["-shared", "-fopenmp"], [])
         info = {
             "cpu": {"compiler": first_line([cxx, "--version"]), "isas": list(isas)},
-            "cuda": {"built": nvcc is not None, "reason": why_not},
+            "cuda": {"built": nvcc is not None, "reason": reason},
         }
         if nvcc is not None:
             known = subprocess.run(

@@ -114,10 +114,14 @@ from pip._vendor.packaging.requirements import Requirement
 with open("pyproject.toml", "rb") as file:
     settings = tomllib.load(file)
 project = settings["project"]
-wanted = [*settings["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"]["test"]]
+extras = project["optional-dependencies"]
+wanted = [*settings["build-system"]["requires"], *project["dependencies"], *extras["test"]]
 seen, missing = {"torch"}, []  # torch is there, and brings its own libraries
 while wanted:
     need = Requirement(wanted.pop(0))
+    if need.name == project["name"]:
+        wanted += [line for extra in need.extras for line in extras[extra]]
+        continue
     if need.name.lower() in seen or (need.marker and not need.marker.evaluate({"extra": ""})):
         continue
     seen.add(need.name.lower())
@@ -152,10 +156,12 @@ assert info["backends"]["cuda"] == info["backends"]["triton"] == "available", in
 
 # One process of pytest: a file, and which of its tests.
 tests_of() {
-  local file=${1%%|*} which=${1#*|} out status
+  local file=${1%%|*} which=${1#*|} all='' out status
+  # What the kernels are compiled to, and all their shapes, too.
+  case $file in *test_gpu_backends*) all=--all ;; esac
   out=$work/$(basename "$file" .py).$(printf '%s' "$which" | tr -c '[:alnum:]\n' -).pytest
   "$PYTHON" -m pytest -q -W default -rfE --tb=short --durations=3 --durations-min=5 -p no:cacheprovider \
-    --continue-on-collection-errors ${which:+-k "$which"} "$file" >"$out" 2>&1
+    --continue-on-collection-errors $all ${which:+-k "$which"} "$file" >"$out" 2>&1
   status=$?
   # None selected is nothing wrong.
   if ((status == 5)); then status=0; fi

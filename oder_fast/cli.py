@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, build_info
+from ._extras import EXTRAS, MissingPackageError, needs
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 """A setting of a configuration, as training.steps=500."""
+
+EVERY_PACKAGE = tuple(dict.fromkeys(module for modules in EXTRAS.values() for module in modules))
+"""Of the commands that read and write files of any kind: they say at once what is missing, not after an hour."""
 
 
 def _whole_number(least: int) -> Callable[[str], int]:
@@ -72,6 +76,7 @@ def _acceleration(text: str) -> float:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    needs("demo", *EVERY_PACKAGE)
     from ._demo import common, ct, idt, mri
     from .fixed_point import FixedPointError
     from .training import RunError
@@ -97,6 +102,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    needs("train", *EXTRAS["train"])
     from .training import ConfigurationError, LostProcessError, RunError, Trainer, read_configuration
 
     overrides = [*arguments.settings, *arguments.more]
@@ -120,6 +126,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
+    needs("reconstruct", *EVERY_PACKAGE)
     from .reconstruction import reconstruct_files
     from .reconstruction.jobs import escaped
     from .training import RunError
@@ -422,6 +429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = arguments.run(arguments)
+    except MissingPackageError as error:
+        print(f"oder-fast: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         again = "; the same command goes on from here" if given[:1] == ["reconstruct"] else ""
         print(f"\noder-fast: interrupted; no file was left half-written{again}", file=sys.stderr)

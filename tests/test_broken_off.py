@@ -180,7 +180,7 @@ def test_a_disk_that_takes_no_more(whole, tmp_path, at, size):
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(configuration("ct", tmp_path / "run")))
     command = [sys.executable, "-c", FILLS_UP, str(file), str(at), str(size)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
     *_, last = ended.stderr.splitlines()

@@ -156,7 +156,7 @@ def test_several_processes_at_once(tmp_path):
     workers = [context.Process(target=_fill, args=(tmp_path, barrier, results)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     assert found == [[float(k) for k in range(20)]] * 3

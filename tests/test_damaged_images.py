@@ -99,7 +99,8 @@ def check(path, write, seeds):
         part, whole = damaged(content, generator)
         path.write_bytes(part)
         for read in readers:
-            started = time.monotonic()
+            # Of the processor: others may be at work on it.
+            started = time.process_time()
             tracemalloc.reset_peak()
             message, found = "", None
             try:
@@ -111,7 +112,7 @@ def check(path, write, seeds):
                 assert len(found) == len(expected), seed
                 assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), seed
             assert tracemalloc.get_traced_memory()[1] < LARGEST, seed
-            assert time.monotonic() - started < 5, seed
+            assert time.process_time() - started < 5, seed
 
 
 @pytest.fixture

@@ -409,7 +409,13 @@ class Interrupted(nn.Module):
 @pytest.mark.parametrize("independent", [True, False])
 @pytest.mark.parametrize("differentiation", [Implicit(Picard(6, 1e-12)), Unrolled()])
 @pytest.mark.parametrize(
-    "computed", [parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.weight_norm, pruned]
+    "computed",
+    [
+        parametrizations.spectral_norm,
+        pytest.param(nn.utils.spectral_norm, marks=pytest.mark.exhaustive),
+        nn.utils.weight_norm,
+        pytest.param(pruned, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_solve_beside_another_keeps_its_gradients(computed, differentiation, independent):
     def model():

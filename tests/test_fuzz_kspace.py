@@ -20,7 +20,8 @@ import torch
 from oder_fast import data
 
 MEMORY, SECONDS = 2 * 2**30, 20
-"""What a file of some kilobytes may take besides what Python and torch have; seconds for each file."""
+"""What a file of some kilobytes may take besides what Python and torch have, and seconds of the processor for all; besides
+one a file."""
 
 
 def load(name):
@@ -117,6 +118,7 @@ def main(folder: Path, name: str, count: int, first: int) -> None:
     outcome(folder / name)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + count, SECONDS + count))
     for number in range(first, count):
         print(json.dumps([number, "began"]), flush=True)
         path.write_bytes(damaged(content, np.random.default_rng([number, len(name)])))
@@ -136,7 +138,8 @@ def problems(folder: Path, name: str, count: int) -> list[list]:
         arguments = [sys.executable, __file__, str(folder), name, str(count), str(first)]
         child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            said, errors = child.communicate(timeout=SECONDS + count)
+            # For what waits without working; other work on the machine must not end it.
+            said, errors = child.communicate(timeout=10 * (SECONDS + count))
         except subprocess.TimeoutExpired:
             child.kill()
             said, errors = child.communicate()

@@ -270,6 +270,7 @@ def differ(some, others):
     )
 
 
+@pytest.mark.exhaustive
 def test_cuda_bits_do_not_depend_on_the_order_of_threads(module, monkeypatch):
     first = outcomes(module, monkeypatch, ORDERS[0])
     for order in ORDERS[1:]:
@@ -332,6 +333,7 @@ inline bool planted(int site) {
 """
 
 
+@pytest.mark.exhaustive
 def test_cuda_planted_bugs_are_caught(monkeypatch):
     """Every barrier and every wait is needed, and seen to be, and so is the end of every loop."""
     sites = []
@@ -403,6 +405,7 @@ def assert_no_more_resources(compiler, group, found):
     assert not worse, f"registers or shared memory, recorded and now: {worse}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: nothing to compile with")
 @pytest.mark.parametrize(
     ("stem", "kernels"), [("radon", 21), ("red_update", 4), ("fourier", 4), ("diffraction", 6)]
@@ -451,8 +454,16 @@ def test_cuda_compiles_without_spills(stem, kernels, tmp_path):
 # ------------------------------------------------------------------ Triton
 
 
+# Interpreted kernels are slow: the first tier takes each at its first shapes.
 @interpreted
-@SHAPES
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        pytest.param(c, s, id=f"{c.name}-{k}", marks=[pytest.mark.exhaustive] if k > 3 else [])
+        for c in CASES
+        for k, s in enumerate(c.shapes)
+    ],
+)
 def test_triton_values(case, shape, generator):
     compare(case, shape, case.dtype, "triton", generator)
 
@@ -467,8 +478,11 @@ def test_triton_storage(case, dtype, generator):
 
 @interpreted
 @pytest.mark.parametrize("case", [c for c in CASES if c.adjoint is not None], ids=lambda c: c.name)
-def test_triton_adjoint(case, generator):
-    for shape in case.shapes[2:8]:
+@pytest.mark.parametrize(
+    "numbers", [(2, 3), pytest.param((3, 8), marks=pytest.mark.exhaustive)], ids=["one", "more"]
+)
+def test_triton_adjoint(case, numbers, generator):
+    for shape in case.shapes[slice(*numbers)]:
         operators.test_adjoint_is_the_exact_transpose(case, shape, HostTriton(), generator)
 
 
@@ -478,6 +492,7 @@ class HostTriton(HostBuild):
         self.dtypes = (torch.float32, torch.complex64)
 
 
+@pytest.mark.exhaustive
 def test_triton_compiles_ahead_of_time(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -187,7 +187,7 @@ def run(tmp_path, **environment):
         | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -273,19 +273,47 @@ def test_script_goes_on_after_failures_and_tells_them_at_the_end(tmp_path):
             assert len(chosen) == 1, (file, words, values)
 
 
+# A clock that stands still until the tests are waited for, and `timeout` whose alarm goes off once they have begun, however
+# long that takes.
+CLOCK = """
+unset SECONDS
+SECONDS=0
+wait() {
+  builtin wait
+  SECONDS=2
+}
+timeout() {
+  local options=()
+  while [[ $1 == --* ]]; do options+=("$1"); shift; done
+  echo "$1 ${*:2}" >>"$LIMITS"
+  command timeout "${options[@]}" 600 "${@:2}" &
+  local alarm=$! status
+  if [[ $* == *"bash -c tests" ]]; then
+    until grep -qs begun "$work"/*.pytest; do sleep 0.05; done
+    kill -ALRM "$alarm"
+  fi
+  builtin wait "$alarm"
+}
+"""
+
+
 @needs_bash
 def test_script_says_which_tools_are_missing_and_ends_in_time(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     stub(folder, "nvidia-smi", "echo NVIDIA H200")
     torch_is_there = 'case "$*" in *"import torch"*) echo "2.11.0 True" ;;'
-    stub(folder, "python3", torch_is_there + " *test_radon.py*) echo begun; exec sleep 30 ;; esac")
-    done = run(tmp_path, BUDGET="6", CUDA_HOME=str(tmp_path))
+    stub(folder, "python3", torch_is_there + " *test_radon.py*) echo begun; exec sleep 600 ;; esac")
+    (tmp_path / "clock").write_text(CLOCK)
+    limits = tmp_path / "limits"
+    clock = {"BASH_ENV": str(tmp_path / "clock"), "LIMITS": str(limits)}
+    done = run(tmp_path, BUDGET="6", CUDA_HOME=str(tmp_path), **clock)
     assert done.returncode == 1, done.stderr
     found = done.stdout.splitlines()
     assert any(
         re.match(r"FAILED   tests: exit status 124, \d+ s, stopped at its limit", line) for line in found
     )
+    assert limits.read_text().splitlines() == ["6 bash -c packages", "6 bash -c build", "6 bash -c tests"]
     assert "begun\n" in (tmp_path / "out" / "nvidia-h200.log").read_text()
     assert "FAILED   benches: not begun, the 6 s are used up" in found
     assert "skipped  memcheck: compute-sanitizer is not on the PATH" in found

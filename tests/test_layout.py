@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from oder_fast._extras import EXTRAS, NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "oder_fast"
 
-# Which layers a layer may import; each may import its own modules, `_torch` and `_numpy`.
+# Which layers a layer may import; each may import its own modules, `_torch`, `_numpy` and `_extras`.
 MAY_IMPORT = {
     "_torch": set(),
     "_numpy": set(),
+    "_extras": set(),
     "reference": set(),
     "kernels": set(),
     "ops": {"reference", "kernels"},
@@ -85,7 +88,37 @@ def test_imports_point_down_only(path):
         return
     # Names that oder_fast/__init__.py exports (version, build_info) belong to no layer.
     known = {name for name in imported_layers(path) if name in MAY_IMPORT}
-    assert known <= MAY_IMPORT[layer] | {layer, "_torch", "_numpy"}
+    assert known <= MAY_IMPORT[layer] | {layer, "_torch", "_numpy", "_extras"}
+
+
+# Layers that begin by asking for the extra of training; no other imports them before a user asks for one.
+OF_EXTRAS = ("training", "_demo")
+
+
+def imports_at_once(node: ast.AST) -> set[str]:
+    """Modules that are imported as soon as a file is: everywhere but in functions."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return set()
+    names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        names = {node.module or ""}
+    return names.union(*map(imports_at_once, ast.iter_child_nodes(node)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_packages_of_extras_are_imported_where_they_are_used(path):
+    if layer_of(path) in OF_EXTRAS:
+        return
+    optional = {*NAMES, *(module for modules in EXTRAS.values() for module in modules), "bm3d", "scipy"}
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports_at_once(tree)} & optional
+    relative = {
+        layer
+        for node in ast.iter_child_nodes(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for layer in [(node.module or "").split(".")[0], *(alias.name for alias in node.names)]
+    }
+    assert not relative & set(OF_EXTRAS)
 
 
 def test_transforms_are_called_in_the_one_safe_way():

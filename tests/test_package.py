@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import oder_fast
+from oder_fast._extras import EXTRAS
 from oder_fast.ops import Detector, backends
 
 
@@ -21,8 +22,8 @@ def test_build_info_tells_what_runs_here():
     assert info["backends"]["cpu"] == "available"
     assert info["cpu"]["isa"] in info["cpu"]["isas"]
     assert "baseline" in info["cpu"]["isas"]
+    assert info["cuda"]["reason"]
     if not info["cuda"]["built"]:
-        assert info["cuda"]["reason"]
         assert info["backends"]["cuda"] != "available"
 
 
@@ -33,7 +34,8 @@ def test_import_loads_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
-    assert not loaded & {"triton", "scipy", "skimage", "matplotlib", "pydicom", "PIL", "sympy", "tqdm"}
+    optional = {module for modules in EXTRAS.values() for module in modules}
+    assert not loaded & {"triton", "scipy", "sympy", *optional}
     assert "torch._dynamo" not in run.stdout.split()
 
 
@@ -66,7 +68,17 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", ["oder_fast", *MODULES])
+# They train.
+LONG = ("oder_fast.training.trainer", "oder_fast.training.reconstruction.run")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else [])
+        for name in ("oder_fast", *MODULES)
+    ],
+)
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

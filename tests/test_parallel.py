@@ -38,7 +38,10 @@ from oder_fast.red import GradientStep, ProximalStep
 
 WORLD = 2
 # Of a collective call: a hang fails.
-TIMEOUT = timedelta(seconds=15)
+# That ranks wait for each other: a loaded machine may start one long before the other.
+TIMEOUT = timedelta(minutes=5)
+# Longer than any test: what ends before has not waited for it.
+NEVER = timedelta(hours=10)
 SIZE, VIEWS, TAU = 16, 13, 0.1
 LOST = "lost contact with another of the 2 ranks: look in their output for the one that ended or hangs"
 SCENARIOS = {}
@@ -485,7 +488,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if names == ["killed"]:
-        start_group(rank, folder / "killed")
+        start_group(rank, folder / "killed", NEVER)
         killed(rank)
         return
     results = {}
@@ -504,9 +507,9 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
         (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
-def start_group(rank: int, store: Path) -> None:
+def start_group(rank: int, store: Path, timeout: timedelta = TIMEOUT) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=TIMEOUT
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout
     )
 
 
@@ -541,7 +544,7 @@ def finish(started: list[subprocess.Popen], timeout: float) -> list[str]:
 def report(tmp_path_factory) -> list[dict[str, str]]:
     """Return what became of each scenario on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    printed = finish(processes(folder, *SCENARIOS), timeout=240)
+    printed = finish(processes(folder, *SCENARIOS), timeout=1200)
     files = [folder / f"{rank}.json" for rank in range(WORLD)]
     assert all(file.exists() for file in files), "\n".join(printed)
     return [json.loads(file.read_text()) for file in files]
@@ -553,15 +556,12 @@ def test_two_ranks(name, report):
         assert results.get(name) == "passed", f"rank {rank}: {results.get(name, 'did not run')}"
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_is_killed_ends_the_others_with_the_reason(tmp_path):
     started = processes(tmp_path, "killed")
-    begin = None
-    for line in started[1].stdout:
-        if line.startswith("solving"):
-            begin = time.monotonic()
-    printed = finish(started, timeout=30)
-    assert begin is not None
-    assert time.monotonic() - begin < 10
+    assert any(line.startswith("solving") for line in started[1].stdout)
+    # Ranks would wait for hours: that the other ends at all is since it knows.
+    printed = finish(started, timeout=600)
     assert started[1].returncode == -signal.SIGKILL
     # Gloo may abort the interpreter as it ends.
     assert started[0].returncode in (1, -signal.SIGABRT)

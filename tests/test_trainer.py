@@ -85,6 +85,18 @@ def without_times(path):
     return [(line.split(",")[:2], line.split(",")[3:]) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def curves():
+    """Have the report drawn, as in `whole`."""
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request, monkeypatch):
+    """Drawing the report's curves takes longer than these runs."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("oder_fast.training.report._curves", lambda *_: b"")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupted."""
@@ -185,12 +197,18 @@ def run_killed(folder, kind, at):
         [sys.executable, "-c", KILLED, configuration, kind, str(at)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path):
-    for kind, at in (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2)):
+MOMENTS = (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2))
+
+
+@pytest.mark.parametrize(
+    "moments", [(("save", 1),), pytest.param(MOMENTS, marks=pytest.mark.exhaustive)], ids=["one", "many"]
+)
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path, moments):
+    for kind, at in moments:
         killed = run_killed(tmp_path, kind, at)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         for path in list_checkpoints(tmp_path):
@@ -241,7 +259,7 @@ def test_a_process_that_loads_and_is_killed(whole, tmp_path):
         def _step(self, *arguments):
             if self._overall() == 5:
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-                time.sleep(10)  # until the signal of its end comes
+                time.sleep(600)  # until the signal of its end comes
             return super()._step(*arguments)
 
     with pytest.raises(RunError, match=r"loads data ended .*Killed.* checkpoint is .*0-00000004.pt; mend it"):
@@ -613,7 +631,9 @@ def test_a_disk_that_fills_up(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("enough", [2, HALVINGS + 1])
-def test_a_batch_without_a_gradient_is_left_out_and_the_rate_halved(tmp_path, monkeypatch, capsys, enough):
+def test_a_batch_without_a_gradient_is_left_out_and_the_rate_halved(
+    tmp_path, monkeypatch, capsys, enough, curves
+):
     def compute(self, batch, seeds):
         if self.position.stage == 1 and self.position.halvings < enough:
             raise DivergenceError("Anderson: the residual grew")
@@ -731,7 +751,7 @@ def test_a_sample_that_breaks_a_run_leaves_a_checkpoint(tmp_path, workers):
     assert list_checkpoints(tmp_path)
 
 
-def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path):
+def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path, curves):
     outcome = train(tmp_path, "training.steps=0")
     rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
     assert outcome.psnr == pytest.approx(max(r["psnr"] for r in rows), abs=1e-3)
@@ -1093,7 +1113,7 @@ print(Trainer(read_configuration(configuration), progress=False).fit().reason)
 def run_ranks(folder, port, mode, **changes):
     import json
 
-    tree = SMALL | {"output": str(folder), "timeout": 60} | changes
+    tree = SMALL | {"output": str(folder), "timeout": 300} | changes
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, json.dumps(tree), mode],
@@ -1107,7 +1127,7 @@ def run_ranks(folder, port, mode, **changes):
         for k in range(2)
     ]
     try:
-        return [(*p.communicate(timeout=120), p.returncode) for p in processes]
+        return [(*p.communicate(timeout=600), p.returncode) for p in processes]
     finally:
         for p in processes:
             p.kill()
@@ -1144,15 +1164,14 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
 
 
 def test_a_process_that_dies_ends_the_others_with_a_reason(tmp_path, port):
-    start = time.monotonic()
-    (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies")
+    # The ranks would wait for hours: that the other ends at all is since it knows.
+    (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies", timeout=36000)
     assert dead == -signal.SIGKILL
     assert status == 1
     cause, _, message = err.rpartition("direct cause of the following exception")
     assert "Error: " in cause
     assert "LostProcessError: rank 0 lost contact with another of the 2 ranks: look in" in message
     assert "mend it, and go on with --resume (resume=True)\n" in message
-    assert time.monotonic() - start < 60
 
 
 def test_a_process_that_diverges_has_all_leave_the_batch_out(tmp_path, port):

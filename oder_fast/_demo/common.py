@@ -321,7 +321,11 @@ def train(
                 "operator": operator,
                 # Images are drawn here; none is turned or scaled again.
                 "data": {"phantoms": {"kind": "ellipses"}, "augment": False, "workers": 0},
-                "red": {"tau": tau, "max_iterations": RED_ITERATIONS},
+                "red": {
+                    "tau": tau,
+                    "max_iterations": RED_ITERATIONS,
+                    "adjoint_iterations": RED_ITERATIONS,
+                },
                 "validation": {"every": AT_THE_END, "samples": VALIDATED, "images": 0},
                 "checkpoints": {"every": AT_THE_END},
                 "output": folder,

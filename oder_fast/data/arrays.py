@@ -32,9 +32,9 @@ from .tiff import read_tiff_array, tiff_array_shape
 def _stored(path: Path, array: str | None) -> Iterator[Any]:
     """Give an array of an HDF5 or MATLAB file: its shape, its dtype and, when asked for, its values."""
     if is_hdf5(path):
-        import h5py
-
         with open_hdf5(path) as file:
+            import h5py
+
             names: list[str] = []
             file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
             # Under # MATLAB keeps what cells and objects refer to.

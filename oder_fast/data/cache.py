@@ -10,8 +10,8 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from .._extras import needs
 from .files import PathLike, atomic
 from .samples import Sample, Samples
 
@@ -135,6 +135,9 @@ class Cached(Samples):
         Args:
             progress: Show a bar.
         """
+        needs("Cached.fill", "tqdm")
+        from tqdm import tqdm
+
         for number in tqdm(
             range(len(self)), desc="reading", unit="sample", disable=not progress, dynamic_ncols=True
         ):

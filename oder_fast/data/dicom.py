@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import needs
 from .colours import ColourError, grey, through_palette
 
 WATER_ATTENUATION = 0.02
@@ -95,6 +96,7 @@ def dicom_header(path: Path, tags: list[str] | None = None) -> tuple[Any, _Pixel
 
     A file without a transfer syntax gets the one that it was read with: little endian, unless it looks otherwise.
     """
+    needs("reading DICOM", "pydicom")
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_partial
 
@@ -114,6 +116,7 @@ def dicom_header(path: Path, tags: list[str] | None = None) -> tuple[Any, _Pixel
 
 def _whole(path: Path) -> tuple[Any, _Pixels | None]:
     """Read all of a DICOM file, and what is said of its pixels."""
+    needs("reading DICOM", "pydicom")
     import pydicom
 
     dataset = _with_syntax(pydicom.dcmread(io.BytesIO(path.read_bytes()), force=True))
@@ -148,6 +151,7 @@ def check_dicom(path: Path) -> Any:
             colours.
         ValueError: For a header that is damaged, or pixels that cannot be decoded here.
     """
+    needs("reading DICOM", "pydicom")
     from pydicom.uid import UID
 
     dataset, pixels = dicom_header(path, HEADER)

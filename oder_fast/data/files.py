@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extras import MissingPackageError
+
 PathLike = str | os.PathLike[str]
 
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -44,6 +46,8 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MissingPackageError:
+        raise
     except OSError as error:
         # Decoders report damaged content as an OSError without an errno, or seek to where it sends them.
         if error.errno not in (None, errno.EINVAL):

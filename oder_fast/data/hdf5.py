@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import needs
 from .files import check_size
 
 HEAP = b"GCOL\x01\0\0\0"
@@ -28,6 +29,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     Raises:
         ValueError: Where one of its links points to another file.
     """
+    needs("reading HDF5", "h5py")
     import h5py
 
     def outward(name: bytes, link: Any) -> bytes | None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extras import needs
 from .colours import grey
 from .dicom import check_dicom, check_frame, frames_of, is_hounsfield, looks_like_dicom, read_dicom
 from .files import TIFF_SIGNATURES, PathLike, first_bad, map_npy, naming, npz_layout, npz_name, read_npz
@@ -115,6 +116,7 @@ def pick(values: NDArray[Any], frame: int | None) -> NDArray[Any]:
 
 
 def _open_png(path: Path) -> Any:
+    needs("reading PNG", "PIL")
     from PIL import Image
 
     image = Image.open(path, formats=["PNG"])

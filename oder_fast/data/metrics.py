@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extras import needs
 from .._numpy import takes_numpy
 
 
@@ -43,10 +44,8 @@ def snr(image: Tensor, truth: Tensor) -> float:
 @takes_numpy
 def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
     """Return the peak signal-to-noise ratio in dB of real images; `data_range` is that of the truth where None."""
-    from skimage.metrics import peak_signal_noise_ratio
-
-    measured, expected = _arrays("psnr", image, truth)
-    return float(peak_signal_noise_ratio(expected, measured, data_range=_range(truth, data_range)))
+    image, truth = (torch.from_numpy(values).double() for values in _arrays("psnr", image, truth))
+    return float(10 * torch.log10(_range(truth, data_range) ** 2 / (truth - image).square().mean()))
 
 
 @takes_numpy
@@ -56,6 +55,7 @@ def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
     Of several slices ``(..., H, W)``, each with at least 7 rows and columns as one has, it is the mean, relative to the
     range of all.
     """
+    needs("ssim", "skimage")
     from skimage.metrics import structural_similarity
 
     measured, expected = _arrays("ssim", image, truth)

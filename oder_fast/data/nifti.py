@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extras import needs
 from .files import PathLike, atomic, first_bad, naming
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -83,6 +84,7 @@ def save_nifti(
     compressed: bool,
 ) -> None:
     """Write values, slices first, as `write_nifti` does, unless an affine map says where the voxels lie."""
+    needs("writing NIfTI", "nibabel")
     import nibabel
 
     # NIfTI's axes are column, row, slice; x grows to the right of the patient and y to the front.
@@ -129,6 +131,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], _Header, bool]]:
 @lru_cache(maxsize=1)
 def _kinds() -> tuple[Any, Any]:
     """Return the headers of NIfTI-1 and NIfTI-2, of which quaternions may be off by rounding."""
+    needs("reading NIfTI", "nibabel")
     import nibabel
 
     # Components of two or three digits, as some programs write them, can have a norm this much above 1.

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import needs
 from .colours import grey, through_palette
 from .files import Stamp, stamp
 
@@ -188,6 +189,7 @@ def _chain(path: Path) -> tuple[list[Page], dict[str, int]]:
 
 
 def _open(path: Path, *, set_of_files: bool = False) -> Any:
+    needs("reading TIFF", "tifffile")
     import tifffile
 
     # Else the files that an OME header names are opened, too.

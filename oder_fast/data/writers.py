@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._extras import needs
 from .dicom import WATER_ATTENUATION, dicom_header, is_hounsfield, pixel_spacing
 from .files import PathLike, atomic, first_bad, is_hdf5, naming
 from .images import format_of
@@ -152,6 +153,7 @@ def _captured(how: _How) -> Any:
 
 
 def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
+    needs("writing DICOM", "pydicom")
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -205,6 +207,7 @@ def _write_dicom(path: Path, values: NDArray[Any], how: _How) -> None:
 
 
 def _write_tiff(path: Path, values: NDArray[Any], how: _How) -> None:
+    needs("writing TIFF", "tifffile")
     import tifffile
 
     spacing: dict[str, Any] = {}
@@ -215,6 +218,7 @@ def _write_tiff(path: Path, values: NDArray[Any], how: _How) -> None:
 
 
 def _write_png(path: Path, values: NDArray[Any], how: _How) -> None:
+    needs("writing PNG", "PIL")
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

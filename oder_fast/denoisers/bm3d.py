@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import torch
 from torch import Tensor, nn
 
+from .._extras import needs
 from .._numpy import takes_numpy
 from .base import check_image, set_scalar
 
@@ -53,10 +53,7 @@ class BM3D(nn.Module):
         set_scalar(self, "sigma", sigma)
         if sigma == 0:
             raise ValueError("BM3D: sigma must be above 0, got 0")
-        if importlib.util.find_spec("bm3d") is None:
-            raise ImportError(
-                "BM3D: the package bm3d is not installed: pip install bm3d (noncommercial use only)"
-            )
+        needs("BM3D (noncommercial use only)", "bm3d")
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the denoised image D(x), shape ``(B, C, H, W)``, of an image of that shape.

@@ -89,8 +89,8 @@ def _load_cuda() -> Backend | str:
     module = _import("oder_fast._cuda")
     if isinstance(module, str):
         return (
-            f"the CUDA kernels were not built ({module}); reinstall with nvcc on the PATH, "
-            "see oder_fast.build_info()"
+            f"the CUDA kernels were not built ({module}); oder_fast.build_info() says why, "
+            "and ODER_FAST_CUDA=1 at install insists on them"
         )
     return _Compiled(module, "cuda")
 

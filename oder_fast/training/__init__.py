@@ -1,5 +1,9 @@
 """Training from a configuration: on noise, then through the fixed point; checkpoints, and what is done with them."""
 
+from .._extras import EXTRAS, needs
+
+needs("oder_fast.training", *EXTRAS["train"])
+
 from .checkpoints import CheckpointError, load_checkpoint
 from .configuration import Configuration, ConfigurationError, read_configuration
 from .losses import l1_loss, mse_loss, ssim_loss

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from .._extras import needs
 from ..data.kspace import COUNTERS
 
 
@@ -525,6 +526,7 @@ def _parse(path: Path) -> dict[str, Any]:
         if sys.version_info >= (3, 11):
             import tomllib
         else:
+            needs("reading TOML", "tomli")
             import tomli as tomllib
         parse: Callable[[str], Any] = tomllib.loads
     elif path.suffix in (".yaml", ".yml"):
