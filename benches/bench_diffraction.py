@@ -22,6 +22,7 @@ import oder_fast
 from gpu import Work, add_row, needs_gpu, rotated, time_in_turn
 from oder_fast import ops
 from oder_fast.data import led_ring
+from oder_fast.operators import _matrices
 
 CASES = ((256, 32, 8), (512, 89, 8))
 # The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.
@@ -57,8 +58,8 @@ class Scan:
         k = torch.arange(shape[2], device=device)
         for one in range(shape[0]):
             scan = (idt.transfer[one : one + 1], idt.depths, idt.support[one : one + 1], idt.optics, shape[3])
-            here = ops.transfer_at(*scan, k[:, None], k)[0]
-            there = ops.transfer_at(*scan, -k[:, None], -k)[0].conj()
+            here = _matrices.transfer_at(*scan, k[:, None], k)[0]
+            there = _matrices.transfer_at(*scan, -k[:, None], -k)[0].conj()
             stored[0][one] = here + there
             stored[1][one] = 1j * (here - there)
         return stored

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oder_fast import ops
 from oder_fast._torch import fft
-from oder_fast.operators import DiffractionTomography
+from oder_fast.operators import DiffractionTomography, _matrices
 from oder_fast.reference import diffraction
 
 # Relative L2 to the reference in float64, of a result or a gradient, by dtype of storage.
@@ -426,7 +426,7 @@ def _diffraction_gram_inputs(
     image = _draw(shape["image"], dtype, device, generator)
     even = {**shape, "stored": False, "uneven": False}
     transfer, depths, support, optics = _diffraction_scan(even, dtype, device, generator)
-    auto, pairs = ops.gram_matrices(transfer, depths, support, optics, image.shape[-1])
+    auto, pairs = _matrices.gram_matrices(transfer, depths, support, optics, image.shape[-1])
     spectrum = _draw(shape["image"], dtype, device, generator)
     return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
 

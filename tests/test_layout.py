@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "reference": set(),
     "kernels": set(),
     "ops": {"reference", "kernels"},
-    "operators": {"ops"},
+    "operators": {"ops", "reference"},
     "denoisers": {"ops"},
     "fixed_point": set(),
     "red": {"fixed_point", "operators", "denoisers", "ops"},
@@ -92,7 +92,7 @@ def test_imports_point_down_only(path):
 
 
 # Layers that begin by asking for the extra of training; no other imports them before a user asks for one.
-OF_EXTRAS = ("training", "_demo")
+OF_EXTRAS = ("training", "reconstruction", "_demo")
 
 
 def imports_at_once(node: ast.AST) -> set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from .._numpy import takes_numpy
 from .._torch import fft, kept
-from . import _blocks
+from . import _blocks, _matrices
 from .base import LeastSquares, MeasurementOperator
 
 # Relative tolerance of radii and distances, for what was computed in floating point.
@@ -290,7 +290,7 @@ class DiffractionTomography(MeasurementOperator):
         """Return the Gram matrices, built when they are first needed."""
         if self._matrices is None or self._matrices[0].dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():
-                auto, pairs = ops.gram_matrices(*self._scan, self.optics, self.image_shape[2])
+                auto, pairs = _matrices.gram_matrices(*self._scan, self.optics, self.image_shape[2])
                 self._matrices = auto.to(like.dtype), pairs.to(like.dtype)
         return self._matrices
 
@@ -375,7 +375,7 @@ class DiffractionTomography(MeasurementOperator):
         return _blocks.expected_smoothness(self.n_blocks, size, self.norm_squared(), largest)
 
     def _normal_matrices(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return ops.normal_matrices(*self._scan, self.optics, self.image_shape[2], rows, columns)
+        return _matrices.normal_matrices(*self._scan, self.optics, self.image_shape[2], rows, columns)
 
     def _traces(self, illumination: int | None = None) -> Tensor:
         """Return the traces of A^T A at the half plane's frequencies (H, W // 2 + 1), of all or one illumination."""
@@ -389,7 +389,7 @@ class DiffractionTomography(MeasurementOperator):
             j = torch.arange(int(ends[used, 0].min()), int(ends[used, 1].max()), device=ends.device)
             stored = self.transfer.is_complex()
             depths = self.depths if stored else self.depths[:1]
-            h = ops.transfer_at(
+            h = _matrices.transfer_at(
                 self.transfer[one : one + 1], depths, self.support[one : one + 1], self.optics, width, used, j
             )[0]
             power[used, j] += h.abs().square().sum(0) * (1 if stored else n)
@@ -620,7 +620,7 @@ def _choose_gram(gram: bool | str, operator: DiffractionTomography) -> tuple[boo
             raise ValueError(f"DiffractionTomography: gram needs evenly spaced slices, generated; got {why}")
         return False, why
     n, height, width = operator.image_shape
-    rows, columns = ops.gram_shape(operator.support, width)
+    rows, columns = _matrices.gram_shape(operator.support, width)
     size = 8 * (n * height * width + n * n * rows * columns)
     if gram is True:
         return True, "as asked for"

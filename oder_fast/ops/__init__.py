@@ -8,10 +8,6 @@ from .diffraction import (
     diffraction_forward,
     diffraction_gradient,
     diffraction_gram,
-    gram_matrices,
-    gram_shape,
-    normal_matrices,
-    transfer_at,
 )
 from .fourier import fourier_adjoint, fourier_forward, fourier_gradient
 from .radon import radon_adjoint, radon_backproject, radon_forward, radon_gradient
@@ -30,13 +26,9 @@ __all__ = [
     "fourier_adjoint",
     "fourier_forward",
     "fourier_gradient",
-    "gram_matrices",
-    "gram_shape",
-    "normal_matrices",
     "radon_adjoint",
     "radon_backproject",
     "radon_forward",
     "radon_gradient",
     "red_update",
-    "transfer_at",
 ]
