@@ -69,7 +69,7 @@ MODULES = sorted(
 
 
 # They train.
-LONG = ("oder_fast.training.trainer", "oder_fast.training.reconstruction.run")
+LONG = ("oder_fast.training.trainer", "oder_fast.reconstruction.run")
 
 
 @pytest.mark.parametrize(

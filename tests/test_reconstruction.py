@@ -578,7 +578,7 @@ def test_a_full_disk_ends_the_run(tmp_path, ct, monkeypatch, where, capsys):
 KILLED_AFTER_THREE = """
 import os, signal, sys
 from oder_fast.cli import main
-from oder_fast.training.reconstruction.ledger import Ledger
+from oder_fast.reconstruction.ledger import Ledger
 append = Ledger._append_text
 lines = 0
 def dying(self, text):
