@@ -142,7 +142,7 @@ SHAPES = pytest.mark.parametrize(
 
 @SHAPES
 def test_cuda_values(case, shape, build, generator):
-    for dtype in operators.dtypes_of(case, backend):
+    for dtype in operators.dtypes_of(case, build):
         compare(case, shape, dtype, build.backend, generator)
 
 
