@@ -16,9 +16,9 @@ from types import ModuleType
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (*sorted(path.name for path in (ROOT / "csrc").glob("*_cuda.cu")), "bind_cuda.cpp")
+SOURCES = (*sorted(path.name for path in (ROOT / "csrc").glob("*_cuda.cu")), "bind.cpp")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-FLAGS += ["-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-Werror", "-Wno-unknown-pragmas", "-DODER_CUDA_HOST"]
 
 
 def build(change: Callable[[str, str], str] | None = None) -> ModuleType:
@@ -54,7 +54,7 @@ def build(change: Callable[[str, str], str] | None = None) -> ModuleType:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
             def compile_one(name: str) -> str:
-                binding = name.startswith("bind")
+                binding = name == "bind.cpp"
                 kept = cache / f"{module_name if binding else keys[name]}.o"
                 if not kept.exists():
                     language = [f"-DODER_MODULE={module_name}"] if binding else ["-x", "c++"]

@@ -49,7 +49,7 @@ test_cuda_large_images = red_update.test_large_images_go_past_the_caches
 
 
 class HostBuild:
-    """A GPU backend on CPU tensors, as the fixture `backend` describes backends."""
+    """A GPU backend on CPU tensors, as the fixture `build` describes them."""
 
     def __init__(self, backend):
         self.name = f"{backend}-host"
@@ -62,7 +62,7 @@ def module():
 
 
 @pytest.fixture
-def backend(module):
+def build(module):
     with backends.use_module("cuda", module):
         yield HostBuild("cuda")
 
@@ -142,7 +142,7 @@ SHAPES = pytest.mark.parametrize(
 
 @SHAPES
 def test_cuda_values(case, shape, build, generator):
-    for dtype in operators.dtypes_of(case, backend):
+    for dtype in operators.dtypes_of(case, build):
         compare(case, shape, dtype, build.backend, generator)
 
 
