@@ -20,8 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Not bind_cpu.cpp.
-STEMS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
+STEMS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*_cpu.cpp"))
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
