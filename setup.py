@@ -20,8 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Not bind_cpu.cpp.
-STEMS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
+STEMS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc").glob("*_cpu.cpp"))
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -107,19 +106,17 @@ class NinjaBuild(build_ext):
             )
             return output
 
+        # The bindings stay baseline code: they tell which instruction sets may run.
+        def bind(name: str) -> str:
+            flags = [*CXXFLAGS, "-O1", f"-DODER_MODULE={name}", *headers]
+            return compile_one("cxx", "bind.cpp", f"bind{name}.o", cxx, flags)
+
         for isa, machine in isas.items():
-            defines = [f"-DODER_MODULE=_cpu_{isa}", f"-DODER_ISA={isa}"]
             objects = [
                 compile_one("cxx", f"{stem}_cpu.cpp", f"{stem}_{isa}.o", cxx, CXXFLAGS + machine + headers)
                 for stem in STEMS
             ]
-            # The bindings stay baseline code: they tell which instruction sets may run.
-            objects.append(
-                compile_one(
-                    "cxx", "bind_cpu.cpp", f"bind_{isa}.o", cxx, [*CXXFLAGS, "-O1", *defines, *headers]
-                )
-            )
-            module(f"_cpu_{isa}", objects, cxx, ["-shared", "-fopenmp"], [])
+            module(f"_cpu_{isa}", [*objects, bind(f"_cpu_{isa}")], cxx, ["-shared", "-fopenmp"], [])
         info = {
             "cpu": {"compiler": first_line([cxx, "--version"]), "isas": list(isas)},
             "cuda": {"built": nvcc is not None, "reason": reason},
@@ -137,16 +134,7 @@ class NinjaBuild(build_ext):
             objects = [
                 compile_one("nvcc", f"{stem}_cuda.cu", f"{stem}_cuda.o", nvcc, flags) for stem in STEMS
             ]
-            objects.append(
-                compile_one(
-                    "cxx",
-                    "bind_cuda.cpp",
-                    "bind_cuda.o",
-                    cxx,
-                    [*CXXFLAGS, "-O1", "-DODER_MODULE=_cuda", *headers],
-                )
-            )
-            module("_cuda", objects, nvcc, ["-shared", "-cudart=static"], [])
+            module("_cuda", [*objects, bind("_cuda")], nvcc, ["-shared", "-cudart=static"], [])
             version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
             info["cuda"] |= {
                 "compiler": next(line for line in version.splitlines() if "release" in line).strip(),

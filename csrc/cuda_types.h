@@ -4,13 +4,12 @@
 #include <cstring>
 
 #include "cuda_launch.h"
+#include "operator.h"
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #endif
 
 namespace oder {
-
-enum Dtype { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
 struct Bfloat16 {
   uint16_t bits;
@@ -18,6 +17,8 @@ struct Bfloat16 {
 struct Float16 {
   uint16_t bits;
 };
+constexpr Dtype dtype_of(const Bfloat16*) { return kBfloat16; }
+constexpr Dtype dtype_of(const Float16*) { return kFloat16; }
 
 ODER_DEVICE float to_float(float a) { return a; }
 
@@ -71,21 +72,9 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
-
-// Calls f with a value of the storage type of a dtype code.
-template <class F>
-void with_storage(int dtype, F&& f) {
-  switch (dtype) {
-    case kFloat32:
-      return f(float{});
-    case kBfloat16:
-      return f(Bfloat16{});
-    case kFloat16:
-      return f(Float16{});
-    default:
-      throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16, got code " +
-                                  std::to_string(dtype));
-  }
+template <class T, int N>
+constexpr Dtype dtype_of(const Pack<T, N>*) {
+  return dtype_of(static_cast<const T*>(nullptr));
 }
 
 }  // namespace oder

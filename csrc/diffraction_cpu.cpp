@@ -18,7 +18,6 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu_backend.h"
 #include "diffraction_planes_cpu.h"
 
 namespace oder {
@@ -309,11 +308,9 @@ struct Work {
 template <class T>
 struct Diffraction {
   const DiffractionScan& scan;
-  int64_t batch;
   int64_t columns, half;  // of the half plane without and with half the sampling rate
 
-  Diffraction(const DiffractionScan& s, int64_t images)
-      : scan(s), batch(images), columns((s.width + 1) / 2), half(s.width / 2 + 1) {}
+  explicit Diffraction(const DiffractionScan& s) : scan(s), columns((s.width + 1) / 2), half(s.width / 2 + 1) {}
 
   int64_t spectrum_row(int64_t b, int64_t z, int64_t i) const {
     return 2 * ((b * scan.n_slices + z) * scan.height + i) * scan.width;
@@ -351,14 +348,14 @@ struct Diffraction {
   // Calls f(row, first image, images, work) for all rows and groups of images.
   template <class F>
   void for_rows(int threads, const F& f) const {
-    const int64_t groups = (batch + kImages - 1) / kImages;
+    const int64_t groups = (scan.batch + kImages - 1) / kImages;
 #pragma omp parallel num_threads(threads)
     {
-      Work<T> work(std::min(batch, kImages), scan.n_slices, (columns + lanes<T> - 1) / lanes<T>);
+      Work<T> work(std::min(scan.batch, kImages), scan.n_slices, (columns + lanes<T> - 1) / lanes<T>);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < groups * scan.height; ++task) {
         const int64_t b = task / scan.height * kImages;
-        f(Row(task % scan.height, scan.height), b, std::min(kImages, batch - b), work);
+        f(Row(task % scan.height, scan.height), b, std::min(kImages, scan.batch - b), work);
       }
     }
   }
@@ -597,7 +594,7 @@ struct Gram {
     }
   }
 
-  void run(int64_t batch, int threads) const {
+  void run(int threads) const {
 #pragma omp parallel num_threads(threads)
     {
       const int64_t row = (gram.width + lanes<T> - 1) / lanes<T> * gram.n_slices;
@@ -605,70 +602,55 @@ struct Gram {
       Cx<T>*const b = a + row, *const c = b + row;
       std::vector<int64_t> used;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < batch * gram.height; ++task) {
+      for (int64_t task = 0; task < gram.batch * gram.height; ++task) {
         distances(task / gram.height, task % gram.height, a, b, c, used);
       }
       // Two rows of opposite numbers write to different columns of both.
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < batch * gram.rows; ++task)
+      for (int64_t task = 0; task < gram.batch * gram.rows; ++task)
         mirror_images(task / gram.rows, task % gram.rows, a, b, c);
     }
   }
 };
 
-template <class F>
-void with_dtype(int dtype, F&& f) {
-  dtype == kFloat64 ? f(double{}) : f(float{});
+template <class T>
+void diffraction_transform(const T* image, T* spectrum, const DiffractionPlanes& planes, int threads) {
+  PlaneTransform<T>(planes, threads).forward(image, spectrum);
 }
+
+template <class T>
+void diffraction_inverse(const T* spectrum, T* image, const DiffractionPlanes& planes, int threads) {
+  PlaneTransform<T>(planes, threads).inverse(spectrum, image);
+}
+
+template <class T>
+void diffraction_forward(const T* spectrum, T* half, const DiffractionScan& scan, int threads) {
+  Diffraction<T>(scan).forward(spectrum, half, threads);
+}
+
+template <class T>
+void diffraction_adjoint(const T* half, T* spectrum, const DiffractionScan& scan, int threads) {
+  Diffraction<T>(scan).back(nullptr, half, spectrum, threads);
+}
+
+template <class T>
+void diffraction_gradient(const T* spectrum, const T* half, T* gradient, const DiffractionScan& scan, int threads) {
+  Diffraction<T>(scan).back(spectrum, half, gradient, threads);
+}
+
+template <class T>
+void diffraction_gram(const T* spectrum, const T* data, T* gradient, const DiffractionGram& gram, int threads) {
+  Gram<T>{gram, spectrum, data, gradient}.run(threads);
+}
+
+const Operator kOperators[] = {
+    {"diffraction_transform", diffraction_transform<float>, diffraction_transform<double>},
+    {"diffraction_inverse", diffraction_inverse<float>, diffraction_inverse<double>},
+    {"diffraction_forward", diffraction_forward<float>, diffraction_forward<double>},
+    {"diffraction_adjoint", diffraction_adjoint<float>, diffraction_adjoint<double>},
+    {"diffraction_gradient", diffraction_gradient<float>, diffraction_gradient<double>},
+    {"diffraction_gram", diffraction_gram<float>, diffraction_gram<double>},
+};
 
 }  // namespace
-
-void diffraction_transform(int dtype, const void* image, void* spectrum, const DiffractionPlanes& planes, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    PlaneTransform<T>(planes, threads).forward(static_cast<const T*>(image), static_cast<T*>(spectrum));
-  });
-}
-
-void diffraction_inverse(int dtype, const void* spectrum, void* image, const DiffractionPlanes& planes, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    PlaneTransform<T>(planes, threads).inverse(static_cast<const T*>(spectrum), static_cast<T*>(image));
-  });
-}
-
-void diffraction_forward(int dtype, const void* spectrum, void* half, int64_t batch, const DiffractionScan& scan,
-                         int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    Diffraction<T>(scan, batch).forward(static_cast<const T*>(spectrum), static_cast<T*>(half), threads);
-  });
-}
-
-void diffraction_adjoint(int dtype, const void* half, void* spectrum, int64_t batch, const DiffractionScan& scan,
-                         int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    Diffraction<T>(scan, batch).back(nullptr, static_cast<const T*>(half), static_cast<T*>(spectrum), threads);
-  });
-}
-
-void diffraction_gradient(int dtype, const void* spectrum, const void* half, void* gradient, int64_t batch,
-                          const DiffractionScan& scan, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    Diffraction<T>(scan, batch)
-        .back(static_cast<const T*>(spectrum), static_cast<const T*>(half), static_cast<T*>(gradient), threads);
-  });
-}
-
-void diffraction_gram(int dtype, const void* spectrum, const void* data, void* gradient, const DiffractionGram& gram,
-                      int64_t batch, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    Gram<T>{gram, static_cast<const T*>(spectrum), static_cast<const T*>(data), static_cast<T*>(gradient)}.run(batch,
-                                                                                                               threads);
-  });
-}
-
 }  // namespace oder

@@ -4,7 +4,7 @@
 
 #include "complex_number.h"
 #include "cuda_types.h"
-#include "diffraction_cuda.h"
+#include "diffraction.h"
 
 namespace oder {
 namespace {
@@ -200,9 +200,9 @@ struct Functions {
   Functions() = default;
   ODER_DEVICE Functions(const DiffractionScan& scan, const Common& common, const Light& light, int side, int j,
                         int64_t at, const float* of_slices)
-      : stored(nullptr), plane(scan.height * scan.width), conjugated(side == 1), depths(of_slices) {
+      : stored(nullptr), plane(int64_t{scan.height} * scan.width), conjugated(side == 1), depths(of_slices) {
     if (scan.stored) {
-      stored = static_cast<const Pair*>(scan.transfer) + light.l * scan.n_slices * plane + at;
+      stored = static_cast<const Pair*>(scan.transfer) + int64_t{light.l} * scan.n_slices * plane + at;
     } else {
       waves = Transfer(common, light, side, j);
     }
@@ -252,23 +252,21 @@ struct Functions {
 // Preconditions   contiguous; no pupil holds a frequency of half the sampling rate.
 template <bool Whole, bool Even>
 ODER_KERNEL ODER_BOUNDS(kThreads, (Whole && Even) ? 8 : 6)
-    diffraction_kernel(Kind kind, const Pair* spectrum, Pair* half, Pair* out, DiffractionScan scan, Common common,
-                       int64_t batch) {
+    diffraction_kernel(Kind kind, const Pair* spectrum, Pair* half, Pair* out, DiffractionScan scan, Common common) {
   using H = std::conditional_t<Even, Progression<Whole>, Functions<Whole>>;
   constexpr int kSums = Whole ? kWhole : kPart;
   ODER_SHARED(Light, lights, kThreads);
   ODER_DYNAMIC_SHARED(float, depths);
-  const int thread = threadIdx.x, lane = thread % 32, n = static_cast<int>(scan.n_slices);
-  const int height = static_cast<int>(scan.height), width = static_cast<int>(scan.width);
-  const int n_used = static_cast<int>(scan.n_used);
+  const int thread = threadIdx.x, lane = thread % 32, n = scan.n_slices;
+  const int height = scan.height, width = scan.width, n_used = scan.n_used;
 
   unsigned place = blockIdx.x;
   const int tile = place % common.tiles;
   place /= common.tiles;
   const int first_slice = Whole ? 0 : static_cast<int>(place % common.parts) * common.slices;
   place /= common.parts;
-  const int64_t b = place % static_cast<unsigned>(batch);
-  const int rank = static_cast<int>(place / static_cast<unsigned>(batch));
+  const int64_t b = place % scan.batch;
+  const int rank = static_cast<int>(place / scan.batch);
   const int slices = Whole ? n : (n - first_slice < common.slices ? n - first_slice : common.slices);
 
   Row row;
@@ -277,8 +275,8 @@ ODER_KERNEL ODER_BOUNDS(kThreads, (Whole && Even) ? 8 : 6)
   row.number = static_cast<int>(signed_frequency(row.i[0], height));
   const int j = tile * kThreads + thread;
   const bool here = j < common.columns;
-  const int64_t plane = scan.height * scan.width, half_width = width / 2 + 1;
-  const int64_t at[2] = {row.i[0] * scan.width + j, row.i[1] * scan.width + mirrored(j, scan.width)};
+  const int64_t plane = int64_t{height} * width, half_width = width / 2 + 1;
+  const int64_t at[2] = {int64_t{row.i[0]} * width + j, int64_t{row.i[1]} * width + mirrored(j, scan.width)};
   // The column of half the sampling rate, where there is one, goes with the last of the half plane.
   const bool has_edge = j + 1 == common.columns && width % 2 == 0;
   Pair* const row_of_half = half + (b * scan.n_illuminations * height + row.i[0]) * half_width + j;
@@ -372,15 +370,13 @@ ODER_KERNEL ODER_BOUNDS(kThreads, (Whole && Even) ? 8 : 6)
 // Preconditions   contiguous; where auto(u)[0] is zero, all of auto(u) is.
 template <bool Whole>
 ODER_KERNEL ODER_BOUNDS(kGramThreads, Whole ? 4 : 3)
-    diffraction_gram_kernel(const Pair* spectrum, const Pair* data, Pair* out, DiffractionGram gram, int64_t batch,
-                            int parts) {
-  const int n = static_cast<int>(gram.n_slices);
-  const int height = static_cast<int>(gram.height), width = static_cast<int>(gram.width);
-  const int64_t plane = gram.height * gram.width, half_width = width / 2 + 1;
+    diffraction_gram_kernel(const Pair* spectrum, const Pair* data, Pair* out, DiffractionGram gram, int parts) {
+  const int n = gram.n_slices, height = gram.height, width = gram.width;
+  const int64_t plane = int64_t{height} * width, half_width = width / 2 + 1;
 
   unsigned place = blockIdx.x;
-  const int64_t b = place % static_cast<unsigned>(batch);
-  place /= static_cast<unsigned>(batch);
+  const int64_t b = place % gram.batch;
+  place /= gram.batch;
   const int y0 = Whole ? 0 : static_cast<int>(place % parts) * kWhole;
   const int64_t frequency = static_cast<int64_t>(place / parts) * kGramThreads + threadIdx.x;
   const int i = static_cast<int>(frequency / half_width), j = static_cast<int>(frequency % half_width);
@@ -389,10 +385,10 @@ ODER_KERNEL ODER_BOUNDS(kGramThreads, Whole ? 4 : 3)
   const int mirror_j = static_cast<int>(mirrored(j, gram.width));
   // Columns that are their own mirror images are left to their rows.
   const int sides = mirror_j == j ? 1 : 2;
-  const int64_t at[2] = {i * gram.width + j, mirror_i * gram.width + mirror_j};
+  const int64_t at[2] = {int64_t{i} * width + j, int64_t{mirror_i} * width + mirror_j};
   const Pair* const x = spectrum + b * n * plane;
   const Pair* const auto_at = static_cast<const Pair*>(gram.automatic);
-  const int64_t k = signed_frequency(i, height) + gram.rows / 2, pair_plane = gram.rows * gram.columns;
+  const int64_t k = signed_frequency(i, height) + gram.rows / 2, pair_plane = int64_t{gram.rows} * gram.columns;
   const bool paired = k >= 0 && k < gram.rows && j < gram.columns;
   const Pair* const pair_at = static_cast<const Pair*>(gram.pairs) + k * gram.columns + j;
 
@@ -486,18 +482,7 @@ ODER_KERNEL ODER_BOUNDS(kGramThreads, Whole ? 4 : 3)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const Pair* pairs(const void* a) { return static_cast<const Pair*>(a); }
-Pair* pairs(void* a) { return static_cast<Pair*>(a); }
-
-void check_dtype(int dtype) {
-  if (dtype != kFloat32) {
-    throw std::invalid_argument("diffraction: the CUDA kernels take pairs of float32, got code " +
-                                std::to_string(dtype));
-  }
-}
-
-void run(Kind kind, const void* spectrum, const void* half, void* out, int64_t batch, const DiffractionScan& scan,
-         void* stream) {
+void run(Kind kind, const Pair* spectrum, const Pair* half, Pair* out, const DiffractionScan& scan, void* stream) {
   const bool whole = scan.n_slices <= kWhole, uneven = scan.spacing == 0 && !scan.stored;
   if (uneven && scan.n_slices > kMostDepths) {
     throw std::invalid_argument("diffraction: the CUDA kernels take at most " + std::to_string(kMostDepths) +
@@ -516,45 +501,44 @@ void run(Kind kind, const void* spectrum, const void* half, void* out, int64_t b
   common.tiles = static_cast<int>(ceil_div(common.columns, kThreads));
   common.parts = whole || kind == kForward ? 1 : static_cast<int>(ceil_div(scan.n_slices, kPart));
   common.slices = static_cast<int>(ceil_div(scan.n_slices, common.parts));
-  const int64_t blocks = int64_t{common.tiles} * common.parts * batch * scan.height;
-  // Measured intensities are only read.
-  Pair* const measured = pairs(const_cast<void*>(half));
+  const int64_t blocks = int64_t{common.tiles} * common.parts * scan.batch * scan.height;
+  Pair* const measured = const_cast<Pair*>(half);  // only read, but by kForward
   const auto evenly = whole ? diffraction_kernel<true, true> : diffraction_kernel<false, true>;
   const auto anyhow = whole ? diffraction_kernel<true, false> : diffraction_kernel<false, false>;
   const auto diffraction = scan.stored || uneven ? anyhow : evenly;
   ODER_LAUNCH(diffraction, blocks, kThreads, uneven ? static_cast<size_t>(scan.n_slices) * sizeof(float) : 0, stream,
-              kind, pairs(spectrum), measured, pairs(out), scan, common, batch);
+              kind, spectrum, measured, out, scan, common);
 }
 
-}  // namespace
-
-void diffraction_forward(int dtype, const void* spectrum, void* half, int64_t batch, const DiffractionScan& scan,
-                         void* stream) {
-  check_dtype(dtype);
-  run(kForward, spectrum, half, nullptr, batch, scan, stream);
+void diffraction_forward(const Pair* spectrum, Pair* half, const DiffractionScan& scan, void* stream) {
+  run(kForward, spectrum, half, nullptr, scan, stream);
 }
 
-void diffraction_adjoint(int dtype, const void* half, void* spectrum, int64_t batch, const DiffractionScan& scan,
-                         void* stream) {
-  check_dtype(dtype);
-  run(kAdjoint, nullptr, half, spectrum, batch, scan, stream);
+void diffraction_adjoint(const Pair* half, Pair* spectrum, const DiffractionScan& scan, void* stream) {
+  run(kAdjoint, nullptr, half, spectrum, scan, stream);
 }
 
-void diffraction_gradient(int dtype, const void* spectrum, const void* half, void* gradient, int64_t batch,
-                          const DiffractionScan& scan, void* stream) {
-  check_dtype(dtype);
-  run(kNormal, spectrum, half, gradient, batch, scan, stream);
+void diffraction_gradient(const Pair* spectrum, const Pair* half, Pair* gradient, const DiffractionScan& scan,
+                          void* stream) {
+  run(kNormal, spectrum, half, gradient, scan, stream);
 }
 
-void diffraction_gram(int dtype, const void* spectrum, const void* data, void* gradient, const DiffractionGram& gram,
-                      int64_t batch, void* stream) {
-  check_dtype(dtype);
+void diffraction_gram(const Pair* spectrum, const Pair* data, Pair* gradient, const DiffractionGram& gram,
+                      void* stream) {
   const bool whole = gram.n_slices <= kWhole;
   const int parts = whole ? 1 : static_cast<int>(ceil_div(gram.n_slices, kWhole));
-  const int64_t frequencies = gram.height * (gram.width / 2 + 1);
+  const int64_t frequencies = int64_t{gram.height} * (gram.width / 2 + 1);
   const auto diffraction_gram = whole ? diffraction_gram_kernel<true> : diffraction_gram_kernel<false>;
-  ODER_LAUNCH(diffraction_gram, ceil_div(frequencies, kGramThreads) * parts * batch, kGramThreads, 0, stream,
-              pairs(spectrum), pairs(data), pairs(gradient), gram, batch, parts);
+  ODER_LAUNCH(diffraction_gram, ceil_div(frequencies, kGramThreads) * parts * gram.batch, kGramThreads, 0, stream,
+              spectrum, data, gradient, gram, parts);
 }
 
+const Operator kOperators[] = {
+    {"diffraction_forward", diffraction_forward},
+    {"diffraction_adjoint", diffraction_adjoint},
+    {"diffraction_gradient", diffraction_gradient},
+    {"diffraction_gram", diffraction_gram},
+};
+
+}  // namespace
 }  // namespace oder

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_backend.h"
+#include "diffraction.h"
 #include "transform_cpu.h"
 
 namespace oder {

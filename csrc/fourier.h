@@ -1,13 +1,33 @@
-// The discrete Fourier transform of any length, for host and device: mixed radix in place, so that the forward
-// transform leaves the frequencies in the order in which the inverse one takes them.
+// Cartesian scans, and the discrete Fourier transform of any length, for host and device: mixed radix in place, so that
+// the forward transform leaves the frequencies in the order in which the inverse one takes them.
 #pragma once
-
-#include <cstdint>
 
 #include "complex_number.h"
 #include "host_device.h"
+#include "operator.h"
 
 namespace oder {
+
+// A Cartesian scan: the transform runs along an axis of length n, `width` is the length of the other. Complex numbers
+// are pairs of reals. Sampled are lines[n_lines] of that axis (-1 pads; on the GPU, whatever lies outside 0 .. n - 1),
+// or the points of a mask of the full transform along both; those of the image, or of all images where shared. Of the
+// coils, coils[n_used] are used, or all where null; those outside 0 .. n_coils - 1 count as zero. Samples are [batch,
+// n_coils, n_lines, width], or [batch, n_coils, width, n] of a mask; null for zeros in the gradient.
+struct FourierScan {
+  int maps_dtype;
+  const void* maps;  // pairs of maps_dtype [batch or 1, n_coils, n, width]
+  bool shared_maps;
+  const void* sampling;  // int64 [batch or 1, n_lines], or bool [batch or 1, width, n] where n_lines is 0
+  Int n_lines;
+  bool shared_sampling;
+  const int64_t* coils;  // [n_used] or null
+  Int n_used;
+  bool transposed;           // images are [batch, width, n], not [batch, n, width]
+  const float* roots_n;      // exp(-2 pi i k / n), pairs [n], on the GPU
+  const float* roots_width;  // the same for width, with a mask
+  float* workspace;          // pairs [batch, n_used, n, width], with a mask
+  Int batch, n_coils, n, width;
+};
 
 // A transform of length n as stages of n = radix[0] * ... * radix[n_stages - 1]. Stage s works on blocks of
 // n / (radix[0] ... radix[s - 1]) numbers; the forward transform runs the stages in order, the inverse backward.

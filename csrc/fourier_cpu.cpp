@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu_backend.h"
+#include "fourier.h"
 #include "transform_cpu.h"
 
 namespace oder {
@@ -81,11 +81,9 @@ constexpr int64_t kTileBytes = 384 * 1024;
 
 template <class T>
 struct Scan : FourierScan {
-  int64_t batch;
   const Transform<T>& transform;
 
-  Scan(const FourierScan& scan, int64_t images)
-      : FourierScan(scan), batch(images), transform(Transform<T>::of(scan.n)) {}
+  explicit Scan(const FourierScan& scan) : FourierScan(scan), transform(Transform<T>::of(scan.n)) {}
 
   static constexpr int L = lanes<T>;
   int64_t strips() const { return (width + L - 1) / L; }
@@ -551,44 +549,29 @@ void gradient_points(const Scan<T>& scan, const T* image, const T* samples, T* g
   }
 }
 
-template <class F>
-void with_dtype(int dtype, F&& f) {
-  dtype == kFloat64 ? f(double{}) : f(float{});
+template <class T>
+void fourier_forward(const T* image, T* samples, const FourierScan& fourier, int threads) {
+  const Scan<T> scan(fourier);
+  (scan.n_lines > 0 ? forward_lines<T> : forward_points<T>)(scan, image, samples, threads);
 }
+
+template <class T>
+void fourier_adjoint(const T* samples, T* image, const FourierScan& fourier, int threads) {
+  const Scan<T> scan(fourier);
+  (scan.n_lines > 0 ? adjoint_lines<T> : adjoint_points<T>)(scan, samples, image, threads);
+}
+
+template <class T>
+void fourier_gradient(const T* image, const T* samples, T* gradient, const FourierScan& fourier, int threads) {
+  const Scan<T> scan(fourier);
+  (scan.n_lines > 0 ? gradient_lines<T> : gradient_points<T>)(scan, image, samples, gradient, threads);
+}
+
+const Operator kOperators[] = {
+    {"fourier_forward", fourier_forward<float>, fourier_forward<double>},
+    {"fourier_adjoint", fourier_adjoint<float>, fourier_adjoint<double>},
+    {"fourier_gradient", fourier_gradient<float>, fourier_gradient<double>},
+};
 
 }  // namespace
-
-void fourier_forward(int dtype, const void* image, void* samples, int64_t batch, const FourierScan& fourier,
-                     int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    const Scan<T> scan(fourier, batch);
-    const T* const x = static_cast<const T*>(image);
-    T* const y = static_cast<T*>(samples);
-    scan.n_lines > 0 ? forward_lines(scan, x, y, threads) : forward_points(scan, x, y, threads);
-  });
-}
-
-void fourier_adjoint(int dtype, const void* samples, void* image, int64_t batch, const FourierScan& fourier,
-                     int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    const Scan<T> scan(fourier, batch);
-    const T* const y = static_cast<const T*>(samples);
-    T* const x = static_cast<T*>(image);
-    scan.n_lines > 0 ? adjoint_lines(scan, y, x, threads) : adjoint_points(scan, y, x, threads);
-  });
-}
-
-void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, int64_t batch,
-                      const FourierScan& fourier, int threads) {
-  with_dtype(dtype, [&](auto value) {
-    using T = decltype(value);
-    const Scan<T> scan(fourier, batch);
-    const T *const x = static_cast<const T*>(image), *const y = static_cast<const T*>(samples);
-    T* const g = static_cast<T*>(gradient);
-    scan.n_lines > 0 ? gradient_lines(scan, x, y, g, threads) : gradient_points(scan, x, y, g, threads);
-  });
-}
-
 }  // namespace oder

@@ -3,7 +3,6 @@
 
 #include "cuda_types.h"
 #include "fourier.h"
-#include "fourier_cuda.h"
 
 namespace oder {
 namespace {
@@ -644,42 +643,34 @@ void points(Kind kind, Pair* samples, const FourierScan& scan, void* stream) {
   (is_long ? points_of<true> : points_of<false>)(kind, samples, scan, stream);
 }
 
-const Pair* pairs(const void* a) { return static_cast<const Pair*>(a); }
-Pair* pairs(void* a) { return static_cast<Pair*>(a); }
+Pair* workspace_of(const FourierScan& scan) { return reinterpret_cast<Pair*>(scan.workspace); }
 
-void check_dtype(int dtype) {
-  if (dtype != kFloat32) {
-    throw std::invalid_argument("fourier: the CUDA kernels take pairs of float32, got code " + std::to_string(dtype));
-  }
+void fourier_forward(const Pair* image, Pair* samples, const FourierScan& scan, void* stream) {
+  if (scan.n_lines > 0) return lines(kForward, image, samples, nullptr, scan, stream);
+  lines(kForward, image, workspace_of(scan), nullptr, scan, stream);
+  points(kForward, samples, scan, stream);
 }
+
+void fourier_adjoint(const Pair* samples, Pair* image, const FourierScan& scan, void* stream) {
+  Pair* const given = const_cast<Pair*>(samples);  // only read
+  if (scan.n_lines > 0) return lines(kAdjoint, nullptr, given, image, scan, stream);
+  points(kAdjoint, given, scan, stream);
+  lines(kAdjoint, nullptr, workspace_of(scan), image, scan, stream);
+}
+
+void fourier_gradient(const Pair* image, const Pair* samples, Pair* gradient, const FourierScan& scan, void* stream) {
+  Pair* const measured = const_cast<Pair*>(samples);  // only read
+  if (scan.n_lines > 0) return lines(kNormal, image, measured, gradient, scan, stream);
+  lines(kForward, image, workspace_of(scan), nullptr, scan, stream);
+  points(kNormal, measured, scan, stream);
+  lines(kAdjoint, nullptr, workspace_of(scan), gradient, scan, stream);
+}
+
+const Operator kOperators[] = {
+    {"fourier_forward", fourier_forward},
+    {"fourier_adjoint", fourier_adjoint},
+    {"fourier_gradient", fourier_gradient},
+};
 
 }  // namespace
-
-void fourier_forward(int dtype, const void* image, void* samples, const FourierScan& scan, void* stream) {
-  check_dtype(dtype);
-  if (scan.n_lines > 0) return lines(kForward, pairs(image), pairs(samples), nullptr, scan, stream);
-  lines(kForward, pairs(image), pairs(static_cast<void*>(scan.workspace)), nullptr, scan, stream);
-  points(kForward, pairs(samples), scan, stream);
-}
-
-void fourier_adjoint(int dtype, const void* samples, void* image, const FourierScan& scan, void* stream) {
-  check_dtype(dtype);
-  Pair* const given = pairs(const_cast<void*>(samples));
-  if (scan.n_lines > 0) return lines(kAdjoint, nullptr, given, pairs(image), scan, stream);
-  points(kAdjoint, given, scan, stream);
-  lines(kAdjoint, nullptr, pairs(static_cast<void*>(scan.workspace)), pairs(image), scan, stream);
-}
-
-void fourier_gradient(int dtype, const void* image, const void* samples, void* gradient, const FourierScan& scan,
-                      void* stream) {
-  check_dtype(dtype);
-  // Measured samples are only read.
-  Pair* const measured = pairs(const_cast<void*>(samples));
-  if (scan.n_lines > 0) return lines(kNormal, pairs(image), measured, pairs(gradient), scan, stream);
-  Pair* const workspace = pairs(static_cast<void*>(scan.workspace));
-  lines(kForward, pairs(image), workspace, nullptr, scan, stream);
-  points(kNormal, measured, scan, stream);
-  lines(kAdjoint, nullptr, workspace, pairs(gradient), scan, stream);
-}
-
 }  // namespace oder

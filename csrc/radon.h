@@ -2,18 +2,20 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
 #include "host_device.h"
+#include "operator.h"
 
 namespace oder {
 
-// A scan in units of pixels, and which of its views are used: views[n_used], or all where views is null.
+// A scan, and which of its views are used: views[n_used], or all where views is null. Lengths are in pixels but for
+// pixel_size, which scales projections.
 struct RadonScan {
   const double* angles;  // [n_views], radians
   const int64_t* views;  // [n_used] or null
-  int n_views, n_used, height, width, n_bins;
-  double bin_spacing, bin_offset;
+  Int n_views, n_used, n_sums, batch, height, width, n_bins;
+  double bin_spacing, bin_offset, pixel_size;
+  float* sums;  // [n_sums, batch, n_used, n_bins] of groups of lines, on the GPU
 };
 
 // As in the reference: views at 45 degrees march over rows although their cosines differ in the last bit.
@@ -26,7 +28,7 @@ struct RadonDirection {
   bool valid;   // false for a view index out of range and for an angle that is no number
 };
 
-ODER_HD RadonDirection radon_direction(const RadonScan& scan, int used) {
+ODER_HD RadonDirection radon_direction(const RadonScan& scan, Int used) {
   const int64_t v = scan.views ? scan.views[used] : used;
   RadonDirection r{1.0, 0.0, true, 1.0, false};
   if (v < 0 || v >= scan.n_views || !(fabs(scan.angles[v]) < 1e300)) return r;

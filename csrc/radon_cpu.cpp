@@ -22,7 +22,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_backend.h"
 #include "radon.h"
 #include "vec.h"
 
@@ -105,33 +104,23 @@ constexpr double kFar = 1e6;
 // Beyond this many pixels from bin to bin, 23 bits of a bin no longer make a weight of float's precision.
 constexpr double kCoarse = 8;
 
-Plan make_plan(const RadonGeometry& g, bool matched) {
+Plan make_plan(const RadonScan& g, bool matched) {
   Plan plan;
   plan.matched = matched;
-  const double spacing = g.bin_spacing / g.pixel_size, offset = g.bin_offset / g.pixel_size;
-  const RadonScan scan{g.angles,
-                       g.views,
-                       static_cast<int>(g.n_views),
-                       static_cast<int>(g.n_used),
-                       static_cast<int>(g.height),
-                       static_cast<int>(g.width),
-                       static_cast<int>(g.n_bins),
-                       spacing,
-                       offset};
   double low = 0, high = 0;
   for (int64_t n = 0; n < g.n_used; ++n) {
     View v{};
     v.source = g.views ? g.views[n] : n;
     v.slot = n;
-    const RadonDirection direction = radon_direction(scan, n);
+    const RadonDirection direction = radon_direction(g, n);
     if (!direction.valid) throw std::invalid_argument("a view index is out of range, or its angle not finite");
-    const RadonRays rays = radon_rays(scan, direction);
+    const RadonRays rays = radon_rays(g, direction);
     v.by_rows = direction.rows;
     v.reversed = rays.flip;
     v.inv = rays.sigma;
     v.slope = rays.slope;
     v.centre = rays.centre;
-    v.middle = radon_middle(scan);
+    v.middle = radon_middle(g);
     v.origin = v.centre - v.middle * v.inv;
     v.weight = matched ? g.pixel_size * direction.step : 1.0;
     v.hat = matched ? v.inv : 1.0;
@@ -174,8 +163,8 @@ Plan make_plan(const RadonGeometry& g, bool matched) {
 
 // Copy steps r0.. and positions u0.. of one image into a tile, position u0 at kBorderLow, zeros around.
 template <class T>
-void load_tile(const T* image, const RadonGeometry& g, bool by_rows, int64_t r0, int64_t u0, int n_steps, int n_u,
-               T* tile, int64_t stride) {
+void load_tile(const T* image, const RadonScan& g, bool by_rows, int64_t r0, int64_t u0, int n_steps, int n_u, T* tile,
+               int64_t stride) {
   for (int r = 0; r < n_steps; ++r) {
     T* row = tile + r * stride;
     std::fill(row, row + kBorderLow, T(0));
@@ -283,7 +272,7 @@ void project_generic(const View& v, const T* tile, int64_t stride, int64_t r0, i
 
 // Project M images through the views n = first, first + every, ..., into rows [view][image][stride] of raw sums.
 template <class T, int M>
-void project_images(const T* image, const RadonGeometry& g, const Plan& plan, int64_t first, int64_t every, T* tile,
+void project_images(const T* image, const RadonScan& g, const Plan& plan, int64_t first, int64_t every, T* tile,
                     int64_t tile_u, T* rows, int64_t row_stride) {
   const int64_t image_size = g.height * g.width, stride = tile_u + kBorderLow + kBorderHigh;
   const int64_t tile_size = stride * kSteps + 16;
@@ -406,7 +395,7 @@ void add_transposed(const T* from, T* to, int n_rows, int n_columns) {
 
 // Back-project M images into one tile. sums: two orientations of [block][step][image][lane].
 template <class T, int M>
-void gather_tile(const RadonGeometry& g, const Plan& plan, int64_t tile, const T* rows, int64_t b, T* image, T* sums,
+void gather_tile(const RadonScan& g, const Plan& plan, int64_t tile, const T* rows, int64_t b, T* image, T* sums,
                  int64_t* origins) {
   constexpr int kBlocks = kTile / kLanes, kBlock = kTile * M * kLanes;  // elements of one column block
   constexpr int kSide = kBlocks * kBlock;
@@ -515,8 +504,7 @@ int64_t tile_width(int64_t length, int images) {
 // Raw sums of all images and used views into rows [image][slot][stride], bins from pad_low on; then finish(view,
 // image, row) for each row, on the thread that made it.
 template <class T, class Finish>
-void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& plan, T* rows, int threads,
-             Finish finish) {
+void project(const T* image, const RadonScan& g, const Plan& plan, T* rows, int threads, Finish finish) {
   const int team = static_cast<int>(std::min<int64_t>(threads, g.n_used));
   const int64_t image_size = g.height * g.width, n_views = static_cast<int64_t>(plan.views.size());
   const int64_t longest = std::max(g.height, g.width);
@@ -525,31 +513,31 @@ void project(const T* image, int64_t batch, const RadonGeometry& g, const Plan& 
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     const Buffer<T> tile(kMaxImages * (most + (kBorderLow + kBorderHigh) * kSteps));
     for (int64_t n = me; n < n_views; n += all)
-      for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t b = 0; b < g.batch; ++b) {
         T* row = rows + (b * g.n_used + plan.views[static_cast<size_t>(n)].slot) * plan.stride;
         std::fill(row, row + plan.stride, T(0));
       }
-    for_image_groups(batch, [&](auto images, int64_t b) {
+    for_image_groups(g.batch, [&](auto images, int64_t b) {
       constexpr int M = decltype(images)::value;
       project_images<T, M>(image + b * image_size, g, plan, me, all, tile.get(), tile_width(longest, M),
                            rows + b * g.n_used * plan.stride + plan.pad_low, plan.stride);
     });
     for (int64_t n = me; n < n_views; n += all) {
       const View& v = plan.views[static_cast<size_t>(n)];
-      for (int64_t b = 0; b < batch; ++b) finish(v, b, rows + (b * g.n_used + v.slot) * plan.stride + plan.pad_low);
+      for (int64_t b = 0; b < g.batch; ++b) finish(v, b, rows + (b * g.n_used + v.slot) * plan.stride + plan.pad_low);
     }
   });
 }
 
 template <class T>
-void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Plan& plan, int threads, T* image) {
+void back_project(const T* rows, const RadonScan& g, const Plan& plan, int threads, T* image) {
   const int64_t tiles = ((g.height + kTile - 1) / kTile) * ((g.width + kTile - 1) / kTile);
   struct Task {
     int64_t tile, b;
     int images;
   };
   std::vector<Task> tasks;
-  for_image_groups(batch, [&](auto images, int64_t b) {
+  for_image_groups(g.batch, [&](auto images, int64_t b) {
     for (int64_t t = 0; t < tiles; ++t) tasks.push_back({t, b, decltype(images)::value});
   });
   const int64_t n_tasks = static_cast<int64_t>(tasks.size());
@@ -575,10 +563,10 @@ void back_project(const T* rows, int64_t batch, const RadonGeometry& g, const Pl
 }
 
 template <class T>
-void forward(const T* image, T* sinogram, int64_t batch, const RadonGeometry& g, int threads) {
+void radon_forward(const T* image, T* sinogram, const RadonScan& g, int threads) {
   const Plan plan = make_plan(g, true);
-  const Buffer<T> rows(batch * g.n_used * plan.stride);
-  project(image, batch, g, plan, rows.get(), threads, [&](const View& v, int64_t b, const T* row) {
+  const Buffer<T> rows(g.batch * g.n_used * plan.stride);
+  project(image, g, plan, rows.get(), threads, [&](const View& v, int64_t b, const T* row) {
     T* out = sinogram + (b * g.n_used + v.slot) * g.n_bins;
     const T weight = static_cast<T>(v.weight);
     if (v.reversed) {
@@ -589,11 +577,11 @@ void forward(const T* image, T* sinogram, int64_t batch, const RadonGeometry& g,
   });
 }
 
-template <class T>
-void adjoint(const T* sinogram, T* image, int64_t batch, const RadonGeometry& g, bool matched, int threads) {
-  const Plan plan = make_plan(g, matched);
-  const Buffer<T> rows(batch * g.n_used * plan.stride);
-  const int64_t n_rows = batch * g.n_used;
+template <class T, bool Matched>
+void back(const T* sinogram, T* image, const RadonScan& g, int threads) {
+  const Plan plan = make_plan(g, Matched);
+  const Buffer<T> rows(g.batch * g.n_used * plan.stride);
+  const int64_t n_rows = g.batch * g.n_used;
 #pragma omp parallel for num_threads(threads)
   for (int64_t k = 0; k < n_rows; ++k) {
     const View& v = plan.views[static_cast<size_t>(k % g.n_used)];
@@ -605,15 +593,15 @@ void adjoint(const T* sinogram, T* image, int64_t batch, const RadonGeometry& g,
     const T weight = static_cast<T>(v.weight);
     for (int64_t d = 0; d < g.n_bins; ++d) row[d] = weight * in[v.reversed ? g.n_bins - 1 - d : d];
   }
-  back_project<T>(rows.get(), batch, g, plan, threads, image);
+  back_project<T>(rows.get(), g, plan, threads, image);
 }
 
 template <class T>
-void gradient(const T* image, const T* measured, T* result, int64_t batch, const RadonGeometry& g, int threads) {
+void radon_gradient(const T* image, const T* measured, T* result, const RadonScan& g, int threads) {
   const Plan plan = make_plan(g, true);
-  const Buffer<T> rows(batch * g.n_used * plan.stride);
+  const Buffer<T> rows(g.batch * g.n_used * plan.stride);
   const double scale = static_cast<double>(g.n_views) / static_cast<double>(g.n_used);
-  project(image, batch, g, plan, rows.get(), threads, [&](const View& v, int64_t b, T* row) {
+  project(image, g, plan, rows.get(), threads, [&](const View& v, int64_t b, T* row) {
     const T square = static_cast<T>(v.weight * v.weight * scale), weight = static_cast<T>(v.weight * scale);
     if (!measured) {
       for (int64_t k = 0; k < g.n_bins; ++k) row[k] *= square;
@@ -623,37 +611,15 @@ void gradient(const T* image, const T* measured, T* result, int64_t batch, const
     }
     std::fill(row + g.n_bins, row - plan.pad_low + plan.stride, T(0));  // whole vectors wrote beyond the last bin
   });
-  back_project<T>(rows.get(), batch, g, plan, threads, result);
+  back_project<T>(rows.get(), g, plan, threads, result);
 }
 
-template <class F>
-void by_dtype(int dtype, F f) {
-  dtype == kFloat64 ? f(double{}) : f(float{});
-}
+const Operator kOperators[] = {
+    {"radon_forward", radon_forward<float>, radon_forward<double>},
+    {"radon_adjoint", back<float, true>, back<double, true>},
+    {"radon_backproject", back<float, false>, back<double, false>},
+    {"radon_gradient", radon_gradient<float>, radon_gradient<double>},
+};
 
 }  // namespace
-
-void radon_forward(int dtype, const void* image, void* sinogram, int64_t batch, const RadonGeometry& g, int threads) {
-  by_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    forward(static_cast<const T*>(image), static_cast<T*>(sinogram), batch, g, threads);
-  });
-}
-
-void radon_adjoint(int dtype, const void* sinogram, void* image, int64_t batch, const RadonGeometry& g, bool matched,
-                   int threads) {
-  by_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    adjoint(static_cast<const T*>(sinogram), static_cast<T*>(image), batch, g, matched, threads);
-  });
-}
-
-void radon_gradient(int dtype, const void* image, const void* measured, void* result, int64_t batch,
-                    const RadonGeometry& g, int threads) {
-  by_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    gradient(static_cast<const T*>(image), static_cast<const T*>(measured), static_cast<T*>(result), batch, g, threads);
-  });
-}
-
 }  // namespace oder

@@ -2,7 +2,7 @@
 #include <type_traits>
 
 #include "cuda_types.h"
-#include "radon_cuda.h"
+#include "radon.h"
 
 namespace oder {
 namespace {
@@ -56,7 +56,6 @@ Tiling tiling_of(int length, bool rows, int words) {
 // How a projection is laid out over the grid.
 struct ProjectPlan {
   Tiling rows, columns;
-  int n_sums;    // groups of strips
   int n_strips;  // in a group
   int n_views;   // in a chunk
 };
@@ -169,7 +168,7 @@ struct ProjectBlock {
 };
 
 template <class T, int Images, bool Rows>
-ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& scan, int batch, const ProjectPlan& plan,
+ODER_DEVICE void project_strips(const T* image, const RadonScan& scan, const ProjectPlan& plan,
                                 const ProjectBlock& block, const ProjectView* views, ProjectRays* bundles,
                                 float* tiles) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -188,7 +187,7 @@ ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& sc
       const int from = tile * tiling.length - kMargin;
 #pragma unroll 1
       for (int k = 0; k < Images; ++k) {
-        const int64_t b = block.first_image + k < batch ? block.first_image + k : block.first_image;
+        const int64_t b = block.first_image + k < scan.batch ? block.first_image + k : block.first_image;
         load_tile<Rows>(image + b * scan.height * scan.width, scan, line, lines, from, stride, tiles + k * plane);
       }
       if (thread < block.n_views) {
@@ -235,9 +234,9 @@ ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& sc
           const int d = views[v].rays.flip ? scan.n_bins - 1 - e : e;
 #pragma unroll
           for (int k = 0; k < Images; ++k) {
-            if (block.first_image + k >= batch) continue;
-            const int64_t plane_of = static_cast<int64_t>(block.group) * batch + block.first_image + k;
-            float* const out = sums + row_of(scan, plane_of, block.first_view + v) + d;
+            if (block.first_image + k >= scan.batch) continue;
+            const int64_t plane_of = static_cast<int64_t>(block.group) * scan.batch + block.first_image + k;
+            float* const out = scan.sums + row_of(scan, plane_of, block.first_view + v) + d;
             const float sum = (low[k] + high[k]) * views[v].scale;
             *out = strip == first_strip ? sum : *out + sum;
           }
@@ -264,7 +263,7 @@ ODER_DEVICE void project_strips(const T* image, float* sums, const RadonScan& sc
 // Preconditions   contiguous; n_sums groups cover all strips.
 template <class T, int Images>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
-    radon_project_kernel(const T* image, float* sums, RadonScan scan, int batch, ProjectPlan plan, float pixel_size) {
+    radon_project_kernel(const T* image, RadonScan scan, ProjectPlan plan, float pixel_size) {
   ODER_DYNAMIC_SHARED(float, tiles);
   ODER_SHARED(ProjectView, views, kProjectViews);
   ODER_SHARED(ProjectRays, bundles, kProjectViews);
@@ -272,8 +271,8 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   const int stride = rows ? plan.rows.stride : plan.columns.stride;
   unsigned block = blockIdx.x / 2;
   ProjectBlock at;
-  at.group = block % plan.n_sums;
-  block /= plan.n_sums;
+  at.group = block % scan.n_sums;
+  block /= scan.n_sums;
   const unsigned n_chunks = (scan.n_used + plan.n_views - 1) / plan.n_views;
   at.first_view = block % n_chunks * plan.n_views;
   at.first_image = block / n_chunks * Images;
@@ -298,9 +297,9 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
   for (int v = 0; v < at.n_views; ++v) any |= views[v].here;
   if (!any) return;
   if (rows) {
-    project_strips<T, Images, true>(image, sums, scan, batch, plan, at, views, bundles, tiles);
+    project_strips<T, Images, true>(image, scan, plan, at, views, bundles, tiles);
   } else {
-    project_strips<T, Images, false>(image, sums, scan, batch, plan, at, views, bundles, tiles);
+    project_strips<T, Images, false>(image, scan, plan, at, views, bundles, tiles);
   }
 }
 
@@ -311,18 +310,17 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 // Thread mapping  grid (batch * n_used * ceil(n_bins / 256)), block 256: a thread has a bin.
 // Shared memory   none.
 // Accumulation    float32, groups in increasing order.
-// Preconditions   contiguous; out may be sums.
+// Preconditions   contiguous; out may be scan.sums.
 template <class T, class Out>
-ODER_KERNEL ODER_BOUNDS(kThreads, 1)
-    radon_combine_kernel(const float* sums, int n_sums, const T* measured, Out* out, RadonScan scan, int batch) {
+ODER_KERNEL ODER_BOUNDS(kThreads, 1) radon_combine_kernel(const T* measured, Out* out, RadonScan scan) {
   const unsigned parts = (scan.n_bins + kThreads - 1) / kThreads, row = blockIdx.x / parts;
   const int d = blockIdx.x % parts * kThreads + threadIdx.x;
   if (d >= scan.n_bins) return;
   const int b = row / scan.n_used, used = row % scan.n_used;
-  const int64_t at = row_of(scan, b, used) + d, plane = row_of(scan, batch, 0);
+  const int64_t at = row_of(scan, b, used) + d, plane = row_of(scan, scan.batch, 0);
   float sum = 0;
 #pragma unroll 8
-  for (int g = 0; g < n_sums; ++g) sum += sums[g * plane + at];
+  for (int g = 0; g < scan.n_sums; ++g) sum += scan.sums[g * plane + at];
   if (measured) {
     const int64_t view = scan.views ? scan.views[used] : used;
     if (view >= 0 && view < scan.n_views) {
@@ -463,8 +461,8 @@ ODER_DEVICE void gather_any(const In* sinogram, int64_t sinogram_size, int n_bin
 // Preconditions   contiguous.
 template <class In, class Out, int Images>
 ODER_KERNEL ODER_BOUNDS(kThreads, 3)
-    radon_gather_kernel(const In* __restrict__ sinogram, Out* image, RadonScan scan, int batch, double scale,
-                        bool matched, GatherKind kind, int chunk, int window) {
+    radon_gather_kernel(const In* __restrict__ sinogram, Out* image, RadonScan scan, double scale, bool matched,
+                        GatherKind kind, int chunk, int window) {
   using Bins = Pack<float, Images>;
   ODER_DYNAMIC_SHARED(Bins, windows);
   ODER_SHARED(GatherView, views, kGatherViews);
@@ -490,7 +488,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
       for (int v = 0; v < n_views; ++v) {
         if (!views[v].seen) continue;
         gather_any<In, Images>(sinogram + row_of(scan, first_image, first_view + v), sinogram_size, scan.n_bins,
-                               batch - first_image, views[v], row, lane, sums);
+                               scan.batch - first_image, views[v], row, lane, sums);
       }
       continue;
     }
@@ -504,7 +502,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 #pragma unroll
         for (int k = 0; k < Images; ++k) {
           fetch(&windows[v * window + x].at[k], sinogram, offset + x + k * sinogram_size,
-                inside && first_image + k < batch);
+                inside && first_image + k < scan.batch);
         }
       }
     }
@@ -529,7 +527,7 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 #pragma unroll
   for (int k = 0; k < Images; ++k) {
     const int b = first_image + k;
-    if (b >= batch) break;
+    if (b >= scan.batch) break;
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       const int i = first_row + row + p;
@@ -542,34 +540,31 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 3)
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T, int Images>
-void project(const T* image, float* sums, int64_t n_sums, int batch, const RadonScan& scan, double pixel_size,
-             void* stream) {
-  const int64_t groups = ceil_div(batch, Images);
+void project(const T* image, const RadonScan& scan, void* stream) {
+  const int64_t groups = ceil_div(scan.batch, Images), n_sums = scan.n_sums;
   // As many views share a tile as leave every processor its three blocks.
   const int64_t chunk =
       std::clamp<int64_t>(ceil_div(scan.n_used * n_sums * groups, 3 * processor_count()), 1, kProjectViews);
   const int64_t strips = ceil_div(std::max(scan.height, scan.width), kStrip);
   const int words = kLineWords / Images;
   const ProjectPlan plan{tiling_of(scan.width, true, words), tiling_of(scan.height, false, words),
-                         static_cast<int>(n_sums), static_cast<int>(ceil_div(strips, n_sums)), static_cast<int>(chunk)};
+                         static_cast<int>(ceil_div(strips, n_sums)), static_cast<int>(chunk)};
   const int stride = std::max(plan.rows.stride, plan.columns.stride);
   const int64_t blocks = 2 * n_sums * ceil_div(scan.n_used, chunk) * groups;
   ODER_LAUNCH((radon_project_kernel<T, Images>), blocks, kThreads, sizeof(float) * Images * kStrip * stride, stream,
-              image, sums, scan, batch, plan, static_cast<float>(pixel_size));
+              image, scan, plan, static_cast<float>(scan.pixel_size));
 }
 
 template <class T, class Out>
-void project_all(const T* image, float* sums, int64_t n_sums, const T* measured, Out* out, int batch,
-                 const RadonScan& scan, double pixel_size, void* stream) {
-  if (n_sums < 1) throw std::invalid_argument("radon_project_kernel: n_sums must be at least 1");
-  (batch > 1 ? project<T, 2> : project<T, 1>)(image, sums, n_sums, batch, scan, pixel_size, stream);
-  ODER_LAUNCH((radon_combine_kernel<T, Out>), int64_t{batch} * scan.n_used * ceil_div(scan.n_bins, kThreads), kThreads,
-              0, stream, sums, static_cast<int>(n_sums), measured, out, scan, batch);
+void project_all(const T* image, const T* measured, Out* out, const RadonScan& scan, void* stream) {
+  if (scan.n_sums < 1) throw std::invalid_argument("radon_project_kernel: n_sums must be at least 1");
+  (scan.batch > 1 ? project<T, 2> : project<T, 1>)(image, scan, stream);
+  const int64_t blocks = int64_t{scan.batch} * scan.n_used * ceil_div(scan.n_bins, kThreads);
+  ODER_LAUNCH((radon_combine_kernel<T, Out>), blocks, kThreads, 0, stream, measured, out, scan);
 }
 
 template <class In, class Out, int Images>
-void gather(const In* sinogram, Out* image, int batch, const RadonScan& scan, double scale, bool matched,
-            void* stream) {
+void gather(const In* sinogram, Out* image, const RadonScan& scan, double scale, bool matched, void* stream) {
   const int64_t tiles = ceil_div(scan.height, kTile) * ceil_div(scan.width, kTile);
   const GatherKind kind = gather_kind(scan.bin_spacing, matched);
   // A tile sees its diagonal's worth of bins, two more before it, and the second tap and what rounding brings after it.
@@ -579,45 +574,38 @@ void gather(const In* sinogram, Out* image, int batch, const RadonScan& scan, do
   const int64_t most = std::min<int64_t>({scan.n_used, room, kGatherViews});
   const int64_t chunk = ceil_div(scan.n_used, ceil_div(scan.n_used, most));
   const size_t shared = sizeof(float) * Images * window * chunk;
-  ODER_LAUNCH((radon_gather_kernel<In, Out, Images>), tiles * ceil_div(batch, Images), kThreads, shared, stream,
-              sinogram, image, scan, batch, scale, matched, kind, static_cast<int>(chunk), window);
+  ODER_LAUNCH((radon_gather_kernel<In, Out, Images>), tiles * ceil_div(scan.batch, Images), kThreads, shared, stream,
+              sinogram, image, scan, scale, matched, kind, static_cast<int>(chunk), window);
 }
 
 template <class In, class Out>
-void gather_all(const In* sinogram, Out* image, int batch, const RadonScan& scan, double scale, bool matched,
-                void* stream) {
-  (batch > 1 ? gather<In, Out, 2> : gather<In, Out, 1>)(sinogram, image, batch, scan, scale, matched, stream);
+void gather_all(const In* sinogram, Out* image, const RadonScan& scan, double scale, bool matched, void* stream) {
+  (scan.batch > 1 ? gather<In, Out, 2> : gather<In, Out, 1>)(sinogram, image, scan, scale, matched, stream);
 }
+
+template <class T>
+void radon_forward(const T* image, T* sinogram, const RadonScan& scan, void* stream) {
+  project_all<T, T>(image, nullptr, sinogram, scan, stream);
+}
+
+template <class T, bool Matched>
+void back(const T* sinogram, T* image, const RadonScan& scan, void* stream) {
+  gather_all(sinogram, image, scan, Matched ? scan.pixel_size : 1.0, Matched, stream);
+}
+
+template <class T>
+void radon_gradient(const T* image, const T* measured, T* gradient, const RadonScan& scan, void* stream) {
+  const double scale = scan.pixel_size * static_cast<double>(scan.n_views) / static_cast<double>(scan.n_used);
+  project_all(image, measured, scan.sums, scan, stream);
+  gather_all(scan.sums, gradient, scan, scale, true, stream);
+}
+
+const Operator kOperators[] = {
+    {"radon_forward", radon_forward<float>, radon_forward<Bfloat16>, radon_forward<Float16>},
+    {"radon_adjoint", back<float, true>, back<Bfloat16, true>, back<Float16, true>},
+    {"radon_backproject", back<float, false>, back<Bfloat16, false>, back<Float16, false>},
+    {"radon_gradient", radon_gradient<float>, radon_gradient<Bfloat16>, radon_gradient<Float16>},
+};
 
 }  // namespace
-
-void radon_forward(int dtype, const void* image, void* sinogram, float* sums, int64_t n_sums, int batch,
-                   const RadonScan& scan, double pixel_size, void* stream) {
-  with_storage(dtype, [&](auto value) {
-    using T = decltype(value);
-    project_all<T, T>(static_cast<const T*>(image), sums, n_sums, nullptr, static_cast<T*>(sinogram), batch, scan,
-                      pixel_size, stream);
-  });
-}
-
-void radon_adjoint(int dtype, const void* sinogram, void* image, int batch, const RadonScan& scan, double pixel_size,
-                   bool matched, void* stream) {
-  with_storage(dtype, [&](auto value) {
-    using T = decltype(value);
-    gather_all<T, T>(static_cast<const T*>(sinogram), static_cast<T*>(image), batch, scan, matched ? pixel_size : 1.0,
-                     matched, stream);
-  });
-}
-
-void radon_gradient(int dtype, const void* image, const void* measured, float* sums, int64_t n_sums, void* gradient,
-                    int batch, const RadonScan& scan, double pixel_size, void* stream) {
-  const double scale = pixel_size * static_cast<double>(scan.n_views) / static_cast<double>(scan.n_used);
-  with_storage(dtype, [&](auto value) {
-    using T = decltype(value);
-    project_all<T, float>(static_cast<const T*>(image), sums, n_sums, static_cast<const T*>(measured), sums, batch,
-                          scan, pixel_size, stream);
-    gather_all<float, T>(sums, static_cast<T*>(gradient), batch, scan, scale, true, stream);
-  });
-}
-
 }  // namespace oder

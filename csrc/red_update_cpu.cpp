@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "cpu_backend.h"
+#include "red_update.h"
 #include "vec.h"
 
 namespace oder {
@@ -83,7 +83,8 @@ void red_span(const T* x, const T* g, const T* denoised, const T* previous, cons
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVecBytes == 0; }
 
 template <class T>
-void run(const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n, int threads) {
+void red_update(const T* image, const T* gradient, const RedOperands& red, int threads) {
+  const int64_t batch = red.batch, n = red.n;
   const bool rows_aligned = batch == 1 || n % lanes<T> == 0;
   const bool streams = batch * n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && rows_aligned &&
                        aligned(red.updated) && aligned(red.extrapolated);
@@ -112,11 +113,7 @@ void run(const void* image, const void* gradient, const RedOperands& red, int64_
   }
 }
 
+const Operator kRedUpdate("red_update", red_update<float>, red_update<double>);
+
 }  // namespace
-
-void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
-                int threads) {
-  (dtype == kFloat64 ? run<double> : run<float>)(image, gradient, red, batch, n, threads);
-}
-
 }  // namespace oder

@@ -1,5 +1,5 @@
 #include "cuda_types.h"
-#include "red_update_cuda.h"
+#include "red_update.h"
 
 namespace oder {
 namespace {
@@ -67,9 +67,10 @@ ODER_DEVICE void red_block_sums(double sums[3]) {
 // Accumulation    float32 over one run, float64 beyond; order fixed by the sizes alone.
 // Preconditions   contiguous; one dtype; no operand overlaps an output.
 template <class T>
-ODER_KERNEL ODER_BOUNDS(kThreads, 4) red_update_kernel(const T* image, const T* gradient, RedOperands red, int64_t n) {
+ODER_KERNEL ODER_BOUNDS(kThreads, 4) red_update_kernel(const T* image, const T* gradient, RedOperands red) {
   constexpr int kRun = 16 / sizeof(T);
   using Run = Pack<T, kRun>;
+  const int64_t n = red.n;
   const int64_t b = blockIdx.x / red.n_partials, part = blockIdx.x % red.n_partials;
   const int64_t share = ((n + red.n_partials - 1) / red.n_partials + kRun - 1) / kRun * kRun;
   const int64_t begin = part * share < n ? part * share : n;
@@ -150,16 +151,13 @@ ODER_KERNEL ODER_BOUNDS(kThreads, 1) red_finish_kernel(RedOperands red) {
   }
 }
 
-}  // namespace
-
-void red_update(int dtype, const void* image, const void* gradient, const RedOperands& red, int64_t batch, int64_t n,
-                void* stream) {
-  with_storage(dtype, [&](auto value) {
-    using T = decltype(value);
-    ODER_LAUNCH(red_update_kernel<T>, batch * red.n_partials, kThreads, 0, stream, static_cast<const T*>(image),
-                static_cast<const T*>(gradient), red, n);
-  });
-  ODER_LAUNCH(red_finish_kernel, batch, kThreads, 0, stream, red);
+template <class T>
+void red_update(const T* image, const T* gradient, const RedOperands& red, void* stream) {
+  ODER_LAUNCH(red_update_kernel<T>, red.batch * red.n_partials, kThreads, 0, stream, image, gradient, red);
+  ODER_LAUNCH(red_finish_kernel, red.batch, kThreads, 0, stream, red);
 }
 
+const Operator kRedUpdate("red_update", red_update<float>, red_update<Bfloat16>, red_update<Float16>);
+
+}  // namespace
 }  // namespace oder

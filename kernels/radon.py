@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -234,29 +235,38 @@ def _radon_gather_kernel(
     tl.store(image + at, sums.to(image.dtype.element_ty), here)
 
 
-def _table(
-    angles: Tensor,
-    views: Tensor | None,
-    n_used: int,
-    height: int,
-    width: int,
-    n_bins: int,
-    spacing: float,
-    offset: float,
-) -> Tensor:
-    table = angles.new_empty(n_used, COLUMNS.value)
-    _radon_views_kernel[(triton.cdiv(n_used, VIEWS),)](
-        angles,
-        angles if views is None else views,
+class Scan(NamedTuple):
+    """What describes a scan, as oder_fast/ops/radon.py passes it."""
+
+    angles: Tensor
+    views: Tensor | None
+    n_views: int
+    n_used: int
+    n_sums: int
+    batch: int
+    height: int
+    width: int
+    n_bins: int
+    bin_spacing: float
+    bin_offset: float
+    pixel_size: float
+    sums: Tensor
+
+
+def _table(scan: Scan) -> Tensor:
+    table = scan.angles.new_empty(scan.n_used, COLUMNS.value)
+    _radon_views_kernel[(triton.cdiv(scan.n_used, VIEWS),)](
+        scan.angles,
+        scan.angles if scan.views is None else scan.views,
         table,
-        angles.shape[0],
-        n_used,
-        height,
-        width,
-        n_bins,
-        _bits(spacing),
-        _bits(offset),
-        ALL=views is None,
+        scan.n_views,
+        scan.n_used,
+        scan.height,
+        scan.width,
+        scan.n_bins,
+        _bits(scan.bin_spacing),
+        _bits(scan.bin_offset),
+        ALL=scan.views is None,
         VIEWS=VIEWS,
         COLUMNS=COLUMNS,
         TIE_MARGIN=TIE_MARGIN,
@@ -265,33 +275,22 @@ def _table(
     return table
 
 
-def _project(
-    image: Tensor,
-    table: Tensor,
-    measured: Tensor | None,
-    views: Tensor | None,
-    out: Tensor,
-    n_views: int,
-    n_bins: int,
-    pixel_size: float,
-) -> None:
-    batch, height, width = image.shape
-    n_used = table.shape[0]
-    _radon_project_kernel[(batch * n_used * triton.cdiv(n_bins, BINS),)](
+def _project(scan: Scan, image: Tensor, table: Tensor, measured: Tensor | None, out: Tensor) -> None:
+    _radon_project_kernel[(scan.batch * scan.n_used * triton.cdiv(scan.n_bins, BINS),)](
         image,
         image.transpose(1, 2).contiguous(),
         table,
         image if measured is None else measured,
-        table if views is None else views,
+        table if scan.views is None else scan.views,
         out,
-        n_views,
-        n_used,
-        height,
-        width,
-        n_bins,
-        _bits(pixel_size),
+        scan.n_views,
+        scan.n_used,
+        scan.height,
+        scan.width,
+        scan.n_bins,
+        _bits(scan.pixel_size),
         DATA=measured is not None,
-        ALL=views is None,
+        ALL=scan.views is None,
         LINES=LINES,
         BINS=BINS,
         COLUMNS=COLUMNS,
@@ -300,29 +299,22 @@ def _project(
 
 
 def _gather(
-    sinogram: Tensor,
-    table: Tensor,
-    out: Tensor,
-    shape: tuple[int, int, int],
-    n_bins: int,
-    spacing: float,
-    scale: float,
-    matched: bool = True,
+    scan: Scan, sinogram: Tensor, table: Tensor, out: Tensor, scale: float, *, matched: bool = True
 ) -> None:
-    batch, height, width = shape
+    spacing, n_bins = scan.bin_spacing, scan.n_bins
     # A step between lines is at most sqrt(2) pixels long.
     if spacing < 0.5 or (matched and spacing > 8 / math.sqrt(2)):
         taps, count = 0, min(n_bins, 2 * math.ceil(min(1 / spacing, n_bins)) + 1 if matched else 3)
     else:
         taps, count = 4 if matched and spacing < 1 - 1e-7 else 2, 0
-    tiles = triton.cdiv(height, TILE.value) * triton.cdiv(width, TILE.value)
-    _radon_gather_kernel[(tiles * batch,)](
+    tiles = triton.cdiv(scan.height, TILE.value) * triton.cdiv(scan.width, TILE.value)
+    _radon_gather_kernel[(tiles * scan.batch,)](
         sinogram,
         table,
         out,
-        table.shape[0],
-        height,
-        width,
+        scan.n_used,
+        scan.height,
+        scan.width,
         n_bins,
         count,
         _bits(scale),
@@ -334,77 +326,29 @@ def _gather(
     )
 
 
-def radon_forward(
-    dtype: int,
-    image: Tensor,
-    sinogram: Tensor,
-    sums: None,
-    n_sums: int,
-    batch: int,
-    height: int,
-    width: int,
-    angles: Tensor,
-    n_views: int,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
-) -> None:
+def radon_forward(dtype: int, image: Tensor, sinogram: Tensor, *args: object) -> None:
     """Launch the projection; arguments of all launchers as oder_fast/ops/radon.py passes them."""
-    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _table(angles, None, n_views, height, width, n_bins, spacing, offset)
-    _project(image, table, None, None, sinogram, n_views, n_bins, pixel_size)
+    scan = Scan(*args)
+    _project(scan, image, _table(scan), None, sinogram)
 
 
-def radon_adjoint(
-    dtype: int,
-    sinogram: Tensor,
-    image: Tensor,
-    batch: int,
-    height: int,
-    width: int,
-    angles: Tensor,
-    n_views: int,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
-    matched: bool = True,
-) -> None:
+def radon_adjoint(dtype: int, sinogram: Tensor, image: Tensor, *args: object) -> None:
     """Launch the back-projection."""
-    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _table(angles, None, n_views, height, width, n_bins, spacing, offset)
-    scale = pixel_size if matched else 1.0
-    _gather(sinogram, table, image, (batch, height, width), n_bins, spacing, scale, matched)
+    scan = Scan(*args)
+    _gather(scan, sinogram, _table(scan), image, scan.pixel_size)
 
 
-def radon_backproject(*args: Tensor | float) -> None:
+def radon_backproject(dtype: int, sinogram: Tensor, image: Tensor, *args: object) -> None:
     """Launch the back-projection of filtered back-projection."""
-    radon_adjoint(*args, matched=False)
+    scan = Scan(*args)
+    _gather(scan, sinogram, _table(scan), image, 1.0, matched=False)
 
 
 def radon_gradient(
-    dtype: int,
-    image: Tensor,
-    measured: Tensor | None,
-    sums: Tensor,
-    n_sums: int,
-    gradient: Tensor,
-    batch: int,
-    height: int,
-    width: int,
-    angles: Tensor,
-    n_views: int,
-    views: Tensor | None,
-    n_used: int,
-    n_bins: int,
-    bin_spacing: float,
-    bin_offset: float,
-    pixel_size: float,
+    dtype: int, image: Tensor, measured: Tensor | None, gradient: Tensor, *args: object
 ) -> None:
     """Launch the gradient of the data fidelity."""
-    spacing, offset = bin_spacing / pixel_size, bin_offset / pixel_size
-    table = _table(angles, views, n_used, height, width, n_bins, spacing, offset)
-    _project(image, table, measured, views, sums, n_views, n_bins, pixel_size)
-    scale = pixel_size * n_views / n_used
-    _gather(sums, table, gradient, (batch, height, width), n_bins, spacing, scale)
+    scan = Scan(*args)
+    table = _table(scan)
+    _project(scan, image, table, measured, scan.sums)
+    _gather(scan, scan.sums, table, gradient, scan.pixel_size * scan.n_views / scan.n_used)

@@ -1,4 +1,4 @@
-"""Build the CUDA backends for the host (csrc/cuda_host.h), so that tests can run their kernels without a GPU."""
+"""Build backends for tests: CUDA ones for the host (csrc/cuda_host.h), so that their kernels run without a GPU."""
 
 from __future__ import annotations
 
@@ -16,30 +16,37 @@ from types import ModuleType
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (*sorted(path.name for path in (ROOT / "csrc").glob("*_cuda.cu")), "bind_cuda.cpp")
+CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unknown-pragmas"]
+# By the name of a source after its stem.
+LANGUAGE = {"_cuda.cu": ["-DODER_CUDA_HOST", "-x", "c++"], "_cpu.cpp": ["-fopenmp"]}
 
 
-def build(change: Callable[[str, str], str] | None = None) -> ModuleType:
+def build(
+    change: Callable[[str, str], str] | None = None, *, source: Path = CSRC, kind: str = "_cuda.cu"
+) -> ModuleType:
     """Build and import the module.
 
     Objects stay in build/host by the content of all sources, so that only what changed is compiled.
 
     Args:
         change: From the name and the text of a source to the text to compile in its place, to plant bugs.
+        source: Where the operators are; headers and bindings are those of csrc.
+        kind: How the names of their sources end.
     """
-    texts = {path.name: path.read_text() for path in sorted((ROOT / "csrc").glob("*")) if path.is_file()}
+    sources = [*sorted(path.name for path in source.glob(f"*{kind}")), "bind.cpp"]
+    texts = {path.name: path.read_text() for path in (*sorted(CSRC.glob("*")), *sorted(source.glob("*")))}
     if change is not None:
         texts = {name: change(name, text) for name, text in texts.items()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = os.environ.get("CXX", "g++")
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     headers = {name: text for name, text in texts.items() if not name.endswith((".cu", ".cpp"))}
-    common = repr((FLAGS, compiler, pybind11.__version__, suffix, headers))
-    keys = {name: hashlib.sha256((common + texts[name]).encode()).hexdigest()[:16] for name in SOURCES}
+    common = repr((FLAGS, LANGUAGE[kind], compiler, pybind11.__version__, suffix, headers))
+    keys = {name: hashlib.sha256((common + texts[name]).encode()).hexdigest()[:16] for name in sources}
     # pybind11 keeps modules by name: another build under the same name would only add overloads to the first.
-    module_name = f"_cuda_host_{hashlib.sha256(''.join(keys.values()).encode()).hexdigest()[:16]}"
+    module_name = f"_host_{hashlib.sha256(''.join(keys.values()).encode()).hexdigest()[:16]}"
     cache = ROOT / "build" / "host"
     target = cache / f"{module_name}{suffix}"
     if not target.exists():
@@ -54,18 +61,18 @@ def build(change: Callable[[str, str], str] | None = None) -> ModuleType:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
             def compile_one(name: str) -> str:
-                binding = name.startswith("bind")
+                binding = name == "bind.cpp"
                 kept = cache / f"{module_name if binding else keys[name]}.o"
                 if not kept.exists():
-                    language = [f"-DODER_MODULE={module_name}"] if binding else ["-x", "c++"]
+                    language = [f"-DODER_MODULE={module_name}"] if binding else LANGUAGE[kind]
                     include = [f"-isystem{path}" for path in includes]
                     run([compiler, *FLAGS, *include, *language, "-c", name, "-o", f"{name}.o"])
                     os.replace(Path(folder, f"{name}.o"), kept)
                 return str(kept)
 
             with ThreadPoolExecutor(2) as pool:
-                objects = list(pool.map(compile_one, SOURCES))
-            run([compiler, "-shared", *objects, "-o", target.name])
+                objects = list(pool.map(compile_one, sources))
+            run([compiler, "-shared", "-fopenmp", *objects, "-o", target.name])
             os.replace(Path(folder, target.name), target)
     spec = importlib.util.spec_from_file_location(module_name, target)
     if spec is None or spec.loader is None:

@@ -33,47 +33,58 @@ LIBRARY.define(
 STRIP = 32
 
 
-def _sums(
-    image: Tensor, angles: Tensor, views: Tensor | None, n_bins: int, backend: str
-) -> tuple[Tensor | None, int]:
-    """Allocate the ray sums of a projection, shape (n_sums, B, n_used, D), and tell n_sums.
+def _launch(
+    name: str,
+    backend: str,
+    sizes: tuple[int, ...],
+    angles: Tensor,
+    views: Tensor | None,
+    lengths: list[float],
+    data: Tensor,
+    *others: Tensor | None,
+) -> None:
+    """Launch a kernel on data and a scan, as csrc/radon.h describes it; `sizes` are batch, height, width and bins.
 
-    The CUDA kernels split the image into so many groups of strips that one image fills the GPU; in a gradient
-    the first sinogram then takes the residual. The C++ backend keeps its own, in its back-projection's layout.
+    The CUDA kernels sum rays over groups of strips of the image, so many that one image fills the GPU; in a gradient
+    the first of these sinograms then takes the residual. The C++ backend keeps its own.
     """
-    if backend == "cpu":
-        return None, 0
-    batch, height, width = image.shape
+    (batch, height, width, n_bins), (spacing, offset, pixel_size) = sizes, lengths
     n_used = angles.shape[0] if views is None else views.shape[0]
-    n_sums = 1
-    if backend == "cuda":
+    n_sums = 0
+    if backend == "cuda" and name in ("radon_forward", "radon_gradient"):
         n_sums = max(1, min(-(-max(height, width) // STRIP), 16, -(-4096 // (batch * n_used))))
-    return image.new_empty(n_sums, batch, n_used, n_bins, dtype=torch.float32), n_sums
+    elif backend == "triton" and name == "radon_gradient":
+        n_sums = 1
+    backends.named(backend).launch(
+        name,
+        data,
+        backends.DTYPE_CODES[data.dtype],
+        data,
+        *others,
+        angles,
+        views,
+        angles.shape[0],
+        n_used,
+        n_sums,
+        batch,
+        height,
+        width,
+        n_bins,
+        spacing / pixel_size,
+        offset / pixel_size,
+        pixel_size,
+        data.new_empty(n_sums, batch, n_used, n_bins, dtype=torch.float32) if n_sums else None,
+    )
 
 
 # ------------------------------------------------------------------ forward
 
 
 def _forward_impl(image: Tensor, angles: Tensor, n_bins: int, lengths: list[float], backend: str) -> Tensor:
-    batch, height, width = image.shape
-    sinogram = image.new_empty(batch, angles.shape[0], n_bins)
+    sinogram = _forward_fake(image, angles, n_bins)
     if image.numel() == 0:
         return sinogram.zero_()
-    backends.named(backend).launch(
-        "radon_forward",
-        image,
-        backends.DTYPE_CODES[image.dtype],
-        image,
-        sinogram,
-        *(_sums(image, angles, None, n_bins, backend) if backend == "cuda" else (None, 0)),
-        batch,
-        height,
-        width,
-        angles,
-        angles.shape[0],
-        n_bins,
-        *lengths,
-    )
+    _launch("radon_forward", backend, (*image.shape, n_bins), angles, None, lengths, image, sinogram)
     return sinogram
 
 
@@ -107,20 +118,7 @@ def _gather(
     image = sinogram.new_empty(batch, height, width)
     if image.numel() == 0:
         return image
-    backends.named(backend).launch(
-        name,
-        sinogram,
-        backends.DTYPE_CODES[sinogram.dtype],
-        sinogram,
-        image,
-        batch,
-        height,
-        width,
-        angles,
-        angles.shape[0],
-        n_bins,
-        *lengths,
-    )
+    _launch(name, backend, (*image.shape, n_bins), angles, None, lengths, sinogram, image)
     return image
 
 
@@ -180,28 +178,11 @@ def _gradient_impl(
     lengths: list[float],
     backend: str,
 ) -> Tensor:
-    batch, height, width = image.shape
     gradient = torch.empty_like(image, memory_format=torch.contiguous_format)
     if image.numel() == 0:
         return gradient
-    backends.named(backend).launch(
-        "radon_gradient",
-        image,
-        backends.DTYPE_CODES[image.dtype],
-        image,
-        sinogram,
-        *_sums(image, angles, views, n_bins, backend),
-        gradient,
-        batch,
-        height,
-        width,
-        angles,
-        angles.shape[0],
-        views,
-        angles.shape[0] if views is None else views.shape[0],
-        n_bins,
-        *lengths,
-    )
+    sizes = (*image.shape, n_bins)
+    _launch("radon_gradient", backend, sizes, angles, views, lengths, image, sinogram, gradient)
     return gradient
 
 
