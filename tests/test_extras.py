@@ -177,14 +177,15 @@ def test_measures_caches_and_denoisers_say_what_they_need(hide):
         BM3D(0.1)
 
 
+@pytest.mark.parametrize("layer", ["training", "reconstruction"])
 @pytest.mark.parametrize("module", EXTRAS["train"])
-def test_training_says_what_it_needs(hide, monkeypatch, module):
-    monkeypatch.delitem(sys.modules, "oder_fast.training", raising=False)
+def test_layers_say_what_they_need(hide, monkeypatch, module, layer):
+    monkeypatch.delitem(sys.modules, f"oder_fast.{layer}", raising=False)
     hide(module)
     with pytest.raises(
-        ImportError, match=rf"^oder_fast\.training needs {NAMES.get(module, module)}: pip install "
+        ImportError, match=rf"^oder_fast\.{layer} needs {NAMES.get(module, module)}: pip install "
     ):
-        importlib.import_module("oder_fast.training")
+        importlib.import_module(f"oder_fast.{layer}")
 
 
 @pytest.mark.parametrize("module", MODULES)
