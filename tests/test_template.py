@@ -81,7 +81,6 @@ def test_transforms_of_torch_func(build, generator):
 
 
 def test_red_fixed_point(build, copied, generator):
-    """Where pixels are seen with weight m, they lie between the data and the denoiser's image."""
     mask = 0.5 + torch.rand(12, 10, generator=generator)
     operator = copied.Diagonal(mask, backend=build.backend)
     y = operator(torch.rand(2, 12, 10, generator=generator))
