@@ -208,7 +208,7 @@ class ProximalMap(REDMap):
     minibatch_size: int | None = None
     condition: float = 1.0
 
-    shortage = "the inner solve ran out of steps: raise tau, or take step=GradientStep()"
+    shortage = "the inner solve ran out of steps: raise tau"
 
     @property
     def rounding(self) -> float:  # type: ignore[override]

@@ -526,6 +526,9 @@ def test_metrics_take_what_a_model_gives():
         if torch.cuda.is_available():
             assert metric(image.cuda(), truth.cuda()) == pytest.approx(plain, rel=1e-5)
     for metric in (data.psnr, data.ssim):
+        with pytest.raises(ValueError, match="data_range must be finite and above 0, got -1"):
+            metric(image, truth, -1.0)
+    for metric in (data.psnr, data.ssim, data.snr):
         with pytest.raises(
             ValueError, match=r"image must have the shape of truth, \(16, 16\), got \(1, 16, 16\)"
         ):

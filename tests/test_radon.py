@@ -169,6 +169,8 @@ IMAGE, SINOGRAM, ANGLES = torch.zeros(1, 8, 8), torch.zeros(1, 3, 11), angles_ov
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES[:0], Detector(5)), ValueError, "at least one view"),
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES[:, None], Detector(5)), ValueError, "angles must have 1 dimensions"),
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES, Detector(0)), ValueError, "n_bins must be at least 1, got 0"),
+        (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES, Detector(5, None)), TypeError, "spacing must be a number, got NoneType"),
+        (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES.clone().requires_grad_(), Detector(5)), ValueError, "angles is not differentiable; detach it"),
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES, Detector(5.0)), TypeError, "n_bins must be an int, got float"),
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES, Detector(5, spacing=0.0)), ValueError, "spacing must be a finite number above 0"),
         (lambda: oder_fast.ops.radon_forward(IMAGE, ANGLES, Detector(5, offset=math.nan)), ValueError, "offset must be finite"),
@@ -202,3 +204,14 @@ def test_messages_name_operator_argument_rule_and_what_arrived(call, error, mess
 def test_forward_mode_in_what_describes_the_scan_is_refused_rather_than_zero():
     with pytest.raises(RuntimeError, match="radon_forward: angles has no derivative; detach it"):
         torch.func.jvp(lambda a: oder_fast.ops.radon_forward(IMAGE, a, Detector(11)), (ANGLES,), (ANGLES,))
+
+
+def test_a_detector_of_narrow_numbers_is_not_computed_with_in_their_precision():
+    image = torch.rand(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    numbers = [np.float16(v) for v in (0.7, -0.3, 1.3)]
+    for backend in ("reference", "cpu"):
+        got, expected = (
+            oder_fast.ops.radon_forward(image, ANGLES, Detector(9, *lengths), backend=backend)
+            for lengths in (numbers, map(float, numbers))
+        )
+        assert torch.equal(got, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,21 +13,29 @@ from .._extras import needs
 from .._numpy import takes_numpy
 
 
-def _arrays(name: str, image: Tensor, truth: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return both as arrays, wherever the tensors live and whether or not they have a graph."""
-    if image.is_complex() or truth.is_complex():
-        raise TypeError(f"{name}: the images must be real; give the magnitudes, image.abs(), of complex ones")
+def _check_shape(name: str, image: Tensor, truth: Tensor) -> None:
     if image.shape != truth.shape:
         raise ValueError(
             f"{name}: image must have the shape of truth, {tuple(truth.shape)}, got {tuple(image.shape)}"
         )
+
+
+def _arrays(name: str, image: Tensor, truth: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return both as arrays, wherever the tensors live and whether or not they have a graph."""
+    if image.is_complex() or truth.is_complex():
+        raise TypeError(f"{name}: the images must be real; give the magnitudes, image.abs(), of complex ones")
+    _check_shape(name, image, truth)
     # NumPy knows no bfloat16.
     image, truth = (v.float() if v.dtype == torch.bfloat16 else v for v in (image, truth))
     return image.detach().cpu().numpy(), truth.detach().cpu().numpy()
 
 
-def _range(truth: Tensor, data_range: float | None) -> float:
-    return float((truth.max() - truth.min()).detach()) if data_range is None else data_range
+def _range(name: str, truth: Tensor, data_range: float | None) -> float:
+    if data_range is None:
+        return float((truth.max() - truth.min()).detach())
+    if not (math.isfinite(data_range) and data_range > 0):
+        raise ValueError(f"{name}: data_range must be finite and above 0, got {data_range}")
+    return data_range
 
 
 @takes_numpy
@@ -35,6 +44,7 @@ def snr(image: Tensor, truth: Tensor) -> float:
 
     Complex images are compared as they are, phases included.
     """
+    _check_shape("snr", image, truth)
     wide = torch.complex128 if truth.is_complex() or image.is_complex() else torch.float64
     truth, image = truth.detach().to(wide), image.detach().to(wide)
     ratio = torch.linalg.vector_norm(truth) / torch.linalg.vector_norm(truth - image)
@@ -45,7 +55,7 @@ def snr(image: Tensor, truth: Tensor) -> float:
 def psnr(image: Tensor, truth: Tensor, data_range: float | None = None) -> float:
     """Return the peak signal-to-noise ratio in dB of real images; `data_range` is that of the truth where None."""
     image, truth = (torch.from_numpy(values).double() for values in _arrays("psnr", image, truth))
-    return float(10 * torch.log10(_range(truth, data_range) ** 2 / (truth - image).square().mean()))
+    return float(10 * torch.log10(_range("psnr", truth, data_range) ** 2 / (truth - image).square().mean()))
 
 
 @takes_numpy
@@ -59,7 +69,7 @@ def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
     from skimage.metrics import structural_similarity
 
     measured, expected = _arrays("ssim", image, truth)
-    span = _range(truth, data_range)
+    span = _range("ssim", truth, data_range)
     slices = (values.reshape(-1, *values.shape[-2:]) for values in (expected, measured))
     values = [float(structural_similarity(*pair, data_range=span)) for pair in zip(*slices, strict=True)]
     return sum(values) / len(values)

@@ -215,13 +215,19 @@ def _check_scan(op: str, angles: Tensor, detector: Detector, like: Tensor) -> tu
     _checks.tensor(op, "angles", angles, ndim=1)
     _checks.floating(op, "angles", angles)
     _checks.constant(op, "angles", angles)
+    if angles.requires_grad:
+        raise ValueError(f"{op}: angles is not differentiable; detach it")
     if angles.shape[0] == 0:
         raise ValueError(f"{op}: angles must hold at least one view, got none")
     if angles.device != like.device:
         raise ValueError(f"{op}: angles must be on {like.device}, got {angles.device}")
     if not isinstance(detector, Detector):
         raise TypeError(f"{op}: detector must be an ops.Detector, got {type(detector).__name__}")
-    n_bins, spacing, offset, pixel_size = map(from_numpy, detector)
+    n_bins, *lengths = map(from_numpy, detector)
+    for name, value in zip(Detector._fields[1:], lengths, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    spacing, offset, pixel_size = map(float, lengths)
     if isinstance(n_bins, bool) or not isinstance(n_bins, int | torch.SymInt):
         raise TypeError(f"{op}: n_bins must be an int, got {type(n_bins).__name__}")
     if n_bins < 1:
@@ -233,7 +239,7 @@ def _check_scan(op: str, angles: Tensor, detector: Detector, like: Tensor) -> tu
         raise ValueError(f"{op}: spacing must be above 0 and below 1e300 pixels, got {spacing / pixel_size}")
     if not abs(offset / pixel_size) < 1e300:
         raise ValueError(f"{op}: offset must be finite and below 1e300 pixels, got {offset / pixel_size}")
-    return angles.detach().to(torch.float64), n_bins, [float(spacing), float(offset), float(pixel_size)]
+    return angles.to(torch.float64), n_bins, [spacing, offset, pixel_size]
 
 
 @takes_numpy
@@ -275,7 +281,7 @@ def radon_forward(image: Tensor, angles: Tensor, detector: Detector, *, backend:
     scan = _check_scan(op, angles, detector, image)
     chosen = backends.resolve(backend, image.device, image.dtype)
     if chosen == "reference":
-        return reference.radon_forward(image, scan[0], detector)
+        return reference.radon_forward(image, scan[0], Detector(scan[1], *scan[2]))
     result: Tensor = call(op, image, *scan, chosen)
     return result
 
@@ -367,7 +373,7 @@ def _back(
     chosen = backends.resolve(backend, sinogram.device, sinogram.dtype)
     result: Tensor
     if chosen == "reference":
-        result = getattr(reference, op)(sinogram, angles, detector, image_shape)
+        result = getattr(reference, op)(sinogram, angles, Detector(n_bins, *lengths), image_shape)
     else:
         result = call(op, sinogram, angles, *image_shape, lengths, chosen)
     return result
@@ -427,6 +433,6 @@ def radon_gradient(
         _checks.index(op, "views", views, angles.shape[0], image.device)
     chosen = backends.resolve(backend, image.device, image.dtype)
     if chosen == "reference":
-        return reference.radon_gradient(image, sinogram, angles, detector, views)
+        return reference.radon_gradient(image, sinogram, angles, Detector(n_bins, *lengths), views)
     result: Tensor = call(op, image, sinogram, angles, views, n_bins, lengths, chosen)
     return result
