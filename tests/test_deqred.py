@@ -601,6 +601,19 @@ def test_an_inner_solve_that_runs_out_of_steps_is_told_and_counts(wrong_adjoint)
     assert "ran out" not in told.message
 
 
+def test_an_image_of_nothing_beside_one_whose_inner_solve_runs_out_of_steps():
+    operator = ParallelBeamCT(24, 15)
+    y = (
+        operator(torch.rand(2, 24, 24, generator=torch.Generator().manual_seed(0)))
+        * torch.tensor([0.0, 1.0])[:, None, None]
+    )
+    model = DEQRED(Blur(0.8).requires_grad_(False), tau=1e-6, solver=Anderson(8, 0.02), on_failure="ignore")
+    solution = model(y, operator, return_solution=True)
+    assert solution.converged.tolist() == [True, False]
+    assert solution.distance[0] == 0
+    assert not solution.value[0].any()
+
+
 def test_what_does_not_converge_is_reported(ct, y):
     short = {"tau": TAU, "solver": Picard(3, 1e-6)}
     with pytest.warns(

@@ -226,7 +226,10 @@ class LeastSquares:
 
     def _solution(self, x: Tensor, left: Tensor | None, weight: Tensor) -> Tensor:
         """Return `x`, and keep how far from the solution the residual that is left may be."""
-        self.left = None if left is None else (left / (weight * inner.norm(x))).flatten()
+        if left is not None:
+            # Of images that are done it is 0, whatever they are.
+            left = torch.where(left > 0, left / (weight * inner.norm(x)), 0).flatten()
+        self.left = left
         return x
 
     def _regularized(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
