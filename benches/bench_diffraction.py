@@ -57,9 +57,9 @@ class Scan:
         stored = tuple(torch.empty(shape, dtype=torch.complex64, device=device) for _ in range(2))
         k = torch.arange(shape[2], device=device)
         for one in range(shape[0]):
-            scan = (idt.transfer[one : one + 1], idt.depths, idt.support[one : one + 1], idt.optics, shape[3])
-            here = _matrices.transfer_at(*scan, k[:, None], k)[0]
-            there = _matrices.transfer_at(*scan, -k[:, None], -k)[0].conj()
+            scan = _matrices.Scan(idt.transfer, idt.depths, idt.support, idt.optics, shape[3]).only(one)
+            here = _matrices.transfer_at(scan, k[:, None], k)[0]
+            there = _matrices.transfer_at(scan, -k[:, None], -k)[0].conj()
             stored[0][one] = here + there
             stored[1][one] = 1j * (here - there)
         return stored

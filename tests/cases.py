@@ -426,7 +426,7 @@ def _diffraction_gram_inputs(
     image = _draw(shape["image"], dtype, device, generator)
     even = {**shape, "stored": False, "uneven": False}
     transfer, depths, support, optics = _diffraction_scan(even, dtype, device, generator)
-    auto, pairs = _matrices.gram_matrices(transfer, depths, support, optics, image.shape[-1])
+    auto, pairs = _matrices.gram_matrices(_matrices.Scan(transfer, depths, support, optics, image.shape[-1]))
     spectrum = _draw(shape["image"], dtype, device, generator)
     return (image, auto.to(dtype), pairs.to(dtype), spectrum), {}
 

@@ -99,7 +99,7 @@ def test_the_gradient_of_the_data(generator):
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_gram_matrices_give_the_full_gradient(size, n, build, generator):
     idt = scan(*size, n=n, spacing=1.5)
-    auto, pairs = _matrices.gram_matrices(*arguments(idt), size[1])
+    auto, pairs = _matrices.gram_matrices(_matrices.Scan(*arguments(idt), size[1]))
     assert tuple(pairs.shape[2:]) == _matrices.gram_shape(idt.support, size[1])
     x = draw(2, *idt.image_shape, generator=generator)
     y = draw(2, *idt.data_shape, dtype=torch.float64, generator=generator)
@@ -205,7 +205,7 @@ def test_bad_data():
         diffraction_adjoint(x, *args, optics)
     with pytest.raises(ValueError, match="intensities must have shape"):
         diffraction_adjoint(torch.zeros(1, 4, 16, 18), *args, optics)
-    auto, pairs = (t.to(torch.complex64) for t in _matrices.gram_matrices(*args, optics, 18))
+    auto, pairs = (t.to(torch.complex64) for t in _matrices.gram_matrices(_matrices.Scan(*args, optics, 18)))
     with pytest.raises(ValueError, match="auto must have shape"):
         diffraction_gram(x, auto[:2], pairs, None)
     with pytest.raises(ValueError, match="pairs must have shape"):

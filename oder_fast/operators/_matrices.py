@@ -1,9 +1,8 @@
-"""Transfer functions at some frequencies, and the matrices of diffraction tomography made of them.
-
-All take a scan as `oder_fast.ops.diffraction_forward` does: transfer, depths, support, optics; and the width of images.
-"""
+"""Transfer functions at some frequencies, and the matrices of diffraction tomography made of them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,26 +11,30 @@ from ..ops import Optics
 from ..reference import diffraction as reference
 
 
-def transfer_at(
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    optics: Optics,
-    width: int,
-    rows: Tensor,
-    columns: Tensor,
-) -> Tensor:
+class Scan(NamedTuple):
+    """A scan as `oder_fast.ops.diffraction_forward` takes it, and the number of columns of its images."""
+
+    transfer: Tensor
+    depths: Tensor
+    support: Tensor
+    optics: Optics
+    width: int
+
+    def only(self, illumination: int) -> Scan:
+        """Return the scan by one illumination."""
+        one = slice(illumination, illumination + 1)
+        return self._replace(transfer=self.transfer[one], support=self.support[one])
+
+
+def transfer_at(scan: Scan, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the transfer functions at some frequencies, complex128, shape (L, Z) and that of the frequencies.
 
     Args:
-        transfer: As in `diffraction_forward`.
-        depths: As there.
-        support: As there.
-        optics: As there.
-        width: Columns of the images.
+        scan: The scan.
         rows: Row frequency numbers, int64, signed or as indices of the transform.
         columns: Column frequency numbers, which are broadcast with `rows`.
     """
+    transfer, depths, support, optics, width = scan
     shape = (support.shape[1], width)
     rows, columns = torch.broadcast_tensors(
         reference.signed(rows, shape[0]), reference.signed(columns, width)
@@ -60,63 +63,42 @@ def gram_shape(support: Tensor, width: int) -> tuple[int, int]:
     return 2 * largest_row + 1, int(torch.where(both, end, 1).max())
 
 
-def gram_matrices(
-    transfer: Tensor, depths: Tensor, support: Tensor, optics: Optics, width: int
-) -> tuple[Tensor, Tensor]:
-    """Return the matrices that `diffraction_gram` takes, complex128.
+def gram_matrices(scan: Scan) -> tuple[Tensor, Tensor]:
+    """Return the matrices that `diffraction_gram` takes, complex128, of a scan of evenly spaced slices.
 
     Illumination after illumination, so that no more than one's transfer functions are in memory.
-
-    Args:
-        transfer: As in `diffraction_forward`.
-        depths: As there, evenly spaced.
-        support: As there.
-        optics: As there.
-        width: Columns of the images.
     """
-    height, device, n = support.shape[1], support.device, len(depths)
+    support, width = scan.support, scan.width
+    height, device, n = support.shape[1], support.device, len(scan.depths)
     auto = torch.zeros(n, height, width, dtype=torch.complex128, device=device)
     rows, columns = gram_shape(support, width)
     pairs = torch.zeros(n, n, rows, columns, dtype=torch.complex128, device=device)
     i = torch.arange(-(rows // 2), rows // 2 + 1, device=device)[:, None]
     j = torch.arange(1 - columns, columns, device=device)
     numbers = reference.signed_frequencies(height, device)
-    for frequency, ends in zip(transfer, support, strict=True):
-        one = (frequency[None], depths, ends[None], optics, width)
+    for light, ends in enumerate(support):
+        one = scan.only(light)
         used = ends[:, 0] < ends[:, 1]
         if not bool(used.any()):
             continue
         k = numbers[used][:, None]
         m = torch.arange(int(ends[used, 0].min()), int(ends[used, 1].max()), device=device)
-        h = transfer_at(*one, k, m)[0]
+        h = transfer_at(one, k, m)[0]
         auto[:, k, m] += 2 * h[:1] * h.conj()
-        box = transfer_at(*one, i, j)[0].conj()
+        box = transfer_at(one, i, j)[0].conj()
         here, there = box[..., columns - 1 :], box.flip(1, 2)[..., columns - 1 :]
         pairs += 2 * here[:, None] * there[None]
     return auto, pairs
 
 
-def normal_matrices(
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    optics: Optics,
-    width: int,
-    rows: Tensor,
-    columns: Tensor,
-) -> Tensor:
+def normal_matrices(scan: Scan, rows: Tensor, columns: Tensor) -> Tensor:
     """Return A^T A at some frequencies u: Hermitian matrices (n, 2 Z, 2 Z) for (X(u), conj X(-u)), complex128.
 
     Args:
-        transfer: As in `diffraction_forward`.
-        depths: As there.
-        support: As there.
-        optics: As there.
-        width: Columns of the images.
+        scan: The scan.
         rows: Row frequency numbers (n,), int64, signed or as indices of the transform.
         columns: Column frequency numbers (n,).
     """
-    scan = (transfer, depths, support, optics, width)
-    h = torch.cat((transfer_at(*scan, rows, columns), transfer_at(*scan, -rows, -columns).conj()), 1)
+    h = torch.cat((transfer_at(scan, rows, columns), transfer_at(scan, -rows, -columns).conj()), 1)
     h = h.permute(2, 0, 1)  # (n, L, 2 Z)
     return 2 * h.mH @ h

@@ -234,6 +234,10 @@ class DiffractionTomography(MeasurementOperator):
     def _scan(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.transfer, self.depths, self.support
 
+    @property
+    def _whole(self) -> _matrices.Scan:
+        return _matrices.Scan(*self._scan, self.optics, self.image_shape[2])
+
     def _check(self, name: str, value: Tensor, shape: tuple[int, ...], *, is_complex: bool) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -290,7 +294,7 @@ class DiffractionTomography(MeasurementOperator):
         """Return the Gram matrices, built when they are first needed."""
         if self._matrices is None or self._matrices[0].dtype != like.dtype:
             with torch.inference_mode(False), torch.no_grad():
-                auto, pairs = _matrices.gram_matrices(*self._scan, self.optics, self.image_shape[2])
+                auto, pairs = _matrices.gram_matrices(self._whole)
                 self._matrices = auto.to(like.dtype), pairs.to(like.dtype)
         return self._matrices
 
@@ -375,7 +379,7 @@ class DiffractionTomography(MeasurementOperator):
         return _blocks.expected_smoothness(self.n_blocks, size, self.norm_squared(), largest)
 
     def _normal_matrices(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return _matrices.normal_matrices(*self._scan, self.optics, self.image_shape[2], rows, columns)
+        return _matrices.normal_matrices(self._whole, rows, columns)
 
     def _traces(self, illumination: int | None = None) -> Tensor:
         """Return the traces of A^T A at the half plane's frequencies (H, W // 2 + 1), of all or one illumination."""
@@ -389,9 +393,7 @@ class DiffractionTomography(MeasurementOperator):
             j = torch.arange(int(ends[used, 0].min()), int(ends[used, 1].max()), device=ends.device)
             stored = self.transfer.is_complex()
             depths = self.depths if stored else self.depths[:1]
-            h = _matrices.transfer_at(
-                self.transfer[one : one + 1], depths, self.support[one : one + 1], self.optics, width, used, j
-            )[0]
+            h = _matrices.transfer_at(self._whole.only(one)._replace(depths=depths), used, j)[0]
             power[used, j] += h.abs().square().sum(0) * (1 if stored else n)
         mirrored = power.flip(0, 1).roll((1, 1), (0, 1))
         return 2 * (power + mirrored)[:, : width // 2 + 1]

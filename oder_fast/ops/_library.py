@@ -49,13 +49,11 @@ def register(
     *,
     variables: Sequence[int] = (0,),
     jvp: Callable[..., Any] | None = None,
-    any_strides: bool = False,
 ) -> None:
     """Register one operator that `LIBRARY.define` has declared, for CPU and CUDA tensors.
 
     Compiled code reads tensors by address, so `impl` is given contiguous ones, whatever views callers pass and autograd
-    sends back; with `any_strides` it takes them as they come. Pending conjugations, negations and zeros are torch's:
-    it resolves them before it calls a kernel.
+    sends back. Pending conjugations, negations and zeros are torch's: it resolves them before it calls a kernel.
 
     Args:
         name: Of the operator.
@@ -66,7 +64,6 @@ def register(
             they are there.
         variables: Positions of the tensors in which, together, the operator is linear; the others have no derivative.
         jvp: From ``ctx`` and the tangents to those of the results, where it is not linear.
-        any_strides: See above.
     """
 
     def keep_the_rest(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -74,7 +71,7 @@ def register(
 
     setup = setup or keep_the_rest
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, impl if any_strides else lambda *args: impl(*contiguous(args)), key)
+        LIBRARY.impl(name, lambda *args: impl(*contiguous(args)), key)
     torch.library.register_fake(f"oder_fast::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"oder_fast::{name}", backward, setup_context=setup, lib=LIBRARY)
 

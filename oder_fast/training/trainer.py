@@ -324,7 +324,7 @@ class Trainer:
             return "the denoiser cannot be copied, so how long this takes will be seen"
         image = as_channels(self.sample.to(self.device))
         call = both = math.inf
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # The first call makes what later ones find; the machine may have other things to do.
             begin, rounds = clock(self.device), 0
             while rounds < 2 or (rounds < 10 and clock(self.device) - begin < 1):
