@@ -75,6 +75,13 @@ def _acceleration(text: str) -> float:
     return value
 
 
+def _said(error: Exception) -> str:
+    """Return the message of an error; that of a file names the file, not a number of the system."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     needs("demo", *EVERY_PACKAGE)
     from ._demo import common, ct, idt, mri
@@ -90,13 +97,13 @@ def _demo(arguments: argparse.Namespace) -> int:
         else:
             idt.run(idt.Settings(input=None, array=None, **settings))
     except common.BadInputError as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 2
     except FixedPointError as error:
         print(f"oder-fast: {error}; here: raise --minibatch or --steps", file=sys.stderr)
         return 1
     except (OSError, RunError) as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -112,7 +119,7 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer = Trainer(read_configuration(arguments.configuration, overrides))
         outcome = trainer.fit(resume=arguments.resume)
     except (ConfigurationError, LostProcessError, RunError, ValueError, OSError) as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError | RunError) else 2
     if int(os.environ.get("RANK", "0")) == 0:
         known = outcome.best is not None and math.isfinite(outcome.psnr)
@@ -136,10 +143,10 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     try:
         report = reconstruct_files(**options)
     except RunError as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 2
     done, skipped = len(report.done), len(report.skipped)
     before = f", {skipped} were done before" if skipped else ""
@@ -430,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except MissingPackageError as error:
-        print(f"oder-fast: {error}", file=sys.stderr)
+        print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "; the same command goes on from here" if given[:1] == ["reconstruct"] else ""

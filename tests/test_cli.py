@@ -567,3 +567,13 @@ def test_no_command_says_what_is_missing(capsys):
         main([])
     assert stop.value.code == 2
     assert "command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train", "nowhere.yaml"), ("reconstruct", "nowhere.yaml", "scans", "--output", "out")]
+)
+def test_a_file_that_is_not_there_is_named(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "oder-fast: nowhere.yaml: No such file or directory\n"
+    assert not list(tmp_path.iterdir())
