@@ -1,4 +1,7 @@
+import multiprocessing
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 
 from oder_fast import data
 from oder_fast.data import kspace as ks
+from oder_fast.data.hdf5 import open_hdf5
 
 H, W = 16, 12
 
@@ -326,6 +330,37 @@ def test_many_ismrmrd_lines_are_read_in_blocks(tmp_path):
     np.testing.assert_array_equal(
         ks.read_kspace(tmp_path / "scan.h5", slice(20, 50, 7)).kspace, values[20:50:7]
     )
+
+
+def test_ismrmrd_is_read_by_several_threads_at_once(tmp_path):
+    values = noise(4, 2, H, W)
+    lines = [one for s in range(4) for one in scan_lines(values[s], range(W), slice=s)]
+    write_ismrmrd(tmp_path / "scan.h5", lines)
+    with ThreadPoolExecutor(8) as threads:
+        for read in threads.map(ks.read_kspace, 200 * [tmp_path / "scan.h5"]):
+            np.testing.assert_array_equal(read.kspace, values)
+
+
+def test_a_fork_reads_while_a_thread_of_its_parent_does(tmp_path):
+    write_fastmri(tmp_path / "fast.h5", noise(1, 2, H, W))
+    opened, over = threading.Event(), threading.Event()
+
+    def hold():
+        with open_hdf5(tmp_path / "fast.h5"):
+            opened.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    opened.wait()
+    child = multiprocessing.get_context("fork").Process(target=ks.read_kspace, args=(tmp_path / "fast.h5",))
+    child.start()
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    over.set()
+    thread.join()
+    assert code == 0
 
 
 def test_ismrmrd_repeated_lines_are_averaged(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +23,25 @@ HEAP = b"GCOL\x01\0\0\0"
 SMALLEST_HEAP = 4096
 """Bytes of one."""
 
+_one_at_a_time = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Take a lock of its own for a forked process: the thread that held the other is not there to give it back."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
-    """Open an HDF5 file for reading.
+    """Open an HDF5 file for reading; another thread that opens one waits until it is closed.
+
+    HDF5 keeps the type of a dataset for all who have its file open. Where the type is a compound with a part of
+    variable length, as in ISMRMRD, it refers to the first who read it, and once that one has closed the file the
+    others crash (https://github.com/h5py/h5py/issues/2920). It reads for one thread at a time anyway.
 
     Raises:
         ValueError: Where one of its links points to another file.
@@ -36,7 +53,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         # Links that point into the same file can leave it only by way of another link.
         return None if link.type in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT) else name
 
-    with h5py.File(path, "r") as file:
+    with _one_at_a_time, h5py.File(path, "r") as file:
         # Links are not followed here, so that nothing else is opened.
         found = file.id.links.visit(outward, info=True)
         if found is not None:
