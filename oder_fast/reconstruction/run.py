@@ -22,7 +22,6 @@ from ..data.dicom import NoImageError
 from ..data.files import first_bad
 from ..data.writers import HOLD_VOLUMES
 from ..denoisers.call import as_channels
-from ..operators import CartesianMRI
 from ..training import configuration as settings
 from ..training.configuration import ConfigurationError, explain
 from ..training.model import autocast, load_model, make_model, solve
@@ -239,7 +238,6 @@ class _Run(Task):
         self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
         self.digest = digest_of(checkpoint)
         self.source = Source(self.scan, configuration, choices, self.image_shape)
-        self.mri, self.idt = self.source.mri, self.source.idt
 
     def _override(self, solver: Mapping[str, float | None]) -> None:
         section = self.configuration.red
@@ -281,7 +279,7 @@ class _Run(Task):
         self, inputs: list[Path], output: Path, batch: int, workers: int, overwrite: bool, progress: bool
     ) -> Report:
         """Do it all."""
-        found = find_files(inputs, output, self.idt and not self.choices.simulate)
+        found = find_files(inputs, output, self.scan.is_intensity and not self.choices.simulate)
         jobs, failed = self._plan(found)
         name_outputs(jobs)
         taken: dict[str, Job] = {}
@@ -370,7 +368,7 @@ class _Run(Task):
             self.scan.check(shape, self.scan.is_complex)
             operator = self.scan.operator(shape)
             size = self.model.step.minibatch_size
-            if size is not None and size > operator.n_blocks and not self.mri:
+            if size is not None and size > operator.n_blocks and not self.scan.is_kspace:
                 return f"minibatch: must be at most the {operator.n_blocks} blocks, got {size}"
             kind = torch.complex64 if self.scan.is_complex else torch.float32
             channels = as_channels(torch.zeros(1, *shape, dtype=kind, device=self.device))
@@ -463,40 +461,20 @@ class _Run(Task):
 
     def _measure(self, items: Sequence[Item]) -> tuple[Measured, list[float], list[float]]:
         """Return the data in the unit of the model, and value and span of the files' that it sees as 0 and as 1."""
-        low, span = [item.low for item in items], [item.span for item in items]
+        span = [item.span for item in items]
         samples = [item.sample for item in items if item.sample is not None]
         if samples:
             generators = [torch.Generator().manual_seed(item.seed) for item in items]
             with torch.no_grad():
-                return self.scan.measure(collate(samples).to(self.device), generators), low, span
-        data = torch.stack([item.data for item in items if item.data is not None]).to(self.device)
-        operator: Any
-        if self.mri:
-            coil_maps = torch.stack([item.maps for item in items if item.maps is not None])
-            masks = torch.stack([item.mask for item in items if item.mask is not None])
-            operator = CartesianMRI(coil_maps.to(self.device), masks.to(self.device))
-        else:
-            operator = self.scan.operator(self.image_shape).to(self.device)
-        if self.idt:
-            unit: float = self.configuration.operator.contrast_unit  # type: ignore[union-attr]
-            return Measured(operator, data), low, [unit] * len(items)
-        scale = self.source.scale
-        if isinstance(scale, tuple) and not self.mri:
-            bottom, top = scale
-            if bottom:
-                data = data - bottom * operator(torch.ones(1, *self.image_shape, device=self.device))
-            return (
-                Measured(operator, data / (top - bottom)),
-                [bottom] * len(items),
-                [top - bottom] * len(items),
-            )
-        if scale != "none":
-            with torch.no_grad():
-                largest = operator.initial(data).abs().flatten(1).amax(1)
-            largest = torch.where(largest > 0, largest, 1)
-            data = data / largest.reshape(-1, *(1,) * (data.ndim - 1))
-            span = [s * n for s, n in zip(span, largest.tolist(), strict=True)]
-        return Measured(operator, data), low, span
+                measured = self.scan.measure(collate(samples).to(self.device), generators)
+            return measured, [item.low for item in items], span
+        data, maps, masks = (
+            [value.to(self.device) for value in values if value is not None]
+            for values in zip(*((item.data, item.maps, item.mask) for item in items), strict=True)
+        )
+        operator = self.scan.operator_of(self.image_shape, maps, masks).to(self.device)
+        measured, low, unit = self.scan.scaled(Measured(operator, torch.stack(data)), self.source.scale)
+        return measured, low, [s * u for s, u in zip(span, unit, strict=True)]
 
     def _compare(self, truth: Tensor, image: Tensor, start: Tensor) -> list[float]:
         truth, image, start = (self.scan.show(values) for values in (truth, image, start))
@@ -539,7 +517,7 @@ class _Run(Task):
 
     def _like(self, job: Job) -> Path | None:
         """Return the file whose header is carried over; of k-space the voxel size was read along."""
-        is_image = self.choices.simulate and not job.is_kspace and not self.idt
+        is_image = self.choices.simulate and not job.is_kspace and self.scan.axes == 2
         return job.path if is_image and is_picture(job.path) else None
 
 

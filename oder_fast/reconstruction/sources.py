@@ -27,7 +27,7 @@ from ..data.matlab import is_matlab_file
 from ..data.nifti import is_nifti, nifti_layout
 from ..operators import CartesianMRI
 from ..training.configuration import Configuration
-from ..training.scans import IDTScan, MRIScan, Scan
+from ..training.scans import Scan
 from ..training.stream import seed_of
 from .jobs import Choices, InputError, Item, Job, is_picture, label_of, led_files
 
@@ -48,8 +48,6 @@ class Source:
         scale: How values come to the model's unit.
         array: Which array of files that hold several.
         select: Counters of the acquisitions of ISMRMRD files.
-        mri: Whether the scan is one of MRI.
-        idt: Whether it is one of diffraction tomography.
 
     Raises:
         InputError: For choices that are not for this scan, or coil maps that are none.
@@ -60,17 +58,16 @@ class Source:
     ) -> None:
         self.scan, self.configuration, self.choices = scan, configuration, choices
         self.image_shape = image_shape
-        self.mri, self.idt = isinstance(self.scan, MRIScan), isinstance(self.scan, IDTScan)
         scale: Scale = configuration.data.scale if choices.scale is None else choices.scale
-        self.scale: Scale = "none" if self.idt else scale
+        self.scale: Scale = scale if scan.unit is None else "none"
         self.array = choices.array or configuration.data.array
         self.select = dict(configuration.data.select if choices.select is None else choices.select)
         self.maps = self._read_maps()
         for name, value, kind, wanted in (
-            ("normalize", choices.normalize, "intensities", self.idt and not choices.simulate),
-            ("select", choices.select, "k-space", self.mri),
-            ("maps", choices.maps, "k-space", self.mri),
-            ("image_size", choices.image_size, "sinograms", not self.mri and not choices.simulate),
+            ("normalize", choices.normalize, "intensities", scan.is_intensity and not choices.simulate),
+            ("select", choices.select, "k-space", scan.is_kspace),
+            ("maps", choices.maps, "k-space", scan.is_kspace),
+            ("image_size", choices.image_size, "sinograms", not scan.is_kspace and not choices.simulate),
         ):
             if value and not wanted:
                 raise InputError(f"{name}: is for {kind} that were measured")
@@ -103,19 +100,18 @@ class Source:
         hint = "it holds images; give --simulate (simulate=True) to measure and reconstruct them"
         if is_picture(path):
             raise ValueError(f"{path}: {hint}")
-        if self.mri:
+        if self.scan.is_kspace:
             with naming(path):
                 selections = kspace_selections(path, self.select)
             return [self._inspect_kspace(path, name, one) for one in selections]
         shape, is_complex = self._layout(path)
         wanted = self._data_shape(path)
-        axes = "(V, D)" if not self.idt else "(L, H, W)"
         if is_complex or shape[-len(wanted) :] != wanted or len(shape) - len(wanted) not in (0, 1):
             image = self.image_shape[-2:]
-            looks = f" (or {hint})" if shape[-2:] == image and not self.idt else ""
+            looks = f" (or {hint})" if shape[-2:] == image != wanted[-2:] else ""
             raise ValueError(
-                f"{path}: measurements must be {axes} = {wanted} or several of them, for images of {image[0]} by "
-                f"{image[1]}, got {'complex ' if is_complex else ''}{shape}; the run's "
+                f"{path}: measurements must be {self.scan.data_axes} = {wanted} or several of them, for images of "
+                f"{image[0]} by {image[1]}, got {'complex ' if is_complex else ''}{shape}; the run's "
                 f"geometry is fixed, so train with this scan's, or give another image size (--image-size){looks}"
             )
         count = shape[0] if len(shape) > len(wanted) else 1
@@ -133,8 +129,8 @@ class Source:
 
     def _is_kspace(self, path: Path) -> bool:
         """Tell whether a file to be measured holds all of k-space, which is then undersampled, and not images."""
-        if not self.mri or is_hdf5(path) or is_matlab_file(path):
-            return self.mri
+        if not self.scan.is_kspace or is_hdf5(path) or is_matlab_file(path):
+            return self.scan.is_kspace
         if path.suffix.lower() != ".npz" or self.array not in (None, "kspace"):
             return False
         with naming(path), np.load(path, allow_pickle=False) as archive:
@@ -169,13 +165,13 @@ class Source:
             raise ValueError(
                 f"{path}: of a DICOM file of several frames no header can be carried over; take nifti or tiff"
             )
-        is_complex = self.idt or self._holds_complex(path)
+        is_complex = self.scan.axes == 3 or self._holds_complex(path)
         if is_complex and not self.scan.is_complex:
             raise ValueError(f"{path}: its images are complex, and this model's are real")
         return Job(path, name, len(images), shape, shape, is_complex, True)
 
     def _images(self, path: Path) -> ImageFolder:
-        return ImageFolder([path], scale="none", array=self._array(path), volumes=self.idt)
+        return ImageFolder([path], scale="none", array=self._array(path), volumes=self.scan.axes == 3)
 
     def _holds_complex(self, path: Path) -> bool:
         if is_nifti(path):
@@ -185,7 +181,11 @@ class Source:
 
     def _array(self, path: Path) -> str | None:
         """Return the name of the array to be read, of files that have names."""
-        named = path.suffix.lower() == ".npz" or is_matlab_file(path) or (not self.mri and is_hdf5(path))
+        named = (
+            path.suffix.lower() == ".npz"
+            or is_matlab_file(path)
+            or (not self.scan.is_kspace and is_hdf5(path))
+        )
         return self.array.strip("/") if named and self.array is not None else None
 
     def _layout(self, path: Path) -> tuple[tuple[int, ...], bool]:
@@ -194,7 +194,7 @@ class Source:
 
     def read(self, job: Job, chunk: slice | None) -> list[Item]:
         """Read some images of a file, or all of them."""
-        if self.mri and job.is_kspace:
+        if job.is_kspace:
             return self._read_kspace(job, chunk)
         if self.choices.simulate:
             return self._read_images(job, chunk)
@@ -218,8 +218,7 @@ class Source:
             seed = seed_of(self.configuration.seed, "reconstruction", job.name, k)
             generator = torch.Generator().manual_seed(seed_of(seed, "phase"))
             sample = self.scan.prepare(sample._replace(image=image), generator)
-            if self.idt:
-                span *= self.configuration.operator.contrast_unit  # type: ignore[union-attr]
+            span *= self.scan.unit or 1.0
             items.append(Item(job, k, sample=sample, low=low, span=span, seed=seed))
         return items
 

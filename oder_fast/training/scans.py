@@ -22,6 +22,7 @@ from ..data import (
     random_lines,
     smooth_phase,
 )
+from ..data.datasets import Scale
 from ..data.samples import Batch, Sample
 from ..operators import CartesianMRI, DiffractionTomography, ParallelBeamCT
 from . import configuration as settings
@@ -50,10 +51,20 @@ class Scan(ABC):
     Attributes:
         nonnegative: Whether images have no values below 0.
         is_complex: Whether images are complex.
+        axes: Of an image: 2, or 3 of a volume.
+        data_axes: What is measured of an image, for messages.
+        is_kspace: Whether data are k-space, which brings coil maps and a mask of its own.
+        is_intensity: Whether data are intensities, one image for each LED, whose background may be unknown.
+        unit: Value that the denoiser sees as 1; None where each image is scaled.
     """
 
     nonnegative: ClassVar[bool] = False
     is_complex: ClassVar[bool] = False
+    axes: ClassVar[int] = 2
+    data_axes: ClassVar[str]
+    is_kspace: ClassVar[bool] = False
+    is_intensity: ClassVar[bool] = False
+    unit: float | None = None
 
     @property
     @abstractmethod
@@ -74,6 +85,21 @@ class Scan(ABC):
     def operator(self, shape: tuple[int, ...]) -> Any:
         """Return the operator of images of this shape; for MRI that of the birdcage and all of k-space."""
 
+    def operator_of(self, shape: tuple[int, ...], maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Any:
+        """Return the operator of measured data: that of images of this shape, or of the data's own maps and masks."""
+        return self.operator(shape)
+
+    def scaled(self, measured: Measured, scale: Scale) -> tuple[Measured, list[float], list[float]]:
+        """Return measured data in the unit of the model, and value and span of images that it sees as 0 and as 1."""
+        operator, data = measured
+        low, span = [0.0] * len(data), [1.0] * len(data)
+        if scale != "none":
+            with torch.no_grad():
+                largest = operator.initial(data).abs().flatten(1).amax(1)
+            largest = torch.where(largest > 0, largest, 1)
+            data, span = data / largest.reshape(-1, *(1,) * (data.ndim - 1)), largest.tolist()
+        return Measured(operator, data), low, span
+
     def prepare(self, sample: Sample, generator: torch.Generator) -> Sample:
         """Return a sample as it is reconstructed: in the unit and of the kind that the denoiser sees."""
         return sample
@@ -89,15 +115,13 @@ class Scan(ABC):
             ValueError: With what is wanted and what there is.
         """
         kind = "complex" if self.is_complex else "real"
-        if is_complex != self.is_complex or len(shape) != self._axes:
-            axes = ", ".join("ZHW"[-self._axes :])
+        if is_complex != self.is_complex or len(shape) != self.axes:
+            axes = ", ".join("ZHW"[-self.axes :])
             got = "complex" if is_complex else "real"
             raise ValueError(
                 f"{type(self).__name__.removesuffix('Scan')} takes {kind} images ({axes}), got {got} ones of shape "
                 f"{shape}"
             )
-
-    _axes: ClassVar[int] = 2
 
 
 def make_scan(section: settings.CT | settings.MRI | settings.IDT) -> Scan:
@@ -124,6 +148,7 @@ class CTScan(Scan):
     """Sinograms; the geometry goes with the size of the images."""
 
     nonnegative = True
+    data_axes = "(V, D)"
 
     def __init__(self, section: settings.CT) -> None:
         self.section = section
@@ -150,6 +175,16 @@ class CTScan(Scan):
             self._operators[shape] = operator
         return self._operators[shape]
 
+    def scaled(self, measured: Measured, scale: Scale) -> tuple[Measured, list[float], list[float]]:
+        """Scale by the window of the images, or each by its start."""
+        if isinstance(scale, str):
+            return super().scaled(measured, scale)
+        (operator, data), (low, high) = measured, scale
+        n, span = len(data), high - low
+        if low:
+            data = data - low * operator(torch.ones(1, *operator.image_shape, device=data.device))
+        return Measured(operator, data / span), [low] * n, [span] * n
+
     def measure(self, batch: Batch, generators: Generators) -> Measured:
         """Project images, and add noise."""
         image = batch.image
@@ -168,6 +203,8 @@ class MRIScan(Scan):
     """K-space, undersampled; each image with a mask of its own, and with its coil maps where it has some."""
 
     is_complex = True
+    is_kspace = True
+    data_axes = "(C, H, W)"
 
     def __init__(self, section: settings.MRI) -> None:
         self.section = section
@@ -196,6 +233,12 @@ class MRIScan(Scan):
     def operator(self, shape: tuple[int, ...]) -> CartesianMRI:
         """Return the operator of the birdcage and all of k-space."""
         return CartesianMRI(self.birdcage(shape), torch.ones(shape[1], dtype=torch.bool))
+
+    def operator_of(
+        self, shape: tuple[int, ...], maps: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> CartesianMRI:
+        """Return the operator of these maps and masks."""
+        return CartesianMRI(torch.stack([*maps]), torch.stack([*masks]))
 
     def draw_mask(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw a mask, bool, ``(W,)`` of lines or ``(H, W)`` of points."""
@@ -232,10 +275,12 @@ class IDTScan(Scan):
     """Intensities; images are contrasts in the configuration's unit."""
 
     is_complex = True
-    _axes = 3
+    axes = 3
+    data_axes = "(L, H, W)"
+    is_intensity = True
 
     def __init__(self, section: settings.IDT) -> None:
-        self.section = section
+        self.section, self.unit = section, section.contrast_unit
         self._operators: dict[tuple[int, ...], DiffractionTomography] = {}
 
     @property
@@ -246,6 +291,11 @@ class IDTScan(Scan):
     def prepare(self, sample: Sample, generator: torch.Generator) -> Sample:
         """Bring contrasts to the configuration's unit."""
         return sample._replace(image=sample.image / self.section.contrast_unit)
+
+    def scaled(self, measured: Measured, scale: Scale) -> tuple[Measured, list[float], list[float]]:
+        """Leave the data as they are: the operator takes contrasts in the configuration's unit."""
+        n = len(measured.data)
+        return measured, [0.0] * n, [self.section.contrast_unit] * n
 
     def show(self, image: Tensor) -> Tensor:
         """Return the phase part, less each slice's median: its mean hardly reaches the camera."""
