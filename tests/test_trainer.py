@@ -833,8 +833,8 @@ def test_the_moving_average(tmp_path):
 def test_a_model_loads_and_reconstructs_what_validation_saw(whole):
     model, scan, configuration, state = load_model(whole.best)
     assert state["image_shape"] == [16, 16]
+    from oder_fast.training.draws import seed_of
     from oder_fast.training.sets import make_sets
-    from oder_fast.training.stream import seed_of
 
     _, validation = make_sets(configuration)
     g = torch.Generator().manual_seed(seed_of(configuration.seed, "validation", 0))

@@ -24,7 +24,7 @@ from ..fixed_point import Anderson, Nesterov
 from ..operators import MeasurementOperator
 from ..red import GradientStep
 from ..training import Trainer, read_configuration
-from ..training.stream import seed_of
+from ..training.draws import seed_of
 
 FILES = ("figure.png", "arrays.npz", "denoiser.pt")
 SMALLEST = 16
@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingPlan:
     """How a denoiser is made and trained.
 
     Attributes:
@@ -142,7 +142,7 @@ class Result:
         draw_data: Draws the measurements into an axis.
         remarks: Sentences of the demonstration's own.
         arrays: What arrays.npz holds.
-        recipe: Of the denoiser.
+        plan: Of the denoiser.
         views: Of the images; errors are shown in the first.
     """
 
@@ -153,7 +153,7 @@ class Result:
     draw_data: Callable[[Any], None]
     remarks: list[str]
     arrays: dict[str, Tensor]
-    recipe: Recipe
+    plan: TrainingPlan
     denoiser: DnCNN
     views: tuple[View, ...] = field(default=(View("", lambda image: image),))
 
@@ -292,7 +292,7 @@ class Drawn(Dataset[Sample]):
 
 def train(
     settings: Settings,
-    recipe: Recipe,
+    plan: TrainingPlan,
     operator: Mapping[str, Any],
     draw: Callable[[torch.Generator], Tensor],
     tau: float,
@@ -301,20 +301,20 @@ def train(
 
     Args:
         settings: The user's.
-        recipe: Of the denoiser.
+        plan: Of the denoiser.
         operator: Of small scans, as in a configuration.
         draw: Draws an image.
         tau: Weight of the prior in small scans.
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        denoiser = recipe.kind(**recipe.network)
+        denoiser = plan.kind(**plan.network)
     steps = (settings.steps, settings.fixed_point_steps)
     stages: list[dict[str, Any]] = [
         {"steps": n, "batch_size": batch, "learning_rate": rate, "schedule": "cosine", "ema": None}
-        for n, batch, rate in zip(steps, recipe.batches, recipe.learning_rates, strict=True)
+        for n, batch, rate in zip(steps, plan.batches, plan.learning_rates, strict=True)
     ]
-    drawn = max(n * batch for n, batch in zip(steps, recipe.batches, strict=True))
+    drawn = max(n * batch for n, batch in zip(steps, plan.batches, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         configuration = read_configuration(
             {
@@ -331,7 +331,7 @@ def train(
                 "output": folder,
                 "seed": settings.seed,
                 "device": "cpu",
-                "pretraining": stages[0] | {"sigma": recipe.sigma},
+                "pretraining": stages[0] | {"sigma": plan.sigma},
                 "training": stages[1],
             }
         )
@@ -465,9 +465,7 @@ def report(folder: Path, result: Result) -> None:
         figure.savefig(temporary, dpi=120)
     save_npz(folder / "arrays.npz", **result.arrays)
     with atomic(folder / "denoiser.pt") as temporary:
-        torch.save(
-            {"arguments": result.recipe.network, "state_dict": result.denoiser.state_dict()}, temporary
-        )
+        torch.save({"arguments": result.plan.network, "state_dict": result.denoiser.state_dict()}, temporary)
     print("Wrote " + ", ".join(str(folder / name) for name in FILES))
 
 

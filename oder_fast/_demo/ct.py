@@ -15,7 +15,7 @@ from ..operators import ParallelBeamCT
 from . import common
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
-RECIPE = common.Recipe(
+PLAN = common.TrainingPlan(
     network={"depth": 6, "width": 32, "bias": False}, sigma=(0.0, 0.03), learning_rates=(2e-3, 5e-4)
 )
 # Weight of the prior at 50 dB for each view (the normal operator grows with their number); it follows the
@@ -39,9 +39,9 @@ def run(settings: Settings) -> None:
     """
     minibatch = settings.minibatch or max(1, settings.views // 3)
     common.check_minibatch(minibatch, settings.views, "views")
-    truth, source = _read_truth(settings)
+    truth, name = _read_truth(settings)
     with common.working(settings):
-        common.report(settings.output, _compute(settings, truth, source, minibatch))
+        common.report(settings.output, _compute(settings, truth, name, minibatch))
 
 
 def _read_truth(settings: Settings) -> tuple[Tensor, str]:
@@ -49,10 +49,10 @@ def _read_truth(settings: Settings) -> tuple[Tensor, str]:
     if settings.input is None:
         from pydicom import examples
 
-        path, source = examples.get_path("ct"), "the CT slice pydicom.examples.ct"
+        path, name = examples.get_path("ct"), "the CT slice pydicom.examples.ct"
     else:
-        path, source = settings.input, str(settings.input)
-    return common.scaled(common.read_slice(path, settings.array), path), source
+        path, name = settings.input, str(settings.input)
+    return common.scaled(common.read_slice(path, settings.array), path), name
 
 
 def _tau(settings: Settings, ct: ParallelBeamCT) -> float:
@@ -65,20 +65,20 @@ def _train(settings: Settings, truth: Tensor) -> DnCNN:
     views = max(1, round(settings.views * common.PATCH / max(truth.shape)))
     return common.train(
         settings,
-        RECIPE,
+        PLAN,
         {"kind": "ct", "angles": views, "snr": settings.snr},
         lambda g: common.draw_image(images, g),
         _tau(settings, ParallelBeamCT(common.PATCH, views)),
     )
 
 
-def _compute(settings: Settings, truth: Tensor, source: str, minibatch: int) -> common.Result:
+def _compute(settings: Settings, truth: Tensor, name: str, minibatch: int) -> common.Result:
     height, width = truth.shape
     views = settings.views
     ct = ParallelBeamCT((height, width), views)
     sinogram = add_gaussian_noise(ct(truth[None]), settings.snr, settings.generator(0))
     setting = f"{height} x {width} pixels, {views} views, {settings.snr:g} dB"
-    common.say(f"Truth: {source}. Scan: {setting}; {minibatch} views a step in ODER.")
+    common.say(f"Truth: {name}. Scan: {setting}; {minibatch} views a step in ODER.")
     common.say(
         "The denoiser learns from random ellipses, photographs (scikit-image) and an MR slice (pydicom)."
     )
@@ -127,7 +127,7 @@ def _result(
             "red": red.value,
             "oder": oder.value,
         },
-        recipe=RECIPE,
+        plan=PLAN,
         denoiser=denoiser,
     )
 

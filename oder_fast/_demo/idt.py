@@ -93,10 +93,10 @@ def run(settings: Settings) -> None:
         common.report(settings.output, _compute(settings, minibatch))
 
 
-def _recipe(slices: int) -> common.Recipe:
+def _plan(slices: int) -> common.TrainingPlan:
     # The network sees all slices at once, which helps where the data do not tell them apart; it predicts the image,
     # simpler here than the noise of twice as many channels as slices.
-    return common.Recipe(
+    return common.TrainingPlan(
         network={"depth": 4, "width": 48, "in_channels": 2 * slices, "predicts": "image", "bias": False},
         sigma=(0.0, 0.1),
         learning_rates=(1.5e-3, 1e-4),
@@ -194,7 +194,7 @@ def _train(settings: Settings) -> DnCNN:
         **OPTICS,
     }
     return common.train(
-        settings, _recipe(settings.slices), operator, lambda g: _turned(volumes, g), _tau(settings)
+        settings, _plan(settings.slices), operator, lambda g: _turned(volumes, g), _tau(settings)
     )
 
 
@@ -311,7 +311,7 @@ def _result(
             "red": UNIT * red.value,
             "oder": UNIT * oder.value,
         },
-        recipe=_recipe(slices),
+        plan=_plan(slices),
         denoiser=denoiser,
         views=views,
     )

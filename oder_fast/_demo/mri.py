@@ -24,7 +24,7 @@ from . import common
 COILS = 8
 # Lines sampled fully in the centre: 8 % of all at R = 4, 4 % at R = 8.
 CENTER_TIMES_ACCELERATION = 0.32
-RECIPE = common.Recipe(
+PLAN = common.TrainingPlan(
     network={"depth": 5, "width": 32, "in_channels": 2, "bias": False},
     sigma=(0.0, 0.04),
     learning_rates=(2e-3, 4e-4),
@@ -53,12 +53,12 @@ class Slice:
     Attributes:
         image: Complex, magnitudes in [0, 1].
         stored: The magnitude as read, of full size, by which it would be known among the training images.
-        source: What to call it.
+        name: What to call it.
     """
 
     image: Tensor
     stored: Tensor
-    source: str
+    name: str
 
 
 def run(settings: Settings) -> None:
@@ -88,9 +88,9 @@ def _read_truth(settings: Settings) -> Slice:
     if settings.input is None:
         from pydicom import examples
 
-        path, source = examples.get_path("overlay"), "the abdominal MR slice pydicom.examples.overlay"
+        path, name = examples.get_path("overlay"), "the abdominal MR slice pydicom.examples.overlay"
     else:
-        path, source = settings.input, str(settings.input)
+        path, name = settings.input, str(settings.input)
     if path.name.endswith((".nii", ".nii.gz")):
         image = _read_nifti(path, settings.slice)
     elif settings.slice is not None:
@@ -102,7 +102,7 @@ def _read_truth(settings: Settings) -> Slice:
     if not image.is_complex():
         phase = smooth_phase(1, (image.shape[0], image.shape[1]), settings.generator(4))[0]
         image = torch.polar(image, phase)
-    return Slice(image, stored.abs(), source)
+    return Slice(image, stored.abs(), name)
 
 
 def _read_nifti(path: Path, number: int | None) -> Tensor:
@@ -178,7 +178,7 @@ def _train(settings: Settings, truth: Slice) -> DnCNN:
         "center_fraction": CENTER_TIMES_ACCELERATION / settings.acceleration,
         "snr": settings.snr,
     }
-    return common.train(settings, RECIPE, operator, lambda g: common.draw_image(images, g), _tau(settings))
+    return common.train(settings, PLAN, operator, lambda g: common.draw_image(images, g), _tau(settings))
 
 
 def _compute(
@@ -191,9 +191,7 @@ def _compute(
         f"{settings.snr:g} dB"
     )
     known = "estimated by ESPIRiT" if settings.estimate_maps else "known"
-    common.say(
-        f"Truth: {truth.source}. Scan: {setting}; {minibatch} coils a step in ODER; coil maps {known}."
-    )
+    common.say(f"Truth: {truth.name}. Scan: {setting}; {minibatch} coils a step in ODER; coil maps {known}.")
     common.say(
         "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
         "an MR slice (pydicom), with random smooth phases."
@@ -239,6 +237,6 @@ def _compute(
             "red": red.value,
             "oder": oder.value,
         },
-        recipe=RECIPE,
+        plan=PLAN,
         denoiser=denoiser,
     )

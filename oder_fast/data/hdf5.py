@@ -106,7 +106,7 @@ def check_heaps(file: Any) -> None:
     Raises:
         ValueError: For a heap whose objects do not fill it.
     """
-    with open(file.filename, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(file.filename, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(HEAP)
         while start >= 0:
             size = int.from_bytes(data[start + 8 : start + 16], "little")

@@ -394,7 +394,7 @@ def _acquisitions(group: Any, select: Mapping[str, int]) -> _Acquisitions:
     return _Acquisitions(root, header, heads, _select(heads["idx"], imaging, select), noise, left_out)
 
 
-class _Scan(NamedTuple):
+class _Slices(NamedTuple):
     """One image of each slice of an ISMRMRD group.
 
     Attributes:
@@ -420,7 +420,7 @@ class _Scan(NamedTuple):
     left_out: dict[str, int]
 
 
-def _scan(group: Any, select: Mapping[str, int]) -> _Scan:
+def _slices(group: Any, select: Mapping[str, int]) -> _Slices:
     root, header, heads, imaging, noise, left_out = _acquisitions(group, select)
     index = heads["idx"]
     for counter in DISTINCT:
@@ -451,7 +451,7 @@ def _scan(group: Any, select: Mapping[str, int]) -> _Scan:
     stored = Path(group.file.filename).stat().st_size
     check_size(f"its k-space of shape {shape}", 8 * math.prod(shape), stored, True)
     center = _phase_encoding(root)[0]
-    return _Scan(header, center, (height, width), heads, imaging, noise, numbers, coils[0], left_out)
+    return _Slices(header, center, (height, width), heads, imaging, noise, numbers, coils[0], left_out)
 
 
 def _reconciled(header: dict[str, Any], heads: NDArray[Any]) -> dict[str, Any]:
@@ -502,7 +502,7 @@ def _first_row(head: Any, n: int, height: int) -> int:
 def _read_ismrmrd(
     group: Any, slices: int | slice | None, select: Mapping[str, int]
 ) -> tuple[NDArray[Any], Tensor, dict[str, Any]]:
-    header, center, (height, width), heads, imaging, noise, numbers, coils, left_out = _scan(group, select)
+    header, center, (height, width), heads, imaging, noise, numbers, coils, left_out = _slices(group, select)
     data, index = dataset(group, "data"), heads["idx"]
     chosen = _chosen(slices, len(numbers))
     position = {number: s for s, number in enumerate(numbers[_as_slice(chosen)])}
@@ -542,13 +542,13 @@ def _read_ismrmrd(
 
 
 def _ismrmrd_signal(group: Any, select: Mapping[str, int]) -> list[int]:
-    scan = _scan(group, select)
-    data, index = dataset(group, "data"), scan.heads["idx"]
+    those = _slices(group, select)
+    data, index = dataset(group, "data"), those.heads["idx"]
     steps = index["kspace_encode_step_1"].astype(np.int64)
-    center = scan.size[1] // 2 if scan.center is None else scan.center
+    center = those.size[1] // 2 if those.center is None else those.center
     found = []
-    for s, number in enumerate(scan.slices):
-        lines = np.flatnonzero(scan.imaging & (index["slice"] == number))
+    for s, number in enumerate(those.slices):
+        lines = np.flatnonzero(those.imaging & (index["slice"] == number))
         # The central line alone is read of nearly all.
         lines = lines[np.argsort(np.abs(steps[lines] - center), kind="stable")]
         if any(np.any(data.fields("data")[line]) for line in lines.tolist()):
@@ -586,8 +586,8 @@ def _hdf5_header(path: Path, select: Mapping[str, int]) -> KSpaceHeader:
     with open_hdf5(path) as file:
         group = _ismrmrd_group(file, select)
         if group is not None:
-            scan = _scan(group, select)
-            return KSpaceHeader("ISMRMRD", (len(scan.slices), scan.coils, *scan.size), scan.header)
+            found = _slices(group, select)
+            return KSpaceHeader("ISMRMRD", (len(found.slices), found.coils, *found.size), found.header)
         count, *coils, height, width = _fastmri_kspace(file).shape
         metadata = _fastmri_metadata(file, height, width)
         return KSpaceHeader("fastMRI", (count, *(coils or [1]), height, width), metadata)

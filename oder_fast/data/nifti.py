@@ -122,8 +122,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], _Header, bool]]:
         file.seek(0)
         if compressed:
             with gzip.open(file) as unpacked:
-                stream: Any = unpacked
-                yield stream, _read_header(stream, None), True
+                content: Any = unpacked
+                yield content, _read_header(content, None), True
         else:
             yield file, _read_header(file, path.stat().st_size), False
 
@@ -141,9 +141,9 @@ def _kinds() -> tuple[Any, Any]:
     )
 
 
-def _read_header(stream: IO[bytes], size: int | None) -> _Header:
-    """Read the header at the beginning of a stream, of which the size is known or not."""
-    content = stream.read(540)
+def _read_header(file: IO[bytes], size: int | None) -> _Header:
+    """Read the header at the beginning of a file, of which the size is known or not."""
+    content = file.read(540)
     if content[344:347] == b"n+1":
         kind, length = _kinds()[0], 348
     elif content[4:7] == b"n+2":
@@ -220,24 +220,24 @@ def _values(header: _Header, content: bytes | bytearray, shape: tuple[int, ...])
 
 def nifti_slice(path: Path, number: int) -> NDArray[Any] | None:
     """Read one slice ``(H, W)`` of a volume, or None where the file is compressed and must be read as a whole."""
-    with _opened(path) as (stream, header, compressed):
+    with _opened(path) as (file, header, compressed):
         if compressed:
             return None
         one = header.size // header.shape[2]
-        stream.seek(header.start + number * one)
-        return _values(header, stream.read(one), header.shape[:2])
+        file.seek(header.start + number * one)
+        return _values(header, file.read(one), header.shape[:2])
 
 
 def _read(path: Path) -> tuple[NDArray[Any], Any]:
     """Read all values of a file, slices first, and its header."""
-    with _opened(path) as (stream, header, compressed):
-        stream.seek(header.start)
+    with _opened(path) as (file, header, compressed):
+        file.seek(header.start)
         # In parts: memory is taken for what is there, not for what the header says.
         content = bytearray()
-        while part := stream.read(min(2**24, header.size - len(content))):
+        while part := file.read(min(2**24, header.size - len(content))):
             content += part
         # The checksum is at the end.
-        while compressed and stream.read(2**20):
+        while compressed and file.read(2**20):
             pass
     return _values(header, content, header.shape), header.header
 

@@ -24,10 +24,10 @@ from ..data.writers import HOLD_VOLUMES
 from ..denoisers.call import as_channels
 from ..training import configuration as settings
 from ..training.configuration import ConfigurationError, explain
+from ..training.draws import seed_of
 from ..training.model import autocast, load_model, make_model, solve
 from ..training.processes import pick_device
 from ..training.scans import Measured
-from ..training.stream import seed_of
 from .jobs import (
     Choices,
     Format,
@@ -45,7 +45,7 @@ from .jobs import (
 )
 from .ledger import MEASURES, Ledger, digest_of
 from .pipeline import Pipeline, Task
-from .sources import Source
+from .reader import Reader
 
 SUFFIXES: Mapping[str, str] = {
     "dicom": ".dcm",
@@ -237,7 +237,7 @@ class _Run(Task):
         shape = tuple(state["image_shape"])
         self.image_shape: tuple[int, ...] = (*shape[:-2], *(choices.image_size or shape[-2:]))
         self.digest = digest_of(checkpoint)
-        self.source = Source(self.scan, configuration, choices, self.image_shape)
+        self.reader = Reader(self.scan, configuration, choices, self.image_shape)
 
     def _override(self, solver: Mapping[str, float | None]) -> None:
         section = self.configuration.red
@@ -260,10 +260,10 @@ class _Run(Task):
         if self.choices.maps is not None:
             chosen["maps"] = digest_of(Path(self.choices.maps))
         chosen |= {
-            "scale": self.source.scale,
+            "scale": self.reader.scale,
             "image_size": self.image_shape[-2:],
-            "array": self.source.array,
-            "select": self.source.select or None,
+            "array": self.reader.array,
+            "select": self.reader.select or None,
         }
         solver = {
             "tolerance": self.model.solver.tolerance,
@@ -342,7 +342,7 @@ class _Run(Task):
         fits: dict[tuple[int, ...], str | None] = {}
         for path, name, named in found:
             try:
-                those = self.source.inspect(path, name)
+                those = self.reader.inspect(path, name)
                 for shape in {job.image_shape for job in those}:
                     if shape not in fits:
                         fits[shape] = self._try(shape)
@@ -421,7 +421,7 @@ class _Run(Task):
 
     def read(self, job: Job, chunk: slice | None) -> list[Item]:
         """Read some images of a file, or all of them (in threads)."""
-        return self.source.read(job, chunk)
+        return self.reader.read(job, chunk)
 
     def solve(self, items: Sequence[Item]) -> list[Solved]:
         """Reconstruct images of equal shape; the results in the unit of their files."""
@@ -473,7 +473,7 @@ class _Run(Task):
             for values in zip(*((item.data, item.maps, item.mask) for item in items), strict=True)
         )
         operator = self.scan.operator_of(self.image_shape, maps, masks).to(self.device)
-        measured, low, unit = self.scan.scaled(Measured(operator, torch.stack(data)), self.source.scale)
+        measured, low, unit = self.scan.scaled(Measured(operator, torch.stack(data)), self.reader.scale)
         return measured, low, [s * u for s, u in zip(span, unit, strict=True)]
 
     def _compare(self, truth: Tensor, image: Tensor, start: Tensor) -> list[float]:

@@ -44,7 +44,7 @@ Threads = Annotated[int, Field(ge=1, le=2**10)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountFrom0 = Annotated[int, Field(ge=0, le=10**9)]
 Name = Annotated[str, AfterValidator(_named)]
-Source = Name | Annotated[list[Name], Field(min_length=1)]
+Names = Name | Annotated[list[Name], Field(min_length=1)]
 
 MOST_VALUES = 100_000
 """Values in a configuration."""
@@ -198,8 +198,8 @@ class Data(_Section):
         workers: Processes that load.
     """
 
-    train: Source | None = None
-    validation: Source | None = None
+    train: Names | None = None
+    validation: Names | None = None
     validation_share: Share = 0.1
     phantoms: PhantomsSection | None = None
     kspace: bool = False

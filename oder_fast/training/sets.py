@@ -36,20 +36,20 @@ def training_transform(section: settings.Data) -> Compose:
     return Compose(transforms)
 
 
-def _files(source: settings.Source, configuration: Configuration) -> Samples:
+def _files(names: settings.Names, configuration: Configuration) -> Samples:
     section, kind = configuration.data, configuration.operator.kind
     dataset: Samples
     if section.kspace:
-        scans = KSpaceFolder(source, array=section.array, select=section.select, cache=section.cache)
-        other = next((k for k, n in enumerate(scans.coils) if n != scans.coils[0]), None)
+        folder = KSpaceFolder(names, array=section.array, select=section.select, cache=section.cache)
+        other = next((k for k, n in enumerate(folder.coils) if n != folder.coils[0]), None)
         if other is not None and configuration.training.steps and configuration.training.batch_size > 1:
             raise ValueError(
-                f"{scans.names[0]} has {scans.coils[0]} coils and {scans.names[other]} {scans.coils[other]}, "
+                f"{folder.names[0]} has {folder.coils[0]} coils and {folder.names[other]} {folder.coils[other]}, "
                 "which fit in no batch: set training.batch_size to 1"
             )
-        dataset = scans
+        dataset = folder
     else:
-        dataset = ImageFolder(source, scale=section.scale, array=section.array, volumes=kind == "idt")
+        dataset = ImageFolder(names, scale=section.scale, array=section.array, volumes=kind == "idt")
     return dataset if section.cache is None else Cached(dataset, section.cache)
 
 

@@ -44,6 +44,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .configuration import Configuration, ConfigurationError, differences
+from .draws import Draws, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
 from .logs import SOLVED, Logs, Silence, clock, draw_images, duration
 from .losses import total_loss
 from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
@@ -61,7 +62,6 @@ from .processes import (
 from .report import STAGES, write_report
 from .scans import make_scan
 from .sets import make_sets, training_transform
-from .stream import Stream, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
 
 SMALLEST = 7
 """Rows and columns that the structural similarity of validation images needs."""
@@ -213,7 +213,7 @@ class Trainer:
         try:
             whole = self.scan.prepare(checked(self.validation_set[0]), torch.Generator()).image
             self.image_shape = tuple(whole.shape)
-            batch, seeds = collate_seeded([self._stream(1)[0]])
+            batch, seeds = collate_seeded([self._draws(1)[0]])
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"data: {error}") from error
         self.largest = float(batch.image.abs().max())
@@ -444,16 +444,16 @@ class Trainer:
 
     # -------------------------------------------------------------- data
 
-    def _stream(self, stage: int) -> Stream:
+    def _draws(self, stage: int) -> Draws:
         key = (self.configuration.seed, "training", stage)
         transform = training_transform(self.configuration.data)
-        return Stream(self.train_set, transform, self.scan, key, with_kspace=stage == 1)
+        return Draws(self.train_set, transform, self.scan, key, with_kspace=stage == 1)
 
     def _loader(self) -> Iterator[tuple[Batch, list[int]]]:
         section, workers = self.stages[self.position.stage], self.configuration.data.workers
         return iter(
             DataLoader(
-                self._stream(self.position.stage),
+                self._draws(self.position.stage),
                 batch_sampler=positions(self.position.step, section.batch_size),
                 num_workers=workers,
                 collate_fn=collate_seeded,

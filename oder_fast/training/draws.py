@@ -18,7 +18,7 @@ from ..data.samples import Batch, Sample, collate
 from .processes import rank, world_size
 from .scans import Scan
 
-DRAWS = 100
+TRIES = 100
 """How many images are drawn until one is not 0 everywhere."""
 
 
@@ -36,7 +36,7 @@ def seed_generators(*key: Any) -> None:
     torch.manual_seed(seed)
 
 
-class Stream(Dataset[tuple[Sample, int]]):
+class Draws(Dataset[tuple[Sample, int]]):
     """Samples by their position in the run: epoch after epoch, each in an order of its own."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Stream(Dataset[tuple[Sample, int]]):
         g = torch.Generator().manual_seed(seed_of(*self.key, "sample", position))
         index = self._order[1][place]
         seed_generators(*self.key, "reading", position)
-        for _ in range(DRAWS):
+        for _ in range(TRIES):
             sample = checked(self.samples[index])
             if not self.with_kspace:
                 sample = sample._replace(kspace=None, maps=None)
@@ -63,7 +63,7 @@ class Stream(Dataset[tuple[Sample, int]]):
                 return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
             # An empty slice or patch, as volumes have at their ends, has nothing to be measured: another one.
             index = int(torch.randint(len(self.samples), (), generator=g))  # type: ignore[arg-type]
-        raise ValueError(f"{sample.name}: of {DRAWS} images or patches drawn after it all are 0 everywhere")
+        raise ValueError(f"{sample.name}: of {TRIES} images or patches drawn after it all are 0 everywhere")
 
 
 def checked(sample: Any) -> Sample:

@@ -27,15 +27,15 @@ from ..data.matlab import is_matlab_file
 from ..data.nifti import is_nifti, nifti_layout
 from ..operators import CartesianMRI
 from ..training.configuration import Configuration
+from ..training.draws import seed_of
 from ..training.scans import Scan
-from ..training.stream import seed_of
 from .jobs import Choices, InputError, Item, Job, is_picture, label_of, led_files
 
 FULL = 0.95
 """Share of its samples that are not 0 from which on a line of k-space counts as measured: some may be 0 by chance."""
 
 
-class Source:
+class Reader:
     """Looks at files, and reads from them what a scan of a run is to be reconstructed of.
 
     Args:
