@@ -30,6 +30,16 @@ def constant(op: str, name: str, value: Tensor) -> None:
         raise RuntimeError(f"{op}: {name} has no derivative; detach it")
 
 
+def fixed(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a tensor that is not differentiable is on the device of another."""
+    if value.requires_grad:
+        raise ValueError(f"{op}: {name} is not differentiable; detach it")
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {like_name} ({like.device}), got {value.device}"
+        )
+
+
 def floating(op: str, name: str, value: Tensor, *, allow_complex: bool = False) -> None:
     """Check for a floating-point dtype, or a complex one where allowed."""
     if not (value.is_floating_point() or (allow_complex and value.is_complex())):

@@ -29,6 +29,11 @@ def call(name: str, *args: Any) -> Any:
     return _FUNCTIONS[name].apply(*args)
 
 
+def compute(name: str, args: Sequence[Any], backend: str, reference: Any) -> Any:
+    """Compute an operator by its function in the module `reference`, or by a kernel."""
+    return getattr(reference, name)(*args) if backend == "reference" else call(name, *args, backend)
+
+
 def contiguous(args: Sequence[Any]) -> list[Any]:
     """Return arguments with every tensor contiguous."""
     return [_contiguous(a) if isinstance(a, Tensor) else a for a in args]

@@ -130,6 +130,11 @@ def named(backend: str) -> Backend:
     return found
 
 
+def launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
+    """Launch a kernel on the device of a tensor, for its dtype or that of its real part."""
+    named(backend).launch(name, like, DTYPE_CODES[like.real.dtype], *args)
+
+
 def resolve(
     backend: str, device: torch.device, dtype: torch.dtype, has: tuple[str, ...] = BACKENDS[2:]
 ) -> str:

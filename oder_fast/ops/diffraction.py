@@ -12,7 +12,7 @@ from .._numpy import takes_numpy
 from .._torch import fft
 from ..reference import diffraction as reference
 from . import _checks, backends
-from ._library import LIBRARY, call, register, register_linear, restored
+from ._library import LIBRARY, call, compute, register, register_linear, restored
 
 _SCAN = "Tensor transfer, Tensor depths, Tensor support"
 LIBRARY.define(f"diffraction_forward(Tensor image, {_SCAN}, float[] optics, str backend) -> Tensor")
@@ -66,7 +66,7 @@ def _transform(image: Tensor, support: Tensor | None, backend: str) -> Tensor:
     """Return the spectra of slices; the C++ backend leaves out the rows that no pupil meets."""
     if backend == "cpu":
         spectrum = torch.empty_like(image, memory_format=torch.contiguous_format)
-        _launch(
+        backends.launch(
             "diffraction_transform", image, backend, _pairs(image), _pairs(spectrum), *_planes(image, support)
         )
         return spectrum
@@ -77,7 +77,7 @@ def _inverse(spectrum: Tensor, support: Tensor | None, backend: str) -> Tensor:
     """Return the images of spectra; the C++ backend takes their memory, and rows that no pupil meets for zero."""
     if backend == "cpu":
         pairs = _pairs(spectrum)
-        _launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
+        backends.launch("diffraction_inverse", spectrum, backend, pairs, pairs, *_planes(spectrum, support))
         return spectrum
     return fft(torch.fft.ifftn, spectrum)
 
@@ -88,15 +88,6 @@ def _planes(like: Tensor, support: Tensor | None) -> tuple[Any, ...]:
     if support is None:
         return None, 0, batch * slices, height, width
     return support, support.shape[0], batch * slices, height, width
-
-
-def _new_half(like: Tensor, n_illuminations: int, height: int, width: int) -> Tensor:
-    return like.new_empty(like.shape[0], n_illuminations, height, width // 2 + 1)
-
-
-def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
-    code = backends.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
-    backends.named(backend).launch(name, like, code, *args)
 
 
 def _scan(
@@ -131,9 +122,9 @@ def _forward_impl(
 ) -> Tensor:
     if image.numel() == 0:
         return _forward_fake(image, transfer)
-    half = _new_half(image, transfer.shape[0], *image.shape[2:])
+    half = image.new_empty(len(image), len(transfer), image.shape[2], image.shape[3] // 2 + 1)
     scan = _scan(image, transfer, depths, support, None, optics)
-    _launch(
+    backends.launch(
         "diffraction_forward",
         image,
         backend,
@@ -169,7 +160,7 @@ def _adjoint_impl(
         return spectrum
     half = fft(torch.fft.rfftn, intensities)
     scan = _scan(spectrum, transfer, depths, support, None, optics)
-    _launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
+    backends.launch("diffraction_adjoint", spectrum, backend, _pairs(half), _pairs(spectrum), *scan)
     return _inverse(spectrum, support, backend)
 
 
@@ -200,7 +191,7 @@ def _gradient_impl(
         return spectrum
     scan = _scan(image, transfer, depths, support, illuminations, optics)
     pairs = (_pairs(_transform(image, support, backend)), _pairs(spectra), _pairs(spectrum))
-    _launch("diffraction_gradient", image, backend, *pairs, *scan)
+    backends.launch("diffraction_gradient", image, backend, *pairs, *scan)
     return _inverse(spectrum, support, backend)
 
 
@@ -246,7 +237,7 @@ def _gram_impl(image: Tensor, auto: Tensor, pairs: Tensor, spectrum: Tensor | No
     result = _like_image(image)
     if image.numel() == 0:
         return result
-    _launch(
+    backends.launch(
         "diffraction_gram",
         image,
         backend,
@@ -286,18 +277,9 @@ def _check_scan(
 ) -> tuple[list[float], str]:
     """Check all but the number of slices or intensities; return the numbers and the backend."""
     height, width = like.shape[2:]
-    for name, value, ndim in (
-        ("transfer", transfer, None),
-        ("depths", depths, 1),
-        ("support", support, 3),
-    ):
+    for name, value, ndim in (("transfer", transfer, None), ("depths", depths, 1), ("support", support, 3)):
         _checks.tensor(op, name, value, ndim=ndim)
-        if value.requires_grad:
-            raise ValueError(f"{op}: {name} is not differentiable; detach it")
-        if value.device != like.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of {like_name} ({like.device}), got {value.device}"
-            )
+        _checks.fixed(op, name, value, like_name, like)
     kind = _COMPLEX.get(like.dtype, like.dtype)
     if transfer.ndim == 2 and transfer.dtype == torch.float64:
         if transfer.shape[1] != 2:
@@ -338,13 +320,7 @@ def _check_image(op: str, image: Tensor, depths: Tensor) -> None:
 
 @takes_numpy
 def diffraction_forward(
-    image: Tensor,
-    transfer: Tensor,
-    depths: Tensor,
-    support: Tensor,
-    optics: Optics,
-    *,
-    backend: str = "auto",
+    image: Tensor, transfer: Tensor, depths: Tensor, support: Tensor, optics: Optics, *, backend: str = "auto"
 ) -> Tensor:
     r"""Compute the intensities of a weakly scattering volume under plane waves, minus 1 (first Born approximation).
 
@@ -390,9 +366,7 @@ def diffraction_forward(
     op = "diffraction_forward"
     _check_image(op, image, depths)
     numbers, chosen = _check_scan(op, "image", image, transfer, depths, support, optics, backend)
-    if chosen == "reference":
-        return reference.diffraction_forward(image, transfer, depths, support, numbers)
-    result: Tensor = call("diffraction_forward", image, transfer, depths, support, numbers, chosen)
+    result: Tensor = compute(op, (image, transfer, depths, support, numbers), chosen, reference)
     return result
 
 
@@ -447,10 +421,7 @@ def diffraction_adjoint(
             f"{op}: intensities must have shape (B, {len(transfer)} illuminations, H, W), got "
             f"{tuple(intensities.shape)}"
         )
-    if chosen == "reference":
-        return reference.diffraction_adjoint(intensities, transfer, depths, support, numbers)
-    args = (intensities, transfer, depths, support, numbers)
-    result: Tensor = call("diffraction_adjoint", *args, chosen)
+    result: Tensor = compute(op, (intensities, transfer, depths, support, numbers), chosen, reference)
     return result
 
 
@@ -513,9 +484,7 @@ def diffraction_gradient(
     if illuminations is not None:
         _checks.index(op, "illuminations", illuminations, len(transfer), image.device)
     args = (image, spectra, transfer, depths, support, illuminations, numbers)
-    if chosen == "reference":
-        return reference.diffraction_gradient(*args)
-    result: Tensor = call("diffraction_gradient", *args, chosen)
+    result: Tensor = compute(op, args, chosen, reference)
     return result
 
 
@@ -561,8 +530,7 @@ def diffraction_gram(
     for name, value, ndim in (("auto", auto, 3), ("pairs", pairs, 4)):
         _checks.tensor(op, name, value, ndim=ndim)
         _checks.same(op, name, value, "image", image)
-        if value.requires_grad:
-            raise ValueError(f"{op}: {name} is not differentiable; detach it")
+        _checks.fixed(op, name, value, "image", image)
     _checks.shape(op, "auto", auto, tuple(image.shape[1:]), "slices, H, W of image")
     n, height, width = image.shape[1:]
     _, _, rows, columns = pairs.shape
@@ -577,7 +545,5 @@ def diffraction_gram(
         _checks.same(op, "spectrum", spectrum, "image", image)
         _checks.shape(op, "spectrum", spectrum, tuple(image.shape), "as image")
     chosen = backends.resolve(backend, image.device, image.dtype)
-    if chosen == "reference":
-        return reference.diffraction_gram(image, auto, pairs, spectrum)
-    result: Tensor = call("diffraction_gram", image, auto, pairs, spectrum, chosen)
+    result: Tensor = compute(op, (image, auto, pairs, spectrum), chosen, reference)
     return result

@@ -11,7 +11,7 @@ from .._numpy import takes_numpy
 from .._torch import kept
 from ..reference import fourier as reference
 from . import _checks, backends
-from ._library import LIBRARY, call, register, register_linear, restored
+from ._library import LIBRARY, call, compute, register, register_linear, restored
 
 _SCAN = "Tensor coil_maps, Tensor sampling"
 LIBRARY.define(f"fourier_forward(Tensor image, {_SCAN}, int axis, str backend) -> Tensor")
@@ -109,11 +109,6 @@ def roots_of_unity(n: int, device: torch.device) -> Tensor:
 _ROOTS: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def _launch(name: str, like: Tensor, backend: str, *args: Any) -> None:
-    code = backends.DTYPE_CODES[torch.float64 if like.dtype == torch.complex128 else torch.float32]
-    backends.named(backend).launch(name, like, code, *args)
-
-
 # ------------------------------------------------------------------ forward
 
 
@@ -121,7 +116,7 @@ def _forward_impl(image: Tensor, coil_maps: Tensor, sampling: Tensor, axis: int,
     samples = _new_samples(image, coil_maps, sampling, axis)
     if samples.numel() > 0:
         scan = _scan(image.shape[0], coil_maps, sampling, None, axis, backend)
-        _launch("fourier_forward", image, backend, _pairs(image), _in_order(samples, sampling), *scan)
+        backends.launch("fourier_forward", image, backend, _pairs(image), _in_order(samples, sampling), *scan)
     return samples
 
 
@@ -143,7 +138,9 @@ def _adjoint_impl(samples: Tensor, coil_maps: Tensor, sampling: Tensor, axis: in
     image = _new_image(samples.shape[0], samples, coil_maps)
     if image.numel() > 0:
         scan = _scan(samples.shape[0], coil_maps, sampling, None, axis, backend)
-        _launch("fourier_adjoint", samples, backend, _in_order(samples, sampling), _pairs(image), *scan)
+        backends.launch(
+            "fourier_adjoint", samples, backend, _in_order(samples, sampling), _pairs(image), *scan
+        )
     return image
 
 
@@ -172,7 +169,7 @@ def _gradient_impl(
     if gradient.numel() > 0:
         scan = _scan(image.shape[0], coil_maps, sampling, coils, axis, backend)
         data = _in_order(samples, sampling)
-        _launch("fourier_gradient", image, backend, _pairs(image), data, _pairs(gradient), *scan)
+        backends.launch("fourier_gradient", image, backend, _pairs(image), data, _pairs(gradient), *scan)
     return gradient
 
 
@@ -211,14 +208,9 @@ def _check_scan(
     if not like.is_complex() or like.dtype == HALF:
         raise TypeError(f"{op}: {like_name} must be complex64 or complex128, got {like.dtype}")
     _checks.tensor(op, "coil_maps", coil_maps, ndim=4)
-    if coil_maps.requires_grad:
-        raise ValueError(f"{op}: coil_maps is not differentiable; detach it")
+    _checks.fixed(op, "coil_maps", coil_maps, like_name, like)
     if coil_maps.dtype != HALF:
         _checks.same(op, "coil_maps", coil_maps, like_name, like)
-    elif coil_maps.device != like.device:
-        raise ValueError(
-            f"{op}: coil_maps must be on the device of {like_name} ({like.device}), got {coil_maps.device}"
-        )
     batch, (_, n_coils, height, width) = like.shape[0], coil_maps.shape
     if coil_maps.shape[0] not in (1, batch) or min(n_coils, height, width) < 1:
         raise ValueError(
@@ -317,9 +309,7 @@ def fourier_forward(
     op = "fourier_forward"
     coil_maps, axis, chosen = _check_scan(op, "image", image, coil_maps, sampling, axis, backend)
     _check_image(op, image, coil_maps)
-    if chosen == "reference":
-        return reference.fourier_forward(image, coil_maps, sampling, axis)
-    result: Tensor = call("fourier_forward", image, coil_maps, sampling, axis, chosen)
+    result: Tensor = compute(op, (image, coil_maps, sampling, axis), chosen, reference)
     return result
 
 
@@ -358,9 +348,7 @@ def fourier_adjoint(
     _checks.tensor(op, "samples", samples, ndim=4)
     coil_maps, axis, chosen = _check_scan(op, "samples", samples, coil_maps, sampling, axis, backend)
     _check_samples(op, samples, samples.shape[0], coil_maps, sampling, axis)
-    if chosen == "reference":
-        return reference.fourier_adjoint(samples, coil_maps, sampling, axis)
-    result: Tensor = call("fourier_adjoint", samples, coil_maps, sampling, axis, chosen)
+    result: Tensor = compute(op, (samples, coil_maps, sampling, axis), chosen, reference)
     return result
 
 
@@ -417,8 +405,5 @@ def fourier_gradient(
         _check_samples(op, samples, image.shape[0], coil_maps, sampling, axis)
     if coils is not None:
         _checks.index(op, "coils", coils, coil_maps.shape[1], image.device)
-    args = (image, samples, coil_maps, sampling, coils, axis)
-    if chosen == "reference":
-        return reference.fourier_gradient(*args)
-    result: Tensor = call("fourier_gradient", *args, chosen)
+    result: Tensor = compute(op, (image, samples, coil_maps, sampling, coils, axis), chosen, reference)
     return result

@@ -55,26 +55,10 @@ def _launch(
         n_sums = max(1, min(-(-max(height, width) // STRIP), 16, -(-4096 // (batch * n_used))))
     elif backend == "triton" and name == "radon_gradient":
         n_sums = 1
-    backends.named(backend).launch(
-        name,
-        data,
-        backends.DTYPE_CODES[data.dtype],
-        data,
-        *others,
-        angles,
-        views,
-        angles.shape[0],
-        n_used,
-        n_sums,
-        batch,
-        height,
-        width,
-        n_bins,
-        spacing / pixel_size,
-        offset / pixel_size,
-        pixel_size,
-        data.new_empty(n_sums, batch, n_used, n_bins, dtype=torch.float32) if n_sums else None,
-    )
+    sums = data.new_empty(n_sums, batch, n_used, n_bins, dtype=torch.float32) if n_sums else None
+    counts = (angles.shape[0], n_used, n_sums, batch, height, width, n_bins)
+    lines = (spacing / pixel_size, offset / pixel_size, pixel_size, sums)
+    backends.launch(name, data, backend, data, *others, angles, views, *counts, *lines)
 
 
 # ------------------------------------------------------------------ forward
@@ -105,13 +89,7 @@ register_linear(
 
 
 def _gather(
-    name: str,
-    sinogram: Tensor,
-    angles: Tensor,
-    height: int,
-    width: int,
-    lengths: list[float],
-    backend: str,
+    name: str, sinogram: Tensor, angles: Tensor, height: int, width: int, lengths: list[float], backend: str
 ) -> Tensor:
     """Launch `radon_adjoint` or `radon_backproject`."""
     batch, _, n_bins = sinogram.shape
@@ -353,12 +331,7 @@ def radon_backproject(
 
 
 def _back(
-    op: str,
-    sinogram: Tensor,
-    angles: Tensor,
-    detector: Detector,
-    image_shape: tuple[int, int],
-    backend: str,
+    op: str, sinogram: Tensor, angles: Tensor, detector: Detector, image_shape: tuple[int, int], backend: str
 ) -> Tensor:
     """Check and dispatch `radon_adjoint` or `radon_backproject`."""
     _checks.tensor(op, "sinogram", sinogram, ndim=3)

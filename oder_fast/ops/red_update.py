@@ -52,10 +52,10 @@ def _impl(image: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return updated, extrapolated, reductions.zero_()
     batch, length = image.shape[0], image.numel() // image.shape[0] * (2 if image.is_complex() else 1)
     parts = 0 if backend == "cpu" else min(-(-length // PART), 1024)
-    backends.named(backend).launch(
+    backends.launch(
         "red_update",
         image,
-        backends.DTYPE_CODES[image.real.dtype],
+        backend,
         _reals(image),
         _reals(fidelity_grad),
         _reals(denoised),

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._numpy import takes_numpy
 from ..reference import diagonal as reference
 from . import _checks, backends
-from ._library import LIBRARY, call, register_linear
+from ._library import LIBRARY, compute, register_linear
 
 LIBRARY.define("diagonal(Tensor image, Tensor mask, str backend) -> Tensor")
 
@@ -20,9 +20,7 @@ def _fake(image: Tensor, mask: Tensor, backend: str) -> Tensor:
 def _impl(image: Tensor, mask: Tensor, backend: str) -> Tensor:
     data = _fake(image, mask, backend)
     if image.numel() > 0:
-        code = backends.DTYPE_CODES[image.dtype]
-        sizes = image.shape[0], mask.numel()
-        backends.named(backend).launch("diagonal", image, code, image, mask, data, *sizes)
+        backends.launch("diagonal", image, backend, image, mask, data, image.shape[0], mask.numel())
     return data
 
 
@@ -55,7 +53,5 @@ def diagonal(image: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
     _checks.same("diagonal", "mask", mask, "image", image)
     _checks.shape("diagonal", "mask", mask, tuple(image.shape[1:]), "H, W of image")
     chosen = backends.resolve(backend, image.device, image.dtype)
-    if chosen == "reference":
-        return reference.diagonal(image, mask)
-    result: Tensor = call("diagonal", image, mask, chosen)
+    result: Tensor = compute("diagonal", (image, mask), chosen, reference)
     return result
