@@ -74,6 +74,15 @@ def build(request: pytest.FixtureRequest) -> Build:
         yield result
 
 
+@pytest.fixture(
+    params=[pytest.param(b, marks=[pytest.mark.exhaustive] * (b in COMPILED[1:])) for b in BUILDS]
+)
+def fastest(request: pytest.FixtureRequest) -> Build:
+    """As `build`; of the instruction sets the first tier takes the fastest alone."""
+    with Build(request.param) as result:
+        yield result
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

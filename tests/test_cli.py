@@ -1,3 +1,4 @@
+import functools
 import io
 import os
 import signal
@@ -42,6 +43,7 @@ def run_demo(*arguments):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(common, "RED_ITERATIONS", 6)
         patch.setattr(common, "ODER_ITERATIONS", 9)
+        patch.setattr(idt, "TRAINING_VOLUMES", 6)
         # The training's own report goes with its folder, and takes longer than the demonstration to draw.
         patch.setattr("oder_fast.training.trainer.write_report", lambda *_, **__: None)
         status = main(["demo", *map(str, arguments)])
@@ -56,17 +58,26 @@ def disc(folder, height=20, width=24):
     return path
 
 
+def demonstrations(folder, arguments, extras):
+    """Return a function that runs one of several demonstrations when it is first asked for."""
+
+    @functools.cache
+    def demonstrate(which):
+        output = folder / "a" / which
+        return output, run_demo(*arguments, "--output", output, *extras[which])
+
+    return demonstrate
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Two runs of the same demonstration on a tiny image, in the same seed."""
     folder = tmp_path_factory.mktemp("demo")
-    image = disc(folder)
-    outputs = [folder / "first", folder / "a" / "second"]
-    return outputs, [run_demo("--input", image, "--output", output, *TINY) for output in outputs]
+    return demonstrations(folder, ["--input", disc(folder), *TINY], {"first": [], "second": []})
 
 
 def test_demo_prints_the_table(demo):
-    _, (run, _) = demo
+    _, run = demo("first")
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0].split() == [
@@ -96,7 +107,7 @@ def test_demo_prints_the_table(demo):
 
 
 def test_demo_shows_its_progress(demo):
-    _, (run, _) = demo
+    _, run = demo("first")
     for text in (
         "20 x 24 pixels, 9 views, 50 dB; 3 views a step",
         "pre-training",
@@ -110,9 +121,8 @@ def test_demo_shows_its_progress(demo):
 
 
 def test_demo_writes_whole_files_and_nothing_else(demo):
-    for folder in demo[0]:
-        assert {path.name for path in folder.iterdir()} == FILES
-    folder = demo[0][0]
+    folder, _ = demo("first")
+    assert {path.name for path in folder.iterdir()} == FILES
     with Image.open(folder / "figure.png") as figure:
         figure.load()
         assert min(figure.size) > 1000
@@ -130,17 +140,19 @@ def test_demo_writes_whole_files_and_nothing_else(demo):
 
 
 def test_the_same_seed_gives_the_same_numbers(demo):
-    (first, second), runs = demo
+    (first, one), (second, other) = demo("first"), demo("second")
+    assert {path.name for path in second.iterdir()} == FILES
 
     def numbers(run):
         return [line.split()[:-3] + line.split()[-2:] for line in run.stdout.splitlines()[:7]]
 
-    assert numbers(runs[0]) == numbers(runs[1])
+    assert numbers(one) == numbers(other)
     with np.load(first / "arrays.npz") as a, np.load(second / "arrays.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
-@pytest.mark.parametrize("existing", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupt_leaves_nothing_broken(tmp_path, existing):
     output = tmp_path / "out"
     if existing:
@@ -342,60 +354,57 @@ MRI_METHODS = ["Zero-filled", "RED, all 8 coils", "ODER, 3 of 8 coils"]
 @pytest.fixture(scope="module")
 def mri_demo(tmp_path_factory):
     """Two runs of the demonstration in the same seed; the coil maps of the third are estimated."""
-    folder = tmp_path_factory.mktemp("mri")
     tiny = ["--steps", "2", "--fixed-point-steps", "1", "--minibatch", "3", "--phantom", "--size", "64"]
-    extras = [[], [], ["--estimate-maps", "--acceleration", "2"]]
-    outputs = [folder / str(k) for k in range(3)]
-    runs = [
-        run_demo("mri", "--output", output, *tiny, *extra)
-        for output, extra in zip(outputs, extras, strict=True)
-    ]
-    return outputs, runs
+    extras = {"first": [], "second": [], "estimated": ["--estimate-maps", "--acceleration", "2"]}
+    return demonstrations(tmp_path_factory.mktemp("mri"), ["mri", *tiny], extras)
 
 
-def test_mri_prints_the_table(mri_demo):
-    for run, setting in zip(
-        mri_demo[1], ("16 of 64 lines (R = 4)",) * 2 + ("32 of 64 lines (R = 2)",), strict=True
-    ):
-        assert run.returncode == 0, run.stderr
-        lines = run.stdout.splitlines()
-        for line, method in zip(lines[1:4], MRI_METHODS, strict=True):
-            assert line.startswith(method)
-            quality, similarity, _, *calls = line.split()[-5:]
-            assert 5 < float(quality) < 60
-            assert -1 <= float(similarity) <= 1
-            assert calls == ["-", "-"] if method == "Zero-filled" else min(map(int, calls)) > 0
-        assert "dB from zero filling" in lines[4]
-        assert setting in lines[4]
-        assert f"64 x 64 pixels, 8 coils, {setting}, 30 dB; 3 coils a step" in run.stderr
-        assert "Warning" not in run.stderr
-    known, _, estimated = (run.stderr for run in mri_demo[1])
-    assert "coil maps known" in known
-    assert "coil maps estimated by ESPIRiT" in estimated
+@pytest.mark.parametrize(
+    ("which", "setting", "maps"),
+    [
+        ("first", "16 of 64 lines (R = 4)", "known"),
+        pytest.param(
+            "estimated", "32 of 64 lines (R = 2)", "estimated by ESPIRiT", marks=pytest.mark.exhaustive
+        ),
+    ],
+)
+def test_mri_prints_the_table_and_writes_whole_files(mri_demo, which, setting, maps):
+    folder, run = mri_demo(which)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    for line, method in zip(lines[1:4], MRI_METHODS, strict=True):
+        assert line.startswith(method)
+        quality, similarity, _, *calls = line.split()[-5:]
+        assert 5 < float(quality) < 60
+        assert -1 <= float(similarity) <= 1
+        assert calls == ["-", "-"] if method == "Zero-filled" else min(map(int, calls)) > 0
+    assert "dB from zero filling" in lines[4]
+    assert setting in lines[4]
+    assert f"64 x 64 pixels, 8 coils, {setting}, 30 dB; 3 coils a step" in run.stderr
+    assert "Warning" not in run.stderr
+    assert f"coil maps {maps}" in run.stderr
+    assert {path.name for path in folder.iterdir()} == FILES
+    with np.load(folder / "arrays.npz") as arrays:
+        values = {name: arrays[name] for name in arrays.files}
+    assert {name: value.shape for name, value in values.items()} == {
+        **dict.fromkeys(("truth", "zero_filled", "red", "oder"), (64, 64)),
+        **dict.fromkeys(("kspace", "coil_maps"), (8, 64, 64)),
+        "mask": (64,),
+    }
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert np.abs(values["truth"]).max() == pytest.approx(1)
+    assert not values["kspace"][..., ~values["mask"]].any()
+    power = (np.abs(values["coil_maps"]) ** 2).sum(0)
+    assert ((np.abs(power - 1) < 1e-4) | (power == 0)).all()
+    saved = torch.load(folder / "denoiser.pt", weights_only=True)
+    assert saved["arguments"]["in_channels"] == 2
+    DnCNN(**saved["arguments"]).load_state_dict(saved["state_dict"])
 
 
-def test_mri_writes_whole_files_and_nothing_else(mri_demo):
-    for folder in mri_demo[0]:
-        assert {path.name for path in folder.iterdir()} == FILES
-        with np.load(folder / "arrays.npz") as arrays:
-            values = {name: arrays[name] for name in arrays.files}
-        assert {name: value.shape for name, value in values.items()} == {
-            **dict.fromkeys(("truth", "zero_filled", "red", "oder"), (64, 64)),
-            **dict.fromkeys(("kspace", "coil_maps"), (8, 64, 64)),
-            "mask": (64,),
-        }
-        assert all(np.isfinite(value).all() for value in values.values())
-        assert np.abs(values["truth"]).max() == pytest.approx(1)
-        assert not values["kspace"][..., ~values["mask"]].any()
-        power = (np.abs(values["coil_maps"]) ** 2).sum(0)
-        assert ((np.abs(power - 1) < 1e-4) | (power == 0)).all()
-        saved = torch.load(folder / "denoiser.pt", weights_only=True)
-        assert saved["arguments"]["in_channels"] == 2
-        DnCNN(**saved["arguments"]).load_state_dict(saved["state_dict"])
-
-
+@pytest.mark.exhaustive
 def test_mri_by_the_same_seed_gives_the_same_numbers(mri_demo):
-    (first, second, _), _ = mri_demo
+    (first, one), (second, other) = mri_demo("first"), mri_demo("second")
+    assert one.returncode == other.returncode == 0
     with np.load(first / "arrays.npz") as a, np.load(second / "arrays.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
@@ -456,7 +465,6 @@ def test_the_noise_of_kspace_has_its_ratio():
 @pytest.fixture(scope="module")
 def idt_demo(tmp_path_factory):
     """Two runs of the demonstration in the same seed, and one of data from beam propagation."""
-    folder = tmp_path_factory.mktemp("idt")
     tiny = [
         "--steps",
         "2",
@@ -469,49 +477,49 @@ def idt_demo(tmp_path_factory):
         "--illuminations",
         "9",
     ]
-    extras = [[], [], ["--beam-propagation"]]
-    outputs = [folder / str(k) for k in range(3)]
-    runs = [
-        run_demo("idt", "--output", output, *tiny, *extra)
-        for output, extra in zip(outputs, extras, strict=True)
-    ]
-    return outputs, runs
+    extras = {"first": [], "second": [], "propagated": ["--beam-propagation"]}
+    return demonstrations(tmp_path_factory.mktemp("idt"), ["idt", *tiny], extras)
 
 
-def test_idt_prints_the_table(idt_demo):
-    for run in idt_demo[1]:
-        assert run.returncode == 0, run.stderr
-        lines = run.stdout.splitlines()
-        assert [line.split(",")[0] for line in lines[1:8]] == ["Tikhonov"] * 5 + ["RED", "ODER"]
-        assert lines[7].startswith("ODER, 1 of 9 illuminations")
-        for line in lines[1:8]:
-            quality, similarity, _, *calls = line.split()[-5:]
-            assert -20 < float(quality) < 60
-            assert -1 <= float(similarity) <= 1
-            assert calls == ["-", "-"] if line.startswith("Tikhonov") else min(map(int, calls)) > 0
-        assert "dB from the best Tikhonov" in lines[8]
-        assert "The absorption is at" in lines[9]
-        assert "A gradient of the data fidelity takes" in lines[10]
-        assert "24 x 24 pixels, 3 slices, 9 illuminations, 10 dB; 1 illuminations a step" in run.stderr
-        assert "Warning" not in run.stderr
-    assert "measured by the linear model" in idt_demo[1][0].stderr
-    assert "measured by beam propagation" in idt_demo[1][2].stderr
-    assert "of what beam propagation says" in idt_demo[1][2].stdout
+def idt_values(folder):
+    with np.load(folder / "arrays.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
-def test_idt_writes_whole_files_and_the_same_numbers_by_the_same_seed(idt_demo):
-    (first, second, propagated), _ = idt_demo
-    for folder in idt_demo[0]:
-        assert {path.name for path in folder.iterdir()} == FILES
-    values = []
-    for folder in (first, second, propagated):
-        with np.load(folder / "arrays.npz") as arrays:
-            values.append({name: arrays[name] for name in arrays.files})
-    assert {name: value.shape for name, value in values[0].items()} == {
+@pytest.mark.parametrize("which", ["first", pytest.param("propagated", marks=pytest.mark.exhaustive)])
+def test_idt_prints_the_table_and_writes_whole_files(idt_demo, which):
+    folder, run = idt_demo(which)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines[1:8]] == ["Tikhonov"] * 5 + ["RED", "ODER"]
+    assert lines[7].startswith("ODER, 1 of 9 illuminations")
+    for line in lines[1:8]:
+        quality, similarity, _, *calls = line.split()[-5:]
+        assert -20 < float(quality) < 60
+        assert -1 <= float(similarity) <= 1
+        assert calls == ["-", "-"] if line.startswith("Tikhonov") else min(map(int, calls)) > 0
+    assert "dB from the best Tikhonov" in lines[8]
+    assert "The absorption is at" in lines[9]
+    assert "A gradient of the data fidelity takes" in lines[10]
+    assert "24 x 24 pixels, 3 slices, 9 illuminations, 10 dB; 1 illuminations a step" in run.stderr
+    assert "Warning" not in run.stderr
+    if which == "propagated":
+        assert "measured by beam propagation" in run.stderr
+        assert "of what beam propagation says" in run.stdout
+    else:
+        assert "measured by the linear model" in run.stderr
+    assert {path.name for path in folder.iterdir()} == FILES
+    values = idt_values(folder)
+    assert {name: value.shape for name, value in values.items()} == {
         **dict.fromkeys(("truth", "tikhonov", "red", "oder"), (3, 24, 24)),
         "intensities": (9, 24, 24),
     }
-    assert all(np.isfinite(value).all() for value in values[0].values())
+    assert all(np.isfinite(value).all() for value in values.values())
+
+
+@pytest.mark.exhaustive
+def test_idt_by_the_same_seed_gives_the_same_numbers(idt_demo):
+    values = [idt_values(idt_demo(which)[0]) for which in ("first", "second", "propagated")]
     assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
     assert np.array_equal(values[0]["truth"], values[2]["truth"])
     assert not np.array_equal(values[0]["intensities"], values[2]["intensities"])

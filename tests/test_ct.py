@@ -59,7 +59,17 @@ def test_degrees_are_noticed():
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
-@pytest.mark.parametrize(("n", "size"), [(90, 30), (7, 3), (7, 6), (7, 7), (11, 5), (3, 1), (13, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("n", "size"),
+    [
+        (7, 3),
+        (11, 5),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.exhaustive)
+            for sizes in ((90, 30), (7, 6), (7, 7), (3, 1), (13, 2), (1, 1))
+        ),
+    ],
+)
 def test_every_view_is_drawn_as_often_and_once(sampling, n, size, generator):
     ct = ParallelBeamCT(8, angles=n, sampling=sampling)
     counts, draws = torch.zeros(n), 3000

@@ -488,7 +488,7 @@ def test_the_derivative_is_that_of_the_exact_proximal_map(options):
     assert torch.autograd.gradcheck(denoise, (x, weight), atol=1e-4, fast_mode=True)
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 10, 40])
+@pytest.mark.parametrize("iterations", [1, 3, 10, pytest.param(40, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("options", [{}, {"isotropic": False}, {"joint": True}])
 def test_the_derivative_is_symmetric_and_nonexpansive_however_early_it_ends(iterations, options):
     torch.manual_seed(0)

@@ -163,7 +163,10 @@ def test_converged_means_near(ct):
         assert (solution.value - x).norm() < 0.6 * (ct.fbp(y) - x).norm()
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize(
+    "tau",
+    [pytest.param(0.1, marks=pytest.mark.exhaustive), 0.5, pytest.param(2.0, marks=pytest.mark.exhaustive)],
+)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("solver", [Anderson(1000), Nesterov(1000), Picard(1000)])
 def test_a_denoiser_that_contracts_and_is_not_symmetric(ct, y, tau, step, solver):
@@ -871,7 +874,14 @@ def test_autocast_keeps_the_gradient_of_weights_used_again(ct, y):
     assert denoiser.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile", "torch.compile(denoiser)"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("torch.compile(model)", marks=pytest.mark.exhaustive),
+        pytest.param("model.compile", marks=pytest.mark.exhaustive),
+        "torch.compile(denoiser)",
+    ],
+)
 def test_compiled_models_give_the_same_images_and_gradients(ct, y, how):
     torch._dynamo.reset()
     results, graphs = [], []

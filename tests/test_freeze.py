@@ -174,7 +174,13 @@ def test_a_computed_weight_is_computed_once_with_its_graph(computed, image):
 
 
 @pytest.mark.parametrize("differentiation", DIFFERENTIATIONS)
-@pytest.mark.parametrize("computed", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        parametrizations.spectral_norm,
+        pytest.param(nn.utils.spectral_norm, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_power_iteration_leaves_the_graphs_of_earlier_solves(computed, differentiation):
     torch.manual_seed(0)
     model, y = model_of(computed(nn.Conv2d(1, 1, 3, padding=1)), differentiation=differentiation), data()
@@ -413,7 +419,7 @@ class Interrupted(nn.Module):
     [
         parametrizations.spectral_norm,
         pytest.param(nn.utils.spectral_norm, marks=pytest.mark.exhaustive),
-        nn.utils.weight_norm,
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.exhaustive),
         pytest.param(pruned, marks=pytest.mark.exhaustive),
     ],
 )

@@ -455,36 +455,51 @@ def test_cuda_compiles_without_spills(stem, tmp_path):
 # ------------------------------------------------------------------ Triton
 
 
-# Interpreted kernels are slow: the first tier takes each at its first shapes.
+def slow(first, cases=CASES):
+    """Cases at all shapes; `first` tells those of the first tier, from a case's name and a shape's number."""
+    return pytest.mark.parametrize(
+        ("case", "shape"),
+        [
+            pytest.param(c, s, id=f"{c.name}-{k}", marks=[] if first(c.name, k) else [pytest.mark.exhaustive])
+            for c in cases
+            for k, s in enumerate(c.shapes)
+        ],
+    )
+
+
+# Interpreted kernels are slow. Those of diffraction are one kernel in all directions: depths of their own are taken in
+# one of them.
+UNEVEN = ("diffraction_gradient", 2)
+
+
 @interpreted
-@pytest.mark.parametrize(
-    ("case", "shape"),
-    [
-        pytest.param(c, s, id=f"{c.name}-{k}", marks=[pytest.mark.exhaustive] if k > 3 else [])
-        for c in CASES
-        for k, s in enumerate(c.shapes)
-    ],
-)
+@slow(lambda name, k: (name, k) == UNEVEN or (k in (0, 3) if name.startswith("diffraction") else k <= 3))
 def test_triton_values(case, shape, generator):
     compare(case, shape, case.dtype, "triton", generator)
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(c, d, id=f"{c.name}-{d}", marks=[pytest.mark.exhaustive] * (d == torch.float16))
+        for c in CASES
+        for d in (torch.bfloat16, torch.float16, torch.complex64)
+        # Those of its own dtype are compared above.
+        if c.takes(d) and d != c.dtype
+    ],
+)
 def test_triton_storage(case, dtype, generator):
-    if case.takes(dtype):
-        compare(case, case.shapes[2], dtype, "triton", generator)
+    compare(case, case.shapes[2], dtype, "triton", generator)
 
 
 @interpreted
-@pytest.mark.parametrize("case", [c for c in CASES if c.adjoint is not None], ids=lambda c: c.name)
-@pytest.mark.parametrize(
-    "numbers", [(2, 3), pytest.param((3, 8), marks=pytest.mark.exhaustive)], ids=["one", "more"]
+@slow(
+    lambda name, k: name.endswith("_forward") and k == (3 if name.startswith("diffraction") else 2),
+    [c for c in CASES if c.adjoint is not None],
 )
-def test_triton_adjoint(case, numbers, generator):
-    for shape in case.shapes[slice(*numbers)]:
-        operators.test_adjoint_is_the_exact_transpose(case, shape, HostTriton(), generator)
+def test_triton_adjoint(case, shape, generator):
+    operators.test_adjoint_is_the_exact_transpose(case, shape, HostTriton(), generator)
 
 
 class HostTriton(HostBuild):

@@ -82,7 +82,9 @@ def gradients(model, y, operator, x0=None):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["the call alone", "what comes before it too"])
-@pytest.mark.parametrize("differentiation", [Implicit(Picard(3, 1e-12)), Unrolled()])
+@pytest.mark.parametrize(
+    "differentiation", [Implicit(Picard(3, 1e-12)), pytest.param(Unrolled(), marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("scan", SCANS)
 def test_gradients_after_a_first_call_in_inference_mode(scan, differentiation, before):
     def make(inference):

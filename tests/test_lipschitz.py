@@ -408,7 +408,7 @@ def test_diagnosis_is_that_of_the_dense_derivative(nonnegative, step):
         assert found.step_size == (None if isinstance(step, ProximalStep) else pytest.approx(1 / 1.2))
 
 
-@pytest.mark.parametrize("step", [ProximalStep(), GradientStep()])
+@pytest.mark.parametrize("step", [ProximalStep(), pytest.param(GradientStep(), marks=pytest.mark.exhaustive)])
 def test_the_predicted_contraction_is_the_one_seen(step):
     ct = ParallelBeamCT(6, 5)
     model = DEQRED(lambda x: 0.5 * x, tau=0.1, step=step, solver=Picard(3000, 1e-9))

@@ -541,16 +541,23 @@ def finish(started: list[subprocess.Popen], timeout: float) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> list[dict[str, str]]:
-    """Return what became of each scenario on each rank."""
+def report(request, tmp_path_factory) -> list[dict[str, str]]:
+    """Return what became of each scenario that is asked for on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    printed = finish(processes(folder, *SCENARIOS), timeout=1200)
+    tests = [item for item in request.session.items if item.name.startswith("test_two_ranks[")]
+    printed = finish(processes(folder, *(test.callspec.params["name"] for test in tests)), timeout=1200)
     files = [folder / f"{rank}.json" for rank in range(WORLD)]
     assert all(file.exists() for file in files), "\n".join(printed)
     return [json.loads(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+FIRST = ("operator_ct", "model_mri")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FIRST else pytest.mark.exhaustive) for name in SCENARIOS],
+)
 def test_two_ranks(name, report):
     for rank, results in enumerate(report):
         assert results.get(name) == "passed", f"rank {rank}: {results.get(name, 'did not run')}"

@@ -592,6 +592,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_goes_on_where_it_was(tmp_path, ct):
     y = sinograms(2)
     for k in range(12):

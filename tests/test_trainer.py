@@ -34,12 +34,15 @@ from oder_fast.training import (
     make_model,
     read_configuration,
 )
-from oder_fast.training.checkpoints import list_checkpoints, newest_checkpoint
+from oder_fast.training.checkpoints import list_checkpoints, locked, newest_checkpoint
 from oder_fast.training.configuration import RED
 from oder_fast.training.logs import TRAINING, VALIDATION, Table
 from oder_fast.training.model import solve
 from oder_fast.training.sets import make_sets
 from oder_fast.training.trainer import HALVINGS
+
+# On a machine of one processor.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 SMALL = {
     "operator": {"kind": "ct", "angles": 12, "snr": 40},
@@ -141,7 +144,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(whole, tmp_pat
 
 def test_training_reaches_its_aim(tmp_path):
     """Stage 1 lowers the loss, stage 2 raises the quality of reconstructions."""
-    more = ["pretraining.steps=80", "training.steps=40", "training.learning_rate=2e-3", "validation.every=20"]
+    more = ["pretraining.steps=80", "training.steps=20", "training.learning_rate=2e-3", "validation.every=10"]
     outcome = train(tmp_path, *more, "validation.samples=3", "pretraining.ema=null", "training.ema=null")
     rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
     noise, seen = ([r for r in rows if r["stage"] == stage] for stage in (0, 1))
@@ -156,7 +159,8 @@ def test_training_reaches_its_aim(tmp_path):
 KILLED = """
 import json, os, signal, sys
 from oder_fast.training import Trainer, read_configuration
-from oder_fast.training import checkpoints, trainer
+from oder_fast.training import checkpoints, report, trainer
+report._curves = lambda *_: b""
 configuration, kind, at = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 count = 0
 def die():
@@ -204,9 +208,8 @@ def run_killed(folder, kind, at):
 MOMENTS = (("step", 1), ("save", 0), ("step", 3), ("rename", 1), ("save", 2), ("step", 2))
 
 
-@pytest.mark.parametrize(
-    "moments", [(("save", 1),), pytest.param(MOMENTS, marks=pytest.mark.exhaustive)], ids=["one", "many"]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("moments", [(("save", 1),), MOMENTS], ids=["one", "many"])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path, moments):
     for kind, at in moments:
         killed = run_killed(tmp_path, kind, at)
@@ -239,8 +242,15 @@ class Asks(Trainer):
         return super()._step(*arguments)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 10)])
+@pytest.mark.parametrize(
+    ("number", "at", "workers"),
+    [
+        (signal.SIGTERM, 3, 2),
+        (signal.SIGINT, 10, 0),
+        pytest.param(signal.SIGTERM, 3, 0, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGINT, 10, 2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, workers, monkeypatch):
     monkeypatch.setattr(Asks, "signal", number)
     monkeypatch.setattr(Asks, "at", at)
@@ -269,16 +279,20 @@ def test_a_process_that_loads_and_is_killed(whole, tmp_path):
 
 def test_a_folder_in_which_another_run_is_at_work(tmp_path):
     train(tmp_path, "training.steps=0")
+    # What a run does first, in a process that imports nothing.
     script = (
-        "import sys; from pathlib import Path; from oder_fast.training.checkpoints import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "print('locked', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == b"locked\n"
         with pytest.raises(CheckpointError, match="another run is at work in it"):
             train(tmp_path, resume=True)
         other.stdin.close()
+    with locked(tmp_path), subprocess.Popen(command, **pipes) as other:
+        assert b"BlockingIOError" in other.communicate()[1]
     assert train(tmp_path, "training.steps=0", resume=True).reason == "finished"
 
 
@@ -1089,7 +1103,8 @@ def test_images_that_the_projection_keeps_from_being_reached(tmp_path):
 
 RANKS = """
 import json, os, signal, sys
-from oder_fast.training import Trainer, read_configuration
+from oder_fast.training import Trainer, read_configuration, report
+report._curves = lambda *_: b""
 configuration, dies = json.loads(sys.argv[1]), sys.argv[2] == "dies"
 if dies and os.environ["RANK"] == "1":
     step = Trainer._step
@@ -1142,6 +1157,7 @@ def port():
         return s.getsockname()[1]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, port):
     # As many iterations in both, of the solver that amplifies no rounding: so small a network hardly contracts.
     red = {"solver": "picard", "tau": 0.02, "max_iterations": 8, "adjoint_iterations": 8, "tolerance": 1e-9}
@@ -1163,6 +1179,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(tmp_path, 
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_dies_ends_the_others_with_a_reason(tmp_path, port):
     # The ranks would wait for hours: that the other ends at all is since it knows.
     (_, err, status), (_, _, dead) = run_ranks(tmp_path, port, "dies", timeout=36000)
@@ -1174,6 +1191,7 @@ def test_a_process_that_dies_ends_the_others_with_a_reason(tmp_path, port):
     assert "mend it, and go on with --resume (resume=True)\n" in message
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_diverges_has_all_leave_the_batch_out(tmp_path, port):
     for out, err, status in run_ranks(tmp_path, port, "diverges"):
         assert (out, status) == ("finished\n", 0), err
