@@ -21,6 +21,8 @@ from .phantoms import (
     shepp_logan,
     smooth_phase,
 )
+from .projections import ProjectionFile, normalize_projections, read_projections, remove_rings
+from .rotation_axis import RotationAxis, find_rotation_axis
 from .samples import Batch, Sample, Samples, Subset, collate, common_shape, seeded_generator, split
 from .simulation import add_gaussian_noise, add_poisson_noise, beam_propagation
 from .transforms import (
@@ -44,10 +46,12 @@ __all__ = [
     "KSpaceFolder",
     "Patches",
     "Phantoms",
+    "ProjectionFile",
     "RandomFlip",
     "RandomRotate90",
     "RandomRotation",
     "RandomScaleIntensity",
+    "RotationAxis",
     "Sample",
     "Samples",
     "Subset",
@@ -62,11 +66,13 @@ __all__ = [
     "common_shape",
     "equispaced_lines",
     "espirit_maps",
+    "find_rotation_axis",
     "gaussian_lines",
     "led_grid",
     "led_ring",
     "noise_covariance",
     "normalize_background",
+    "normalize_projections",
     "patches",
     "poisson_disc",
     "psnr",
@@ -79,7 +85,9 @@ __all__ = [
     "read_kspace",
     "read_led_stack",
     "read_nifti",
+    "read_projections",
     "remove_oversampling",
+    "remove_rings",
     "save_npz",
     "seeded_generator",
     "shepp_logan",
