@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ops
+from .choice import Choice, choose_tau, choose_weight
 from .denoisers import (
     BM3D,
     AtNoiseLevel,
@@ -50,6 +51,7 @@ __all__ = [
     "Anderson",
     "AtNoiseLevel",
     "CartesianMRI",
+    "Choice",
     "DRUNet",
     "DiffractionTomography",
     "DivergenceError",
@@ -73,6 +75,8 @@ __all__ = [
     "as_operator",
     "bound_lipschitz",
     "build_info",
+    "choose_tau",
+    "choose_weight",
     "diagnose",
     "estimate_lipschitz",
     "oder",

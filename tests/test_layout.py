@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "red": {"fixed_point", "operators", "denoisers", "ops"},
     "deqred": {"red", "fixed_point", "operators", "denoisers"},
     "published": {"deqred", "red", "fixed_point"},
+    "choice": {"deqred", "fixed_point", "operators", "denoisers"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
     "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},

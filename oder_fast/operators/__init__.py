@@ -1,6 +1,6 @@
 """Measurement operators, and the data fidelity that each makes of data."""
 
-from .base import ForeignOperator, LeastSquares, MeasurementOperator, as_operator
+from .base import ForeignOperator, LeastSquares, MeasurementOperator, Part, as_operator
 from .ct import ParallelBeamCT
 from .idt import DiffractionTomography
 from .mri import CartesianMRI
@@ -14,6 +14,7 @@ __all__ = [
     "MeasurementOperator",
     "MeasurementParallel",
     "ParallelBeamCT",
+    "Part",
     "as_operator",
     "split_blocks",
 ]

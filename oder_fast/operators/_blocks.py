@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,36 @@ def expected_smoothness(n: int, size: int, norm_squared: float, largest: float) 
     if size == n:
         return norm_squared
     return n * ((size - 1) * norm_squared + (n - size) * largest) / (size * (n - 1))
+
+
+def left_out(
+    operator: str, what: str, n: int, share: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw the measurements that are left out: one of each of as many equal runs, so that no gap is wide.
+
+    Args:
+        operator: Who is asked.
+        what: Of which there are `n`.
+        n: Number of measurements.
+        share: Of them; at least one is left out, and never all.
+        generator: Source of randomness.
+
+    Returns:
+        Sorted int64 indices on the CPU.
+    """
+    check_share(operator, share)
+    if n < 2:
+        raise ValueError(f"{operator}: nothing can be left out of {n} {what}; at least 2 are needed")
+    size = min(max(1, round(share * n)), n - 1)
+    ends = torch.arange(size + 1) * n // size
+    device = "cpu" if generator is None else generator.device
+    places = torch.rand(size, generator=generator, device=device).cpu()
+    return ends[:-1] + (places * ends.diff()).long()
+
+
+def check_share(operator: str, share: float) -> None:
+    """Check the share of the measurements that is left out."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"{operator}: the share left out must be a float, got {type(share).__name__}")
+    if not (math.isfinite(share) and 0 < share < 1):
+        raise ValueError(f"{operator}: the share left out must be above 0 and below 1, got {share}")

@@ -8,18 +8,31 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._numpy import takes_numpy
+from . import _blocks
 from . import solve as inner
 
 # Relative change of a norm that tells that an operator was changed.
 CHANGED = 0.01
 # Relative mismatch of a dot test beyond which an adjoint is called wrong, for each precision.
 MISMATCH = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+class Part(NamedTuple):
+    """A part of the measurements.
+
+    Attributes:
+        operator: Of this part.
+        y: Its data, shape ``(B, *operator.data_shape)``.
+    """
+
+    operator: MeasurementOperator
+    y: Tensor
 
 
 class MeasurementOperator(nn.Module):
@@ -131,6 +144,38 @@ class MeasurementOperator(nn.Module):
     def draw_blocks(self, size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw a minibatch of blocks, int64 indices, each block as likely as any other."""
         raise NotImplementedError(f"{type(self).__name__} has no minibatches")
+
+    def split(self, y: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Part, Part]:
+        """Split measurements at random into those to reconstruct from and those left out, to score with.
+
+        Left out are whole views (CT), lines or points of k-space (MRI), illuminations (diffraction tomography); of any
+        other operator single values. The draw is the same for all images of the batch.
+
+        Args:
+            y: Data, shape ``(B, *data_shape)``.
+            share: Share of the measurements that is left out, above 0 and below 1; at least one and never all.
+            generator: Source of randomness.
+
+        Returns:
+            The part that is kept and the part that is left out; data are differentiable in `y`.
+
+        Raises:
+            ValueError: For a share out of range, or measurements of which none can be left out.
+
+        Example:
+            >>> import torch
+            >>> from oder_fast import ParallelBeamCT
+            >>> ct = ParallelBeamCT(image_size=16, angles=10)
+            >>> kept, left_out = ct.split(torch.zeros(1, 10, ct.n_bins), 0.2)
+            >>> kept.y.shape, left_out.operator.data_shape
+            (torch.Size([1, 8, 23]), (2, 23))
+        """
+        size = y[0].numel() if len(y) else 0
+        drawn = _blocks.left_out(self._name, "values", size, share, generator)
+        mask = torch.ones(size, dtype=y.real.dtype)
+        mask[drawn] = 0
+        kept, rest = (m.reshape(y.shape[1:]).to(y.device) for m in (mask, 1 - mask))
+        return Part(MaskedOperator(self, kept), kept * y), Part(MaskedOperator(self, rest), rest * y)
 
     def agreement(self) -> AbstractContextManager[dict[str, object]]:
         """Return a context for what may fail in one process alone where the measurements are spread over several."""
@@ -253,6 +298,32 @@ class LeastSquares:
     def _preconditioner(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """Return an approximate inverse of A^H A + weight."""
         return lambda v: v
+
+
+class MaskedOperator(MeasurementOperator):
+    """Another operator with some values of its data left out.
+
+    Args:
+        whole: The other operator, which stays as it is.
+        mask: 1 where values are kept, else 0; shape ``data_shape``.
+    """
+
+    whole: MeasurementOperator
+    mask: Tensor
+
+    def __init__(self, whole: MeasurementOperator, mask: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "whole", whole)
+        self.register_buffer("mask", mask, persistent=False)
+        self.image_shape, self.data_shape = whole.image_shape, tuple(mask.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Measure, and leave out."""
+        return self.mask * self.whole.forward(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Bring what is kept back to images."""
+        return self.whole.adjoint(self.mask * y)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .. import ops
 from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
-from .base import LeastSquares, MeasurementOperator, power_iteration
+from .base import LeastSquares, MeasurementOperator, Part, power_iteration
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hann")
 SAMPLING = ("uniform", "stratified")
@@ -182,6 +182,31 @@ class ParallelBeamCT(MeasurementOperator):
             return _blocks.draw(n, size, generator, device)
         drawn = _draw_stratified(n, size, generator, device if generator is None else generator.device)
         return drawn.sort().values.to(device, non_blocking=True)
+
+    def split(self, y: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Part, Part]:
+        """Split sinograms by views, those left out spread over the half circle; see `MeasurementOperator.split`."""
+        self._check("sinogram", y, self.data_shape)
+        order = self._exact_angles.remainder(math.pi).argsort()
+        rest = (
+            order[_blocks.left_out("ParallelBeamCT", "views", self.n_blocks, share, generator)].sort().values
+        )
+        keeps = torch.ones(self.n_blocks, dtype=torch.bool)
+        keeps[rest] = False
+        parts = keeps.nonzero().flatten(), rest
+        return Part(*self._part(y, parts[0])), Part(*self._part(y, parts[1]))
+
+    def _part(self, y: Tensor, views: Tensor) -> tuple[ParallelBeamCT, Tensor]:
+        operator = ParallelBeamCT(
+            self.image_shape,
+            self._exact_angles[views],
+            self.n_bins,
+            bin_spacing=self.bin_spacing,
+            bin_offset=self.bin_offset,
+            pixel_size=self.pixel_size,
+            sampling=self.sampling,
+            backend=self.backend,
+        )
+        return operator.to(self.angles.device), y.index_select(1, views.to(y.device))
 
     def norm_squared(self) -> float:
         r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept."""

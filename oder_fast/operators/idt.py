@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import warnings
@@ -15,12 +16,13 @@ from .. import ops
 from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks, _matrices
-from .base import LeastSquares, MeasurementOperator
+from .base import LeastSquares, MeasurementOperator, Part
 
 # Relative tolerance of radii and distances, for what was computed in floating point.
 ROUNDING = 1e-9
 # Matrices that are kept, in bytes: Gram matrices with `gram="auto"`, and eigenvectors for closed forms.
 LARGEST = 2**30
+ASKED = "as asked for"
 # Frequencies solved for or searched at a time.
 CHUNK = 2048
 
@@ -348,6 +350,30 @@ class DiffractionTomography(MeasurementOperator):
         _blocks.check_size("DiffractionTomography", "illuminations", size, self.n_blocks)
         return _blocks.draw(self.n_blocks, size, generator, self.illuminations.device)
 
+    def split(self, y: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Part, Part]:
+        """Split by illuminations, those left out spread over their order; see `MeasurementOperator.split`."""
+        self._check("intensities", y, self.data_shape, is_complex=False)
+        rest = _blocks.left_out("DiffractionTomography", "illuminations", self.n_blocks, share, generator).to(
+            y.device
+        )
+        keeps = torch.ones(self.n_blocks, dtype=torch.bool, device=y.device)
+        keeps[rest] = False
+        stay = keeps.nonzero().flatten()
+        return Part(self._of(stay), y.index_select(1, stay)), Part(self._of(rest), y.index_select(1, rest))
+
+    def _of(self, blocks: Tensor) -> DiffractionTomography:
+        """Return the operator of some of the illuminations."""
+        part = copy.copy(self)
+        part._buffers = dict(self._buffers)
+        for name in ("illuminations", "support", "transfer"):
+            tensor = getattr(self, name)
+            part._buffers[name] = kept(tensor.index_select(0, blocks.to(tensor.device)))
+        part._buffers["reached"] = kept(_reached(part.support, self.image_shape[2]))
+        part._matrices, part._pairs, part._norm_squared = None, [], None
+        if self.gram_reason != ASKED:
+            part.gram, part.gram_reason = _choose_gram("auto", part)
+        return part
+
     def norm_squared(self) -> float:
         r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient; kept.
 
@@ -613,7 +639,7 @@ def _choose_gram(gram: bool | str, operator: DiffractionTomography) -> tuple[boo
     if gram is not True and gram is not False and gram != "auto":
         raise ValueError(f'DiffractionTomography: gram must be True, False or "auto", got {gram!r}')
     if gram is False:
-        return False, "as asked for"
+        return False, ASKED
     if operator.transfer.is_complex() or operator.optics.spacing == 0:
         why = (
             "transfer functions of one's own" if operator.transfer.is_complex() else "slices unevenly spaced"
@@ -625,7 +651,7 @@ def _choose_gram(gram: bool | str, operator: DiffractionTomography) -> tuple[boo
     rows, columns = _matrices.gram_shape(operator.support, width)
     size = 8 * (n * height * width + n * n * rows * columns)
     if gram is True:
-        return True, "as asked for"
+        return True, ASKED
     if size > LARGEST:
         return False, f"the matrices would take {size / 2**20:.0f} MiB"
     extent = operator.support[..., 1] - operator.support[..., 0]

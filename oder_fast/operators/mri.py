@@ -13,10 +13,12 @@ from .. import ops
 from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
-from .base import LeastSquares, MeasurementOperator
+from .base import LeastSquares, MeasurementOperator, Part
 
 # Of the squared modulus of a coil map that is the same everywhere.
 ROUNDING = 1e-6
+# Lowest frequencies along an axis that are never left out, as Yaman et al. (2020) have it.
+CENTRE = 4
 
 
 @takes_numpy
@@ -263,6 +265,53 @@ class CartesianMRI(MeasurementOperator):
         """
         _blocks.check_size("CartesianMRI", "coils", size, self.n_blocks)
         return _blocks.draw(self.n_blocks, size, generator, self.coil_maps.device)
+
+    def split(self, y: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Part, Part]:
+        """Split k-space by lines, or by points where the mask has points; see `MeasurementOperator.split`.
+
+        The four lowest frequencies along each axis of the mask are always kept.
+
+        References:
+            Yaman, Hosseini, Moeller, Ellermann, Ugurbil, Akcakaya, "Self-supervised learning of physics-guided
+            reconstruction neural networks without fully sampled reference data", Magnetic Resonance in Medicine 84
+            (2020).
+        """
+        self._check("k-space", y, self.data_shape)
+        _blocks.check_share("CartesianMRI", share)
+        device = "cpu" if generator is None else generator.device
+        order = torch.rand(self.mask.shape[1:], generator=generator, device=device).to(self.mask.device)
+        centre = torch.ones_like(self.mask[:1])
+        for axis, n in ((-2, self.mask.shape[-2]), (-1, self.mask.shape[-1])):
+            if n > 1:
+                frequency = torch.arange(n, device=self.mask.device)
+                frequency = frequency - n // 2 if self.centered else (frequency + n // 2) % n - n // 2
+                low = (frequency >= -CENTRE // 2) & (frequency < CENTRE // 2)
+                centre = centre & low.reshape((-1, 1) if axis == -2 else (1, -1))
+        free = self.mask & ~centre
+        order = torch.where(free, order, -1).flatten(1)
+        rest = torch.zeros_like(order, dtype=torch.bool)
+        for image, mask in enumerate(self.mask):
+            many = min(max(1, round(share * int(mask.sum()))), int(free[image].sum()))
+            if many == 0 or bool((mask == free[image]).all() and many == int(mask.sum())):
+                what = "lines" if self.axis is not None else "points"
+                raise ValueError(
+                    f"CartesianMRI: nothing can be left out of {int(mask.sum())} {what} of k-space, of which the "
+                    f"{CENTRE} lowest frequencies stay"
+                )
+            rest[image, order[image].topk(many).indices] = True
+        rest = rest.reshape(self.mask.shape)
+        return self._part(y, self.mask & ~rest), self._part(y, rest)
+
+    def _part(self, y: Tensor, mask: Tensor) -> Part:
+        along = self._kspace_shape[-1 if self.axis == -2 else -2]
+        operator = CartesianMRI(
+            self.coil_maps,
+            mask,
+            centered=self.centered,
+            readout_size=None if self.axis is None else along,
+            backend=self.backend,
+        )
+        return Part(operator, torch.where(mask[:, None], y, 0))
 
     def norm_squared(self) -> float:
         r"""Bound :math:`\|A\|^2`, the Lipschitz constant of the full gradient.

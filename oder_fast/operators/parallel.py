@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._torch import kept
 from . import _blocks, solve
-from .base import LeastSquares, MeasurementOperator, as_operator
+from .base import LeastSquares, MeasurementOperator, Part, as_operator
 from .ct import ParallelBeamCT, _angular_weights
 from .idt import DiffractionTomography
 from .mri import CartesianMRI
@@ -168,6 +168,12 @@ class MeasurementParallel(MeasurementOperator):
     def data_shape(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """Of this rank's data."""
         return self.local_operator.data_shape
+
+    def split(self, y: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Part, Part]:
+        """Refuse: split the whole scan before it is spread over processes."""
+        raise ValueError(
+            "MeasurementParallel: measurements spread over processes cannot be split; split those of the whole operator"
+        )
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
