@@ -56,7 +56,7 @@ class Blur(nn.Module):
 
 
 class CountingCT(ParallelBeamCT):
-    """A scan that records the number of blocks of each call of the normal operator, "full" for all."""
+    """An operator that records the number of blocks of each call of the normal operator, "full" for all."""
 
     def __init__(self, **options) -> None:
         super().__init__(SIZE, VIEWS, **options)

@@ -460,7 +460,7 @@ def copies_and_groups(rank):
 
 
 class Killed(ParallelBeamCT):
-    """A scan whose process is killed at its 20th gradient."""
+    """An operator whose process is killed at its 20th gradient."""
 
     def least_squares(self, y):
         return KilledLeastSquares(self, y)

@@ -64,7 +64,7 @@ class AboveBackground(DnCNN):
 
 
 class Microscope(DiffractionTomography):
-    """A scan whose direct reconstructions have the medium's index where nothing is."""
+    """An operator whose direct reconstructions have the medium's index where nothing is."""
 
     def initial(self, y: Tensor) -> Tensor:
         """Start from Tikhonov's."""

@@ -185,7 +185,7 @@ class Subset(Samples):
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
-    """Make a generator whose seed mixes several numbers, each at least 0: neighbours give unrelated streams.
+    """Make a generator whose seed mixes several numbers, each at least 0: neighbours give unrelated numbers.
 
     Example:
         >>> seeded_generator(0, 1).initial_seed() == seeded_generator(1, 0).initial_seed()
