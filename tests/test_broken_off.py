@@ -189,6 +189,7 @@ def test_a_disk_that_takes_no_more(whole, tmp_path, at, size):
     assert_same_runs(whole("ct"), tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_what_the_thread_of_tensorboard_could_not_write(tmp_path, capfd):
     folder = tmp_path / "run"
 

@@ -139,6 +139,7 @@ def test_demo_writes_whole_files_and_nothing_else(demo):
     DnCNN(**saved["arguments"]).load_state_dict(saved["state_dict"])
 
 
+@pytest.mark.exhaustive
 def test_the_same_seed_gives_the_same_numbers(demo):
     (first, one), (second, other) = demo("first"), demo("second")
     assert {path.name for path in second.iterdir()} == FILES
@@ -320,6 +321,7 @@ def test_bad_arguments_are_refused(tmp_path, capsys, monkeypatch, never_computed
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     run = call("demo", "--input", tmp_path / "missing.png", "--output", tmp_path / "out")
     assert run.returncode == 2

@@ -224,6 +224,7 @@ print(oder_fast.data.psnr(found, image) > oder_fast.data.psnr(ct.fbp(ct(image)),
 """
 
 
+@pytest.mark.exhaustive
 def test_the_core_works_without_any_of_them():
     run = subprocess.run(
         [sys.executable, "-c", CORE.format(modules=[*MODULES, "bm3d"])], capture_output=True, text=True

@@ -413,7 +413,9 @@ class Interrupted(nn.Module):
 
 
 @pytest.mark.parametrize("independent", [True, False])
-@pytest.mark.parametrize("differentiation", [Implicit(Picard(6, 1e-12)), Unrolled()])
+@pytest.mark.parametrize(
+    "differentiation", [Implicit(Picard(6, 1e-12)), pytest.param(Unrolled(), marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     "computed",
     [

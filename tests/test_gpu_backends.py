@@ -71,6 +71,9 @@ interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU the Triton kernels run there, compiled"
 )
 BOTH = pytest.mark.parametrize("backend", ["cuda", pytest.param("triton", marks=interpreted)])
+SLOW_TRITON = pytest.mark.parametrize(
+    "backend", ["cuda", pytest.param("triton", marks=[interpreted, pytest.mark.exhaustive])]
+)
 
 
 @pytest.fixture
@@ -495,7 +498,8 @@ def test_triton_storage(case, dtype, generator):
 
 @interpreted
 @slow(
-    lambda name, k: name.endswith("_forward") and k == (3 if name.startswith("diffraction") else 2),
+    # Values within rounding of the reference have adjoints within rounding, too.
+    lambda name, k: name == "fourier_forward" and k == 2,
     [c for c in CASES if c.adjoint is not None],
 )
 def test_triton_adjoint(case, shape, generator):
@@ -628,7 +632,7 @@ def test_pixels_at_whole_bins_read_no_bin_beside_the_detector(spacing, backend, 
 
 
 @BOTH
-@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("axis", [-2, pytest.param(-1, marks=pytest.mark.exhaustive)])
 def test_coils_and_lines_out_of_range_count_as_nothing(axis, backend, use, generator):
     def draw(*size):
         return torch.randn(*size, dtype=torch.complex64, generator=generator)
@@ -671,7 +675,7 @@ def test_illuminations_out_of_range_count_as_zero(backend, use, generator):
     assert relative_error(got, alone) < 2e-6
 
 
-@BOTH
+@SLOW_TRITON
 def test_gram_matrices_of_any_numbers(backend, use, generator):
     """Whole planes of them, half the sampling rate included, which no pupil would hold."""
 

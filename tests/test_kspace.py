@@ -332,6 +332,7 @@ def test_many_ismrmrd_lines_are_read_in_blocks(tmp_path):
     )
 
 
+@pytest.mark.exhaustive
 def test_ismrmrd_is_read_by_several_threads_at_once(tmp_path):
     values = noise(4, 2, H, W)
     lines = [one for s in range(4) for one in scan_lines(values[s], range(W), slice=s)]

@@ -384,7 +384,7 @@ def dense_map(model, ct, x):
     return (eye - step_size * (normal + weight * (eye - denoiser))) * free[:, None]
 
 
-@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("nonnegative", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.parametrize("step", [ProximalStep(), GradientStep(), GradientStep(None, 3)])
 def test_diagnosis_is_that_of_the_dense_derivative(nonnegative, step):
     ct = ParallelBeamCT(6, 5)

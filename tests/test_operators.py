@@ -16,6 +16,14 @@ ALL = [
 FIRST = [pytest.param(case, case.shapes[2], id=case.name) for case in CASES]
 
 
+def slow(suffix):
+    """All of them; the first tier takes one of each stem, whose code the others share."""
+    first = ("red_update", *(case.name for case in CASES if case.name.endswith(suffix)))
+    marks = [[] if case.name in first else [pytest.mark.exhaustive] for case in CASES]
+    cases = [pytest.param(c, c.shapes[2], id=c.name, marks=m) for c, m in zip(CASES, marks, strict=True)]
+    return pytest.mark.parametrize(("case", "shape"), cases)
+
+
 def results(value) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
@@ -185,7 +193,7 @@ def test_empty_batch_gives_an_empty_result(case, shape, build, generator):
         assert result.shape[0] == 0
 
 
-@pytest.mark.parametrize(("case", "shape"), FIRST)
+@slow("_gradient")
 def test_gradcheck_and_gradgradcheck(case, shape, generator):
     for dtype in filter(case.takes, (torch.float64, torch.complex128)):
         args, options = case.make_inputs(case.tiny, dtype, "cpu", generator)
@@ -201,7 +209,7 @@ def test_gradcheck_and_gradgradcheck(case, shape, generator):
         assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@pytest.mark.parametrize(("case", "shape"), FIRST)
+@slow("_forward")
 def test_opcheck(case, shape, generator):
     args, options = case.make_inputs(shape, case.dtype, "cpu", generator)
     calls = []
@@ -232,7 +240,7 @@ def test_opcheck(case, shape, generator):
         torch.library.opcheck(function, tuple(floats), named)
 
 
-@pytest.mark.parametrize(("case", "shape"), FIRST)
+@slow("_forward")
 def test_compiles_without_a_graph_break(case, shape, generator):
     args, options = case.make_inputs(shape, case.dtype, "cpu", generator)
 

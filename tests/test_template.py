@@ -32,7 +32,7 @@ def copied():
         importlib.import_module(f"oder_fast.{folder}").__path__.pop()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.exhaustive), "triton"])
+@pytest.fixture(params=[*(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("cpu", "cuda")), "triton"])
 def build(request, copied):
     """Its C++ backend, its CUDA backend on the host, and its Triton backend interpreted."""
     if request.param == "triton":
