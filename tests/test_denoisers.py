@@ -474,7 +474,9 @@ def test_zero_weight_is_the_identity_and_the_weight_can_be_trained():
     assert "weight=0.1, iterations=200" in repr(fixed)
 
 
-@pytest.mark.parametrize("options", [{}, {"isotropic": False}, {"joint": True}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"isotropic": False}, marks=pytest.mark.exhaustive), {"joint": True}]
+)
 def test_the_derivative_is_that_of_the_exact_proximal_map(options):
     torch.manual_seed(1)
     x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)

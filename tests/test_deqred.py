@@ -367,6 +367,7 @@ def test_minibatches_find_the_fixed_point_of_all_blocks():
     assert solution.operator_calls == pytest.approx(full + (count - full) * 4 / VIEWS)
 
 
+@pytest.mark.exhaustive
 def test_variance_reduction_and_tails_lower_the_floor_that_momentum_raises():
     exact = solve_by_minibatches(minibatch_size=None, solver=Anderson(500, 1e-5))[0].value
 

@@ -231,7 +231,9 @@ def test_both_forms_have_the_same_gradients():
     assert_gradients_close(gradients[1], gradients[0], 1e-7)
 
 
-@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()])
+@pytest.mark.parametrize(
+    "differentiation", [Implicit(), pytest.param(Unrolled(), marks=pytest.mark.exhaustive)]
+)
 def test_minibatches_give_the_full_gradients(kind, unrolled, differentiation):
     if kind["form"] == "proximal":
         return

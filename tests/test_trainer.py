@@ -710,7 +710,7 @@ def images(n, seed=0):
     return [Sample(f"image {k}", torch.rand(16, 16, generator=g)) for k in range(n)]
 
 
-@pytest.mark.parametrize("kind", ["ct", "mri"])
+@pytest.mark.parametrize("kind", ["ct", pytest.param("mri", marks=pytest.mark.exhaustive)])
 def test_empty_images_are_drawn_again_and_uniform_ones_not_compared(tmp_path, capsys, kind):
     nothing = Sample("nothing", torch.zeros(16, 16))
     operator = {"ct": SMALL["operator"], "mri": {"kind": "mri", "coils": 2}}[kind]
@@ -944,7 +944,7 @@ def test_mixed_precision_keeps_to_the_denoiser():
         ),
     ],
 )
-@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("size", [None, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_every_operator_trains(tmp_path, operator, phantoms, options, size):
     tree = SMALL | {
         "operator": operator,
