@@ -269,7 +269,8 @@ def _add_reconstruct(commands: Any) -> None:
         type=_whole_number(1),
         nargs=2,
         metavar=("H", "W"),
-        help="of the images of sinograms or intensities (default: that of the run's validation images)",
+        help="of the images of sinograms or intensities (default: that of the run's validation images; of a scan of a "
+        "beamline its bins)",
     )
     to.add_argument(
         "--scale",

@@ -180,6 +180,40 @@ def test_sinograms_of_a_folder(tmp_path, ct):
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out/stored.tif"), one)
 
 
+def test_a_scan_of_a_beamline_brings_its_own_geometry(tmp_path, ct):
+    angles, bins = torch.arange(20) * torch.pi / 20, 43
+    operator = ParallelBeamCT(SIZE, angles, bins, bin_offset=3.0)
+    p = operator(ellipses(3)).numpy() / 40
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in/beam.h5", "w") as file:
+        file["exchange/data"] = 1000 * np.exp(-p.swapaxes(0, 1))
+        file["exchange/data_white"] = np.full((2, 3, bins), 1000.0)
+        file["exchange/data_dark"] = np.zeros((2, 3, bins))
+        file["exchange/theta"] = np.rad2deg(angles.numpy())
+    save(tmp_path / "in/other.npy", sinograms(1)[0])
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "out", batch=2)
+    assert (report.done, report.failed) == (["other.npy", "beam.h5"], {})
+    assert report.notes["beam.h5"].startswith("3 rows with the axis of rotation at bin 1")
+    volume = tifffile.imread(tmp_path / "out/beam.tif")
+    assert volume.shape == (3, bins, bins)
+    first = (bins - SIZE) // 2
+    # The middle of an odd number of pixels is half a pixel from that of an even one.
+    images = torch.as_tensor(40 * volume)[:, first : first + SIZE + 1, first : first + SIZE + 1]
+    images = torch.nn.functional.avg_pool2d(images, 2, 1)
+    assert error(images, ellipses(3)) < 0.4
+    # Of another size where one is asked for.
+    reconstruct(ct, tmp_path / "in/beam.h5", tmp_path / "small", image_size=(SIZE, SIZE))
+    small = torch.as_tensor(tifffile.imread(tmp_path / "small/beam.tif"))
+    assert error(40 * small, ellipses(3)) < 0.4
+    with h5py.File(tmp_path / "in/beam.h5", "a") as file:
+        file["exchange/data"][4, 1, 2] = 0
+    report = reconstruct(ct, tmp_path / "in", tmp_path / "again")
+    assert report.failed == {
+        "beam.h5": "1 of the 43 bins of row 1 have no logarithm, 0 may be interpolated; the first is bin 2: its counts "
+        "are not above its darks in 1 of 20 views"
+    }
+
+
 def test_what_is_solved_for_is_the_fixed_point(tmp_path, ct):
     y = sinograms(1)
     path = save(tmp_path / "y.npy", y[0])

@@ -437,3 +437,14 @@ def _given_angles(angles: Any, views: int) -> Tensor:
     if not bool(theta.isfinite().all()):
         raise ValueError("angles must be finite")
     return theta
+
+
+def projections_shape(path: Path) -> tuple[int, int, int] | None:
+    """Return the views, rows and bins of a DataExchange file; None for a file of another kind."""
+    if not is_hdf5(path):
+        return None
+    with open_hdf5(path) as file:
+        if dataset(file, FLATS) is None:
+            return None
+        data = _stored(file, DATA)
+        return None if data is None else (data.shape[0], data.shape[1], data.shape[2])

@@ -21,6 +21,7 @@ from ..data.images import DICOM_SUFFIXES
 from ..data.kspace import SUFFIXES
 from ..data.microscopy import LED_NAME
 from ..data.nifti import NIFTI_SUFFIXES
+from ..operators import ParallelBeamCT
 from ..training.configuration import MOST_PIXELS
 
 Format = Literal["dicom", "tiff", "png", "npy", "npz", "nifti"]
@@ -76,6 +77,8 @@ class Job:
         by_slice: Whether slices can be read one by one, without the others.
         is_kspace: Whether it holds k-space.
         select: Counters of the acquisitions of this job, of a file with several images of its slices.
+        operator: Of a scan whose file tells its geometry; None where it is the run's.
+        axis: Of rotation, of such a scan, in bins.
         notes: What the user should know of what was read.
     """
 
@@ -88,6 +91,8 @@ class Job:
     by_slice: bool
     is_kspace: bool = False
     select: dict[str, int] = field(default_factory=dict)
+    operator: ParallelBeamCT | None = None
+    axis: float | None = None
     notes: dict[str, int] = field(default_factory=dict)
     base: str = ""
     images: dict[int, Tensor] = field(default_factory=dict)
@@ -160,7 +165,9 @@ class Item(NamedTuple):
             coils = 0 if self.sample.kspace is None else len(self.sample.kspace)
             return (tuple(self.sample.image.shape), coils)
         assert self.data is not None
-        return (tuple(self.data.shape), None if self.maps is None else tuple(self.maps.shape))
+        # A scan with a geometry of its own stays by itself.
+        own = None if self.job.operator is None else self.job.path
+        return (tuple(self.data.shape), own, None if self.maps is None else tuple(self.maps.shape))
 
 
 class Solved(NamedTuple):

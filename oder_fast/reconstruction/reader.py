@@ -16,6 +16,7 @@ from ..data import (
     read_array,
     read_kspace,
     read_led_stack,
+    read_projections,
     remove_oversampling,
 )
 from ..data.arrays import array_layout
@@ -25,10 +26,11 @@ from ..data.images import format_of
 from ..data.kspace import kspace_selections, read_kspace_header, readout_oversampling
 from ..data.matlab import is_matlab_file
 from ..data.nifti import is_nifti, nifti_layout
-from ..operators import CartesianMRI
+from ..data.projections import SEARCHED, projections_shape
+from ..operators import CartesianMRI, ParallelBeamCT
 from ..training.configuration import Configuration
 from ..training.draws import seed_of
-from ..training.scans import Scan
+from ..training.scans import CTScan, Scan
 from .jobs import Choices, InputError, Item, Job, is_picture, label_of, led_files
 
 FULL = 0.95
@@ -104,6 +106,11 @@ class Reader:
             with naming(path):
                 selections = kspace_selections(path, self.select)
             return [self._inspect_kspace(path, name, one) for one in selections]
+        if isinstance(self.scan, CTScan) and self.array is None:
+            with naming(path):
+                projections = projections_shape(path)
+            if projections is not None:
+                return [self._inspect_projections(path, name, projections)]
         shape, is_complex = self._layout(path)
         wanted = self._data_shape(path)
         if is_complex or shape[-len(wanted) :] != wanted or len(shape) - len(wanted) not in (0, 1):
@@ -116,6 +123,17 @@ class Reader:
             )
         count = shape[0] if len(shape) > len(wanted) else 1
         return [Job(path, name, count, wanted, self.image_shape, self.scan.is_complex, False)]
+
+    def _inspect_projections(self, path: Path, name: str, shape: tuple[int, int, int]) -> Job:
+        """Find the geometry of a scan in a few of its rows."""
+        views, rows, bins = shape
+        scan = read_projections(path, slice(0, rows, -(-rows // SEARCHED)))
+        image = self.choices.image_size or (bins, bins)
+        assert isinstance(self.scan, CTScan)
+        operator = ParallelBeamCT(image, **scan.geometry, sampling=self.scan.section.sampling)
+        job = Job(path, name, rows, (views, bins), image, False, True, operator=operator, axis=scan.axis)
+        job.note(f"rows with the axis of rotation at bin {scan.axis:.2f}", rows)
+        return job
 
     def _inspect_leds(self, path: Path, name: str) -> Job:
         wanted, leds = self._data_shape(path), led_files(path)
@@ -198,6 +216,10 @@ class Reader:
             return self._read_kspace(job, chunk)
         if self.choices.simulate:
             return self._read_images(job, chunk)
+        if job.operator is not None:
+            assert chunk is not None
+            values = read_projections(job.path, chunk, axis=job.axis).sinograms
+            return [Item(job, k, data=one) for k, one in enumerate(values, chunk.start)]
         if job.path.is_dir():
             values, _ = read_led_stack(job.path)
             job.note("images of LEDs, taken as the illuminations by row, then by column", len(values))

@@ -120,11 +120,13 @@ def reconstruct_files(
     r"""Reconstruct files by a checkpoint of `Trainer`.
 
     What is measured is told by the checkpoint's operator: sinograms ``(V, D)`` or ``(B, V, D)`` in NPY, NPZ, TIFF,
-    HDF5 or MATLAB; k-space as `read_kspace` takes it, each slice an image, with the mask of the file or else what is
-    not 0, and coil maps by ESPIRiT; intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus
-    1, or a folder of an image for each LED (`read_led_stack`), by row and column in the order of illuminations. With
-    `simulate` the files hold images, which are measured as the checkpoint's operator says and compared with what
-    comes out; or all of k-space (HDF5, or ``kspace`` in NPZ), which is then undersampled.
+    HDF5 or MATLAB; scans as `read_projections` takes them (DataExchange), each row of the detector an image, with
+    the angles of the file and the axis that is found, in place of the run's geometry; k-space as `read_kspace`
+    takes it, each slice an image, with the mask of the file or else what is not 0, and coil maps by ESPIRiT;
+    intensities ``(L, H, W)`` or ``(B, L, H, W)``, over those without the object, minus 1, or a folder of an image
+    for each LED (`read_led_stack`), by row and column in the order of illuminations. With `simulate` the files hold
+    images, which are measured as the checkpoint's operator says and compared with what comes out; or all of k-space
+    (HDF5, or ``kspace`` in NPZ), which is then undersampled.
 
     The denoiser knows images of the values it was trained on. So images are scaled as the run's were, and data that
     were measured such that the start (filtered back-projection; the coils' images combined) has the largest
@@ -150,7 +152,7 @@ def reconstruct_files(
         part: Of complex images, to be written.
         simulate: Measure images.
         image_size: Rows and columns that sinograms or intensities are of; by default those of the images that the run
-            was validated with.
+            was validated with, of DataExchange scans the number of bins.
         scale: In place of the run's: ``"slice"``, ``"none"`` or the window ``(low, high)``.
         array: Which array of NPZ, HDF5 and MATLAB files.
         select: Counters of the acquisitions of ISMRMRD files, as ``{"contrast": 1}``, in place of the run's (see
@@ -472,8 +474,14 @@ class _Run(Task):
             [value.to(self.device) for value in values if value is not None]
             for values in zip(*((item.data, item.maps, item.mask) for item in items), strict=True)
         )
-        operator = self.scan.operator_of(self.image_shape, maps, masks).to(self.device)
-        measured, low, unit = self.scan.scaled(Measured(operator, torch.stack(data)), self.reader.scale)
+        operator, scale = items[0].job.operator, self.reader.scale
+        if operator is None:
+            operator = self.scan.operator_of(self.image_shape, maps, masks)
+        elif self.choices.scale is None and scale != "none":
+            # The run's window is in its unit, and the scan in one over the width of its bins.
+            scale = "slice"
+        measured = Measured(operator.to(self.device), torch.stack(data))
+        measured, low, unit = self.scan.scaled(measured, scale)
         return measured, low, [s * u for s, u in zip(span, unit, strict=True)]
 
     def _compare(self, truth: Tensor, image: Tensor, start: Tensor) -> list[float]:
