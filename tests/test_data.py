@@ -516,6 +516,23 @@ def test_metrics():
     assert data.ssim(truth.flip(0), truth) < 0.5
 
 
+@pytest.mark.parametrize("metric", [data.psnr, data.ssim, data.snr])
+def test_metrics_say_what_they_cannot_compare(metric):
+    image, name = torch.rand(8, 9), metric.__name__
+    with pytest.raises(TypeError, match=f"{name}: image must be a torch.Tensor, got list"):
+        metric([[1.0]], image)
+    with pytest.raises(ValueError, match=rf"{name}: image must not be empty, got the shape \(0, 9\)"):
+        metric(image[:0], image)
+    if metric is not data.snr:
+        with pytest.raises(TypeError, match=f"{name}: data_range must be a number or None, got 'a'"):
+            metric(image, image, "a")
+        assert metric(image, image.flip(0), image.max()) == metric(image, image.flip(0), float(image.max()))
+    with pytest.raises(
+        ValueError, match=r"ssim: images must have at least 7 rows and 7 columns, got .* \(6, 9\)"
+    ):
+        data.ssim(image[:6], image[:6])
+
+
 def test_metrics_take_what_a_model_gives():
     truth = torch.rand(16, 16, generator=seeded())
     image = truth + 0.1 * torch.rand(16, 16, generator=seeded(1))

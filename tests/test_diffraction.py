@@ -169,6 +169,7 @@ def test_indices_out_of_range_are_refused():
         ({"support": torch.zeros(5, 16, 2)}, TypeError, "support must be int32"),
         ({"support": torch.zeros(4, 16, 2, dtype=torch.int32)}, ValueError, "support must have shape"),
         ({"optics": (1.0, 2.0)}, ValueError, "optics must be"),
+        ({"optics": ("a", 2.0, 1.0, 1.0, 0.0, 0.0)}, TypeError, "optics must be an ops.Optics of numbers"),
         ({"optics": (1.0, 2.0, 1.0, float("nan"), 0.0, 0.0)}, ValueError, "optics must be finite"),
         ({"optics": (0.0, 2.0, 1.0, 1.0, 0.0, 0.0)}, ValueError, "optics must be finite"),
     ],

@@ -181,6 +181,7 @@ def test_nan_stays_in_its_columns_and_images(generator):
             r"a mask must have shape \(1 or 1, 8, 6\)",
         ),
         ({"axis": 0}, ValueError, "axis must be -2 or -1"),
+        ({"axis": -1.0}, ValueError, "axis must be -2 or -1, got -1.0"),
         (
             {"samples": torch.ones(1, 2, 3, 6, dtype=torch.complex64)},
             ValueError,

@@ -72,6 +72,7 @@ X = torch.zeros(2, 4)
         (lambda: oder_fast.ops.red_update(X, X, X, None, 1.0), TypeError, "step_size must be a float or a 0-d tensor"),
         (lambda: oder_fast.ops.red_update(X, X, X, torch.ones(2), 1.0), ValueError, "step_size must be a float or a 0-d"),
         (lambda: oder_fast.ops.red_update(X, X, X, 0.1, "1"), TypeError, "tau must be a float or a 0-d tensor, got str"),
+        (lambda: oder_fast.ops.red_update(X, X, X, float("nan"), 1.0), ValueError, "step_size must be finite, got nan"),
         (lambda: oder_fast.ops.red_update(X, X, X, 0.1, 1.0, momentum=0.5), ValueError, "previous and momentum go together"),
         (lambda: oder_fast.ops.red_update(X, X, X, 0.1, 1.0, previous=X, momentum=torch.ones(3)), ValueError, r"momentum must have shape \(2,\)"),
         (lambda: oder_fast.ops.red_update(X.to_sparse(), X, X, 0.1, 1.0), TypeError, "image must be a dense tensor, got torch.sparse_coo"),

@@ -12,8 +12,16 @@ from torch import Tensor
 from .._extras import needs
 from .._numpy import takes_numpy
 
+WINDOW = 7
+"""Side of the squares in which the structural similarity compares."""
 
-def _check_shape(name: str, image: Tensor, truth: Tensor) -> None:
+
+def _check(name: str, image: Tensor, truth: Tensor) -> None:
+    for argument, value in (("image", image), ("truth", truth)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+        if value.numel() == 0:
+            raise ValueError(f"{name}: {argument} must not be empty, got the shape {tuple(value.shape)}")
     if image.shape != truth.shape:
         raise ValueError(
             f"{name}: image must have the shape of truth, {tuple(truth.shape)}, got {tuple(image.shape)}"
@@ -22,9 +30,9 @@ def _check_shape(name: str, image: Tensor, truth: Tensor) -> None:
 
 def _arrays(name: str, image: Tensor, truth: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return both as arrays, wherever the tensors live and whether or not they have a graph."""
+    _check(name, image, truth)
     if image.is_complex() or truth.is_complex():
         raise TypeError(f"{name}: the images must be real; give the magnitudes, image.abs(), of complex ones")
-    _check_shape(name, image, truth)
     # NumPy knows no bfloat16.
     image, truth = (v.float() if v.dtype == torch.bfloat16 else v for v in (image, truth))
     return image.detach().cpu().numpy(), truth.detach().cpu().numpy()
@@ -33,9 +41,13 @@ def _arrays(name: str, image: Tensor, truth: Tensor) -> tuple[NDArray[Any], NDAr
 def _range(name: str, truth: Tensor, data_range: float | None) -> float:
     if data_range is None:
         return float((truth.max() - truth.min()).detach())
-    if not (math.isfinite(data_range) and data_range > 0):
+    try:
+        span = float(data_range)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: data_range must be a number or None, got {data_range!r}") from None
+    if not (math.isfinite(span) and span > 0):
         raise ValueError(f"{name}: data_range must be finite and above 0, got {data_range}")
-    return data_range
+    return span
 
 
 @takes_numpy
@@ -44,7 +56,7 @@ def snr(image: Tensor, truth: Tensor) -> float:
 
     Complex images are compared as they are, phases included.
     """
-    _check_shape("snr", image, truth)
+    _check("snr", image, truth)
     wide = torch.complex128 if truth.is_complex() or image.is_complex() else torch.float64
     truth, image = truth.detach().to(wide), image.detach().to(wide)
     ratio = torch.linalg.vector_norm(truth) / torch.linalg.vector_norm(truth - image)
@@ -69,6 +81,10 @@ def ssim(image: Tensor, truth: Tensor, data_range: float | None = None) -> float
     from skimage.metrics import structural_similarity
 
     measured, expected = _arrays("ssim", image, truth)
+    if expected.ndim < 2 or min(expected.shape[-2:]) < WINDOW:
+        raise ValueError(
+            f"ssim: images must have at least {WINDOW} rows and {WINDOW} columns, got the shape {expected.shape}"
+        )
     span = _range("ssim", truth, data_range)
     slices = (values.reshape(-1, *values.shape[-2:]) for values in (expected, measured))
     values = [float(structural_similarity(*pair, data_range=span)) for pair in zip(*slices, strict=True)]

@@ -299,7 +299,10 @@ def _check_scan(
     _checks.shape(op, "support", support, (transfer.shape[0], height, 2), "illuminations, H, begin and end")
     if min(transfer.shape[0], len(depths), height, width) < 1:
         raise ValueError(f"{op}: needs at least one illumination, slice, row and column")
-    numbers = [float(v) for v in optics]
+    try:
+        numbers = [float(v) for v in optics]
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: optics must be an ops.Optics of numbers, got {optics!r}") from None
     if len(numbers) != len(Optics._fields):
         raise ValueError(f"{op}: optics must be {Optics._fields}, got {len(numbers)} numbers")
     if not all(math.isfinite(v) for v in numbers) or min(numbers[:3]) <= 0:

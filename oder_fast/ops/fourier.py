@@ -216,7 +216,7 @@ def _check_scan(
         raise ValueError(
             f"{op}: coil_maps must have shape (1 or {batch}, C, H, W), none of them 0, got {tuple(coil_maps.shape)}"
         )
-    if axis not in (-2, -1):
+    if not isinstance(axis, int) or axis not in (-2, -1):
         raise ValueError(f"{op}: axis must be -2 or -1, got {axis}")
     _checks.tensor(op, "sampling", sampling)
     if sampling.device != like.device:

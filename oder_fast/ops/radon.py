@@ -208,8 +208,8 @@ def _check_scan(op: str, angles: Tensor, detector: Detector, like: Tensor) -> tu
     spacing, offset, pixel_size = map(float, lengths)
     if isinstance(n_bins, bool) or not isinstance(n_bins, int | torch.SymInt):
         raise TypeError(f"{op}: n_bins must be an int, got {type(n_bins).__name__}")
-    if n_bins < 1:
-        raise ValueError(f"{op}: n_bins must be at least 1, got {n_bins}")
+    if not 1 <= n_bins < 2**31:
+        raise ValueError(f"{op}: n_bins must be at least 1 and below 2**31, got {n_bins}")
     _checks.positive(op, "spacing", spacing)
     _checks.positive(op, "pixel_size", pixel_size)
     # Beyond this the distance of rays along a line is no finite number.
@@ -339,16 +339,16 @@ def _back(
     angles, n_bins, lengths = _check_scan(op, angles, detector, sinogram)
     expected = (sinogram.shape[0], angles.shape[0], n_bins)
     _checks.shape(op, "sinogram", sinogram, expected, "batch, number of angles, detector.n_bins")
-    if len(image_shape) != 2 or min(image_shape) < 1:
-        raise ValueError(
-            f"{op}: image_shape must be (height, width), both at least 1, got {tuple(image_shape)}"
-        )
+    sides = tuple(map(from_numpy, image_shape))
+    whole = all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for n in sides)
+    if len(sides) != 2 or not whole or min(sides) < 1:
+        raise ValueError(f"{op}: image_shape must be (height, width), whole and at least 1, got {sides}")
     chosen = backends.resolve(backend, sinogram.device, sinogram.dtype)
     result: Tensor
     if chosen == "reference":
-        result = getattr(reference, op)(sinogram, angles, Detector(n_bins, *lengths), image_shape)
+        result = getattr(reference, op)(sinogram, angles, Detector(n_bins, *lengths), sides)
     else:
-        result = call(op, sinogram, angles, *image_shape, lengths, chosen)
+        result = call(op, sinogram, angles, *sides, lengths, chosen)
     return result
 
 

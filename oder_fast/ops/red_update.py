@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -226,4 +227,6 @@ def _parameter(name: str, value: float | Tensor, device: torch.device) -> Tensor
         return value
     if not isinstance(value, (int, float)):
         raise TypeError(f"red_update: {name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"red_update: {name} must be finite, got {value}")
     return torch.tensor(float(value), dtype=torch.float64, device=device)
