@@ -21,7 +21,7 @@ from .denoisers import TotalVariation
 from .deqred import DEQRED
 from .fixed_point import DivergenceError, Solution
 from .operators import MeasurementOperator, MeasurementParallel, as_operator
-from .operators.base import check_numbers
+from .operators.base import check_numbers, seen
 
 Criterion = Literal["left_out", "risk", "discrepancy"]
 CRITERIA = ("left_out", "risk", "discrepancy")
@@ -29,6 +29,9 @@ CRITERIA = ("left_out", "risk", "discrepancy")
 STRIDE = 3.0
 # The search ends where the neighbours of the best are as near as this factor.
 CLOSE = 1.5
+# Scores within this share are the same, and the largest value of those is taken: solves of very little regularization
+# end before they converge, so that less of it changes nothing.
+SAME = 1e-3
 # A score that varies by less than this share has no minimum.
 FLAT = 1e-4
 # A discrepancy is met to this relative accuracy.
@@ -247,12 +250,13 @@ def choose_weight(
 
     Example:
         >>> import torch
-        >>> from oder_fast import ParallelBeamCT, choose_weight
+        >>> from oder_fast import ParallelBeamCT, TotalVariation, choose_weight
         >>> ct = ParallelBeamCT(image_size=16, angles=20)
         >>> x = torch.zeros(1, 16, 16)
         >>> x[:, 4:10, 6:12] = 1.0
         >>> y = ct(x) + 0.5 * torch.randn(1, 20, ct.n_bins, generator=torch.Generator().manual_seed(0))
-        >>> 0.01 < choose_weight(y, ct).value < 1
+        >>> choice = choose_weight(y, ct, lambda w: TotalVariation(w, iterations=20), bounds=(0.01, 1.0))
+        >>> 0.01 < choice.value < 1
         True
 
     References:
@@ -372,14 +376,6 @@ def norm_squared(operator: MeasurementOperator, y: Tensor) -> float:
     return operator.norm_squared()
 
 
-def seen(operator: MeasurementOperator, like: Tensor) -> Tensor:
-    """Return 1 where data ``(1, *data_shape)`` depend on an image at all, as they do not where a mask left them out."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(like.shape[1:], dtype=like.dtype, generator=generator).to(like.device)
-    measured: Tensor = operator(image.expand(like.shape))
-    return (measured != 0).to(dtype=measured.real.dtype)
-
-
 class _Solver:
     """Solves for one value after the other, each from the last one's solution."""
 
@@ -492,7 +488,10 @@ class _Search:
         return len(self.scores) < self.solves
 
     def _best(self) -> float:
-        return min(self.scores, key=lambda value: self.scores[value])
+        least = min(self.scores.values())
+        if not math.isfinite(least):
+            return min(self.scores)
+        return max(v for v, score in self.scores.items() if score <= least + SAME * abs(least))
 
     def least(self) -> float:
         """Return the value of the least score."""

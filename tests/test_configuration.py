@@ -83,7 +83,10 @@ def test_files_that_are_refused(tmp_path, name, text, message):
         ("training.learning_rate=.inf", "training.learning_rate: input should be a finite number, got inf"),
         ("red.tau=.nan", "red.tau: input should be a finite number, got nan"),
         ("denoiser=3", "denoiser: must hold settings by name, got 3"),
-        ("training.loss=mae", "training.loss.mae: input should be 'mse', 'l1' or 'ssim'"),
+        (
+            "training.loss=mae",
+            "training.loss.mae: input should be 'mse', 'l1', 'ssim', 'splitting' or 'sure'",
+        ),
         ("operator.kind=pet", "operator.kind: must be ct, mri or idt, got 'pet'"),
         ("training.loss={}", "training.loss: "),
         ("pretraining.sigma=[0.1, 0.05]", "sigma must be the least and then the largest"),

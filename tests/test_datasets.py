@@ -599,7 +599,7 @@ def test_kspace_and_maps_follow(transform, shape):
     sample = measured(*shape)
     seen = set()
     for seed in range(12):
-        image, kspace, maps = transform(sample, seeded(seed))[1:]
+        image, kspace, maps = transform(sample, seeded(seed))[1:4]
         coil_images = torch.fft.fftshift(
             torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=(1, 2)), norm="ortho"), dim=(1, 2)
         )

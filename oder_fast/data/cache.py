@@ -110,7 +110,8 @@ class Cached(Samples):
             return self.dataset[number]
         arrays = self._store.read(key)
         if arrays is not None and "image" in arrays:
-            return Sample(self.names[number], arrays["image"], arrays.get("kspace"), arrays.get("maps"))
+            rest = (arrays.get(name) for name in ("kspace", "maps", "measured"))
+            return Sample(self.names[number], arrays["image"], *rest)
         sample = self.dataset[number]
         self._store.write(key, {k: v for k, v in sample._asdict().items() if isinstance(v, Tensor)})
         return sample

@@ -27,12 +27,16 @@ class Sample(NamedTuple):
         kspace: Fully sampled k-space of the image, shape ``(C, H, W)``, complex64, the zero frequency at
             ``(H // 2, W // 2)``; or None, where measurements are to be simulated from the image.
         maps: Coil sensitivity maps that belong to it, shape ``(C, H, W)``, complex64.
+        measured: Measurements without truth, as the operator's data are: a sinogram ``(V, D)``, intensities
+            ``(L, H, W)``, or k-space ``(C, H, W)`` that is 0 where nothing was sampled; `image` is then a first
+            reconstruction of them. None where there is a truth.
     """
 
     name: str
     image: Tensor
     kspace: Tensor | None = None
     maps: Tensor | None = None
+    measured: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -43,12 +47,14 @@ class Batch(NamedTuple):
         image: Shape ``(B, H, W)`` or ``(B, Z, H, W)``.
         kspace: Shape ``(B, C, H, W)``, or None.
         maps: Shape ``(B, C, H, W)``, or None.
+        measured: Shape ``(B, *data_shape)``, or None.
     """
 
     names: list[str]
     image: Tensor
     kspace: Tensor | None = None
     maps: Tensor | None = None
+    measured: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -57,7 +63,7 @@ class Batch(NamedTuple):
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         image = self.image.to(device, non_blocking=True)
-        return Batch(self.names, image, move(self.kspace), move(self.maps))
+        return Batch(self.names, image, move(self.kspace), move(self.maps), move(self.measured))
 
 
 def _say_mixed(what: str, first: tuple[str, Sequence[int]], second: tuple[str, Sequence[int]]) -> str:
@@ -107,7 +113,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     image = stack("images", [sample.image for sample in samples])
     assert image is not None
     kspace = stack("k-space", [sample.kspace for sample in samples])
-    return Batch(names, image, kspace, stack("coil maps", [sample.maps for sample in samples]))
+    maps = stack("coil maps", [sample.maps for sample in samples])
+    return Batch(names, image, kspace, maps, stack("measurements", [sample.measured for sample in samples]))
 
 
 class Samples(Dataset[Sample], ABC):

@@ -455,6 +455,20 @@ def as_operator(operator: Any) -> MeasurementOperator:
     return ForeignOperator(operator)
 
 
+def seen(operator: MeasurementOperator, like: Tensor) -> Tensor:
+    """Return 1 where data depend on the image at all, as they do not where a mask leaves them out; else 0.
+
+    Args:
+        operator: Of the data.
+        like: Images, shape ``(B, *image_shape)``; their values do not matter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(like.shape[1:], dtype=like.dtype, generator=generator).to(like.device)
+    with torch.no_grad():
+        measured: Tensor = operator(image.expand(like.shape))
+    return (measured != 0).to(dtype=measured.real.dtype)
+
+
 def power_iteration(
     normal: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-4, max_iterations: int = 200
 ) -> tuple[float, Tensor]:

@@ -93,6 +93,7 @@ class CT(_Section):
         angles: Number of views, evenly over 180 degrees; or the angles in radians.
         n_bins: Of the detector; by default as many as see the whole image.
         bin_spacing: Distance of bins, in the unit of `pixel_size`.
+        bin_offset: Position of the detector's centre relative to the axis of rotation, in the unit of `pixel_size`.
         pixel_size: Distance of pixels.
         sampling: Of minibatches: ``"uniform"`` or ``"stratified"``.
         snr: Of the simulated scan, in dB; None for no noise.
@@ -103,6 +104,7 @@ class CT(_Section):
     angles: Blocks | Annotated[list[FiniteFloat], Field(min_length=1, max_length=2**16)] = 90
     n_bins: Blocks | None = None
     bin_spacing: Length | None = None
+    bin_offset: FiniteFloat = 0.0
     pixel_size: Length = 1.0
     sampling: Literal["uniform", "stratified"] = "stratified"
     snr: Decibels | None = 50.0
@@ -362,10 +364,29 @@ class Pretraining(Stage):
 
 
 class Training(Stage):
-    """Stage 2: through the fixed point."""
+    """Stage 2: through the fixed point.
+
+    Attributes:
+        loss: As of stage 1; besides two that need no truth: ``"splitting"``, the error of measurements left out, and
+            ``"sure"``, an unbiased estimate of the error of what is measured.
+        share: Share of the measurements that ``"splitting"`` leaves out, drawn anew in each step.
+        noise: Standard deviation of white Gaussian noise in the data, for ``"sure"``; of complex noise that of both
+            parts together.
+    """
 
     steps: CountFrom0 = 10_000
     batch_size: Blocks = 1
+    loss: Annotated[
+        dict[Literal["mse", "l1", "ssim", "splitting", "sure"], PositiveFloat], Field(min_length=1)
+    ] = {"mse": 1.0}  # type: ignore[assignment]
+    share: Share = 0.4
+    noise: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _noise_is_known(self) -> Training:
+        if ("sure" in self.loss) != (self.noise is not None):
+            raise ValueError("loss: sure needs the noise, and nothing else does: set training.noise with it")
+        return self
 
 
 class Validation(_Section):

@@ -57,8 +57,10 @@ class Draws(Dataset[tuple[Sample, int]]):
         for _ in range(TRIES):
             sample = checked(self.samples[index])
             if not self.with_kspace:
-                sample = sample._replace(kspace=None, maps=None)
-            sample = self.transform(sample, g)
+                sample = sample._replace(kspace=None, maps=None, measured=None)
+            if sample.measured is None:
+                # What was measured cannot be turned or cut with its image.
+                sample = self.transform(sample, g)
             if bool(sample.image.any()):
                 return self.scan.prepare(sample, g), seed_of(*self.key, "noise", position)
             # An empty slice or patch, as volumes have at their ends, has nothing to be measured: another one.
@@ -81,9 +83,10 @@ def checked(sample: Any) -> Sample:
     image = sample.image
     if image.dtype not in (torch.float32, torch.complex64):
         raise TypeError(f"{sample.name}: its image must be float32 or complex64, got {image.dtype}")
-    bad = first_bad(image)
-    if bad is not None:
-        raise ValueError(f"{sample.name}: its image must be finite, got {image[bad].item()} at {bad}")
+    for what, values in (("image", image), ("measurements", sample.measured)):
+        bad = None if values is None else first_bad(values)
+        if bad is not None and values is not None:
+            raise ValueError(f"{sample.name}: its {what} must be finite, got {values[bad].item()} at {bad}")
     return sample
 
 

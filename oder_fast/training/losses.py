@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operators import Part
+
 WINDOW, SIGMA = 11, 1.5
 """Gaussian window of the structural similarity, as Wang et al. have it."""
 
@@ -88,7 +90,64 @@ def magnitude(image: Tensor) -> Tensor:
     return (image.real.square() + image.imag.square() + tiny).sqrt()
 
 
+def splitting_loss(image: Tensor, left_out: Part) -> Tensor:
+    r"""Return how wrongly images foretell measurements that they were not reconstructed from; needs no truth.
+
+    .. math:: \frac{\|A_2 \hat x(y_1) - y_2\|^2}{\|y_2\|^2}
+
+    the mean over images. Where the noise of the two parts is independent, it differs in expectation from the error
+    of :math:`A_2 \hat x` by the noise alone, which no weight can change.
+
+    Args:
+        image: Reconstructed from the part that was kept, shape ``(B, *image_shape)``.
+        left_out: The other part, of `MeasurementOperator.split`.
+
+    References:
+        Yaman, Hosseini, Moeller, Ellermann, Ugurbil, Akcakaya, "Self-supervised learning of physics-guided
+        reconstruction neural networks without fully sampled reference data", Magnetic Resonance in Medicine 84 (2020).
+    """
+    return _relative(_squares(left_out.operator(image) - left_out.y), left_out.y)
+
+
+def sure_loss(
+    measured: Tensor, beside: Tensor, y: Tensor, probe: Tensor, step: float, noise: float, count: Tensor
+) -> Tensor:
+    r"""Return Stein's unbiased estimate of the error of A x under white Gaussian noise; needs no truth.
+
+    .. math:: \|A \hat x(y) - y\|^2 - m \sigma^2 + \frac{2 \sigma^2}{\epsilon}
+        \operatorname{Re} \langle b, A \hat x(y + \epsilon b) - A \hat x(y) \rangle
+
+    over :math:`\|y\|^2`, the mean over images. It sees nothing of the error in what A does not measure.
+
+    Args:
+        measured: :math:`A \hat x(y)`, shape ``(B, *data_shape)``.
+        beside: :math:`A \hat x(y + \epsilon b)`.
+        y: Data.
+        probe: :math:`b`, white Gaussian numbers of variance 1 where something is measured, else 0.
+        step: :math:`\epsilon`.
+        noise: :math:`\sigma`, the noise's standard deviation; of complex noise that of both parts together.
+        count: :math:`m`, values measured of each image, shape ``(B,)``.
+
+    References:
+        Ramani, Blu, Unser, "Monte-Carlo SURE: a black-box optimization of regularization parameters for general
+        denoising algorithms", IEEE Trans. Image Processing 17 (2008). Metzler, Mousavi, Heckel, Baraniuk,
+        "Unsupervised learning with Stein's unbiased risk estimator", arXiv:1805.10531 (2018).
+    """
+    along = ((beside - measured) * probe.conj()).real.flatten(1).sum(1) / step
+    return _relative(_squares(measured - y) + noise**2 * (2 * along - count), y)
+
+
+def _squares(v: Tensor) -> Tensor:
+    return (v * v.conj()).real.flatten(1).sum(1)
+
+
+def _relative(squares: Tensor, y: Tensor) -> Tensor:
+    size = _squares(y.detach())
+    return (squares / torch.where(size > 0, size, 1)).mean()
+
+
 LOSSES = {"mse": mse_loss, "l1": l1_loss, "ssim": ssim_loss}
+"""Losses that compare with the truth."""
 
 
 def total_loss(weights: Mapping[Any, float], image: Tensor, truth: Tensor) -> Tensor:

@@ -168,6 +168,7 @@ class CTScan(Scan):
                 s.angles,
                 s.n_bins,
                 bin_spacing=s.bin_spacing,
+                bin_offset=s.bin_offset,
                 pixel_size=s.pixel_size,
                 sampling=s.sampling,
             )
@@ -189,6 +190,8 @@ class CTScan(Scan):
         """Project images, and add noise."""
         image = batch.image
         operator = self.operator(tuple(image.shape[1:])).to(image.device)
+        if batch.measured is not None:
+            return Measured(operator, batch.measured)
         y = operator(image)
         if self.section.photons is None:
             return Measured(operator, _noisy(y, self.section.snr, generators))
@@ -260,6 +263,8 @@ class MRIScan(Scan):
         image, shape = batch.image, tuple(batch.image.shape[1:])
         device = image.device
         maps = (self.birdcage(shape) if batch.maps is None else batch.maps).to(device)
+        if batch.measured is not None:
+            return Measured(CartesianMRI(maps, (batch.measured != 0).any(1)), batch.measured)
         sampled = batch.kspace.shape[-2:] if batch.kspace is not None else shape
         masks = torch.stack([self.draw_mask(tuple(sampled), g) for g in generators]).to(device)
         masks = masks[:, None] if masks.ndim == 2 else masks
@@ -331,4 +336,6 @@ class IDTScan(Scan):
     def measure(self, batch: Batch, generators: Generators) -> Measured:
         """Image volumes, and add noise."""
         operator = self.operator(tuple(batch.image.shape[1:])).to(batch.image.device)
+        if batch.measured is not None:
+            return Measured(operator, batch.measured)
         return Measured(operator, _noisy(operator(batch.image), self.section.snr, generators))

@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,8 @@ from ..data import psnr, ssim
 from ..data.files import remove_unfinished
 from ..data.samples import Batch, Sample, collate
 from ..denoisers.call import ImageDenoiser, as_channels, from_channels
-from ..fixed_point import FixedPointError, NotConvergedWarning
+from ..fixed_point import FixedPointError, NotConvergedWarning, Solution
+from ..operators.base import seen
 from . import configuration as settings
 from .checkpoints import (
     FORMAT,
@@ -46,7 +47,7 @@ from .checkpoints import (
 from .configuration import Configuration, ConfigurationError, differences
 from .draws import Draws, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
 from .logs import SOLVED, Logs, Silence, clock, draw_images, duration
-from .losses import total_loss
+from .losses import LOSSES, splitting_loss, sure_loss, total_loss
 from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
 from .processes import (
     any_process,
@@ -60,7 +61,7 @@ from .processes import (
     world_size,
 )
 from .report import STAGES, write_report
-from .scans import make_scan
+from .scans import Measured, make_scan
 from .sets import make_sets, training_transform
 
 SMALLEST = 7
@@ -73,6 +74,11 @@ CHECKPOINTS_OF_ROOM = 2
 # Of a step through the fixed point, to tell how long a run takes.
 TYPICAL_CALLS, TYPICAL_PRODUCTS = 15, 20
 """Beyond those that are kept: the one being written, and the tables and pictures."""
+
+
+def truth_of(weights: Mapping[Any, float]) -> dict[str, float]:
+    """Return the losses that compare with the truth."""
+    return {name: weight for name, weight in weights.items() if name in LOSSES}
 
 
 class RunError(RuntimeError):
@@ -238,9 +244,20 @@ class Trainer:
             raise ConfigurationError(f"red.minibatch_size: must be at most the {blocks} blocks, got {size}")
         for stage in self.stages:
             try:
-                total_loss(stage.loss, batch.image, batch.image)
+                total_loss(truth_of(stage.loss) or {"mse": 1.0}, batch.image, batch.image)
             except ValueError as error:
                 raise ConfigurationError(f"loss: {error}") from error
+        stage = self.stages[1]
+        if stage.steps and batch.measured is not None and truth_of(stage.loss):
+            raise ConfigurationError(
+                f"training.loss: {', '.join(truth_of(stage.loss))} needs the truth, and {batch.names[0]} has "
+                "measurements alone; take splitting or sure"
+            )
+        if stage.steps and "splitting" in stage.loss:
+            try:
+                measured.operator.split(measured.data, stage.share, torch.Generator())
+            except ValueError as error:
+                raise ConfigurationError(f"training.share: {error}") from error
         if min(self.image_shape[-2:]) < SMALLEST:
             raise ConfigurationError(
                 f"data: validation images must have at least {SMALLEST} rows and columns, got {self.image_shape}"
@@ -491,8 +508,11 @@ class Trainer:
             return total_loss(loss, denoised, batch.image), {}, None
         measured = self.scan.measure(batch, generators)
         minibatches = torch.Generator().manual_seed(self._minibatch_seed())
+        drawn = torch.Generator().manual_seed(
+            seed_of(self.configuration.seed, "splitting", self.position.step)
+        )
         with self._autocast():
-            solution = solve(self.model, measured, minibatches)
+            value, solution = self._objective(measured, batch.image, minibatches, drawn, generators)
         row = {
             "iterations": float(solution.iterations.double().mean()),
             "denoiser_calls": solution.denoiser_calls,
@@ -500,7 +520,44 @@ class Trainer:
             "residual": float(solution.residual.max()),
             "converged": float(solution.converged.double().mean()),
         }
-        return total_loss(loss, solution.value, batch.image), row, solution
+        return value, row, solution
+
+    def _objective(
+        self,
+        measured: Measured,
+        truth: Tensor,
+        minibatches: torch.Generator,
+        drawn: torch.Generator,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor, Solution]:
+        """Return the loss of stage 2, and the solution it is made from: of all measurements where a term needs that."""
+        section = self.stages[1]
+        operator, y = measured
+        terms, whole = [], None
+        if truth_of(section.loss) or section.noise is not None:
+            whole = solve(self.model, measured, minibatches)
+        if whole is not None and truth_of(section.loss):
+            terms.append(total_loss(truth_of(section.loss), whole.value, truth))
+        if whole is not None and section.noise is not None:
+            there = seen(operator, whole.value.detach())
+            noise = [
+                torch.randn(one.shape, generator=g, dtype=y.dtype)
+                for one, g in zip(y, generators, strict=True)
+            ]
+            probe = torch.stack(noise).to(y.device) * there
+            # A step of the noise's size: the derivative that the noise itself sees.
+            beside = solve(self.model, Measured(operator, y + section.noise * probe), minibatches)
+            count = there.expand(y.shape).flatten(1).sum(1)
+            foretold = operator(whole.value), operator(beside.value)
+            estimate = sure_loss(*foretold, y, probe, section.noise, section.noise, count)
+            terms.append(section.loss["sure"] * estimate)
+        if "splitting" in section.loss:
+            stays, left_out = operator.split(y, section.share, drawn)
+            of_part = solve(self.model, Measured(*stays), minibatches)
+            terms.append(section.loss["splitting"] * splitting_loss(of_part.value, left_out))
+            whole = of_part if whole is None else whole
+        assert whole is not None
+        return torch.stack(terms).sum(), whole
 
     def _minibatch_seed(self) -> int:
         # All processes draw the same minibatches: so each image sees what it would see in one process.
@@ -673,17 +730,25 @@ class Trainer:
         g = torch.Generator().manual_seed(seed_of(seed, "validation", k))
         batch = collate([self.scan.prepare(checked(self.validation_set[k]), g)]).to(self.device)
         truth = self.scan.show(batch.image[0]).cpu()
-        if truth.min() == truth.max():
+        if truth.min() == truth.max() and batch.measured is None:
             return None, (batch.names[0], truth, truth, truth)
         solved = [0.0, 0.0, 0.0, 1.0]
+        compared = None
         if self.position.stage == 0:
             start, image = self._denoise(batch.image, [g])
+            loss = float(total_loss(self.stages[0].loss, image, batch.image))
         else:
             measured = self.scan.measure(batch, [g])
             start = measured.operator.initial(measured.data)
             minibatches = torch.Generator().manual_seed(seed_of(seed, "validation minibatches", k))
+            drawn = torch.Generator().manual_seed(seed_of(seed, "validation splitting", k))
             with self._autocast():
-                solution = solve(self.model, measured, minibatches)
+                value, solution = self._objective(measured, batch.image, minibatches, drawn, [g])
+                loss = float(value)
+                if not truth_of(self.stages[1].loss):
+                    solution = solve(self.model, measured, minibatches)
+                if batch.measured is not None:
+                    compared = self._foretold(measured, minibatches, seed_of(seed, "validation part", k))
             image = solution.value
             solved = [
                 float(solution.iterations[0]),
@@ -691,16 +756,20 @@ class Trainer:
                 solution.operator_calls,
                 float(solution.converged[0]),
             ]
-        loss = float(total_loss(self.stages[self.position.stage].loss, image, batch.image))
         first, result = (self.scan.show(v[0]).cpu() for v in (start, image))
-        quality = [
-            psnr(result, truth),
-            ssim(result, truth),
-            psnr(first, truth),
-            ssim(first, truth),
-        ]
+        if compared is not None:
+            quality = [psnr(compared[0], compared[2]), math.nan, psnr(compared[1], compared[2]), math.nan]
+        else:
+            quality = [psnr(result, truth), ssim(result, truth), psnr(first, truth), ssim(first, truth)]
         truth, first, result = (v if v.ndim == 2 else v[len(v) // 2] for v in (truth, first, result))
         return [loss, *quality, *solved], (batch.names[0], truth, first, result)
+
+    def _foretold(self, measured: Measured, minibatches: torch.Generator, seed: int) -> tuple[Tensor, ...]:
+        """Return measurements left out: as the others' reconstruction and its start foretell them, and as they are."""
+        share = self.stages[1].share
+        stays, left_out = measured.operator.split(measured.data, share, torch.Generator().manual_seed(seed))
+        images = solve(self.model, Measured(*stays), minibatches).value, stays.operator.initial(stays.y)
+        return *(left_out.operator(v)[0].cpu() for v in images), left_out.y[0].cpu()
 
     # -------------------------------------------------------------- the run
 
