@@ -208,25 +208,25 @@ def test_what_a_mask_leaves_out_is_not_seen():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("loss", ["{splitting: 1}", "{sure: 1}"])
 def test_training_without_truth_comes_nearer_the_truth(tmp_path, loss):
-    overrides = [
-        "data.phantoms={kind: ellipses, n: 40, size: 32}", "operator.angles=20", "operator.snr=25", "training.steps=150",
-        "denoiser.options={depth: 4, width: 16}", "training.learning_rate=1e-3", "training.ema=0.95",
-        f"training.loss={loss}", "validation.samples=4", "red.max_iterations=30",
-    ]  # fmt: skip
-    truths = Phantoms("ellipses", 44, 32)
-    scan = ParallelBeamCT(32, 20)
+    truths, scan = Phantoms("ellipses", 44, 24), ParallelBeamCT(24, 30)
     clean = scan(torch.stack([truths[k].image for k in range(40, 44)]))
-    noise = float(clean.square().mean().sqrt()) * 10 ** (-25 / 20)
+    noise = 10 ** (-15 / 20) * clean.square().mean((1, 2), keepdim=True).sqrt()
     y = clean + noise * torch.randn(clean.shape, generator=g())
-    overrides += [f"training.noise={noise}"] * ("sure" in loss)
+    overrides = [
+        "data={phantoms: {kind: ellipses, n: 40, size: 24}, augment: false, workers: 0}",
+        "operator={kind: ct, angles: 30, snr: 15}", "denoiser.options={depth: 4, width: 16}",
+        "red={tau: 0.1, max_iterations: 15, adjoint_iterations: 15}",
+        "pretraining={steps: 60, batch_size: 4, learning_rate: 1e-3, ema: 0.9, sigma: [0, 0.1]}",
+        "training.learning_rate=1e-3", "training.ema=0.9", f"training.loss={loss}",
+    ]  # fmt: skip
+    overrides += [f"training.noise={float(noise.mean())}"] * ("sure" in loss)
 
-    def quality(path):
-        model, *_ = load_model(path)
+    def quality(folder, steps):
+        model, *_ = load_model(run(tmp_path / folder, *overrides, f"training.steps={steps}").last)
+        model.on_failure = "ignore"
         with torch.no_grad():
-            return sum(psnr(model(y, scan)[k], truths[40 + k].image) for k in range(4)) / 4
+            images = model(y, scan)
+        return sum(psnr(images[k], truths[40 + k].image) for k in range(4)) / 4
 
-    before = quality(
-        run(tmp_path / "before", *overrides, "training.steps=1", "training.learning_rate=1e-9").last
-    )
-    after = quality(run(tmp_path / "after", *overrides).last)
-    assert after > before + 1.0
+    # Of the network that learned from noise alone 15.3 dB, with the truth 20.1.
+    assert quality("after", 40) > quality("before", 0) + 3
