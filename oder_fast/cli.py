@@ -326,7 +326,7 @@ def _add_demos(demos: Any) -> None:
         help="CT, from few views",
         description=(
             "Simulate a scan of a CT slice with few views, train a denoiser on noise and then through the "
-            "fixed point, reconstruct by filtered back-projection, RED (all views a step) and ODER (a "
+            "fixed point, reconstruct by filtered back-projection, total variation, RED (all views a step) and ODER (a "
             "minibatch of views a step), print a table, and write figure.png, arrays.npz and denoiser.pt."
         ),
     )
@@ -335,8 +335,8 @@ def _add_demos(demos: Any) -> None:
         help="parallel MRI, from few lines of k-space",
         description=(
             "Simulate an MR scan of a slice with 8 coils and few lines of k-space, train a denoiser of complex "
-            "images on noise and then through the fixed point, reconstruct by zero filling, RED (all coils a "
-            "step) and ODER (a minibatch of coils a step), print a table, and write figure.png, arrays.npz and "
+            "images on noise and then through the fixed point, reconstruct by zero filling, total variation, RED (all "
+            "coils a step) and ODER (a minibatch of coils a step), print a table, and write figure.png, arrays.npz and "
             "denoiser.pt."
         ),
     )
@@ -345,8 +345,8 @@ def _add_demos(demos: Any) -> None:
         help="intensity diffraction tomography of cells",
         description=(
             "Simulate images of cells in a microscope under light from many sides, train a denoiser of volumes on "
-            "noise and then through the fixed point, reconstruct the refractive index by Tikhonov, RED (all "
-            "illuminations a step) and ODER (a minibatch of illuminations a step), print a table, and write "
+            "noise and then through the fixed point, reconstruct the refractive index by Tikhonov, total variation, "
+            "RED (all illuminations a step) and ODER (a minibatch of illuminations a step), print a table, and write "
             "figure.png, arrays.npz and denoiser.pt."
         ),
     )
@@ -364,7 +364,7 @@ def _add_demos(demos: Any) -> None:
 
     formats = "DICOM, TIFF, PNG, NPY or NPZ image"
     option(ct, "--input", _path, "FILE", f"{formats} (default: the CT slice of pydicom)")
-    option(mri, "--input", _path, "FILE", f"{formats}, or NIfTI (default: the MR slice of pydicom)")
+    option(mri, "--input", _path, "FILE", f"{formats}, or NIfTI (default: the MR slice of matplotlib)")
     mri.add_argument("--phantom", action="store_true", help="image a brain-like phantom instead")
     option(mri, "--slice", _whole_number(0), "N", "slice of a NIfTI volume (default: the middle one)")
     option(mri, "--size", _whole_number(16), "N", "longest side in pixels; larger images are reduced", 256)

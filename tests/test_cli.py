@@ -1,6 +1,7 @@
 import functools
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pydicom.examples
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,15 @@ from oder_fast.data import write_nifti
 
 FILES = {"figure.png", "arrays.npz", "denoiser.pt"}
 TINY = ["--steps", "2", "--fixed-point-steps", "1", "--views", "9"]
-METHODS = ["FBP, ramp", "FBP, shepp-logan", "FBP, cosine", "FBP, hann", "RED, all 9", "ODER, 3 of 9"]
+METHODS = [
+    "FBP, ramp",
+    "FBP, shepp-logan",
+    "FBP, cosine",
+    "FBP, hann",
+    "Total variation, weight",
+    "RED, all 9",
+    "ODER, 3 of 9",
+]
 
 
 def command(*arguments):
@@ -88,20 +98,23 @@ def test_demo_prints_the_table(demo):
         "seconds",
         *["denoiser", "calls", "operator", "calls"],
     ]
-    for line, method in zip(lines[1:7], METHODS, strict=True):
+    for line, method in zip(lines[1:8], METHODS, strict=True):
         assert line.startswith(method)
         quality, similarity, seconds, *calls = line.split()[-5:]
         assert 5 < float(quality) < 60
         assert -1 <= float(similarity) <= 1
         assert float(seconds) >= 0
         assert calls == ["-", "-"] if method.startswith("FBP") else min(map(int, calls)) > 0
-    assert "dB from the best FBP" in lines[7]
-    assert "Within the largest circle" in lines[8]
+    assert re.fullmatch(
+        r"RED is \S+ dB from FBP, \S+; \S+ dB from Total variation, weight \S+; \S+ dB from ODER, 3 of 9 views a step.",
+        lines[8],
+    )
+    assert lines[9].startswith("Within the largest circle")
     assert lines[-1].startswith("Wrote ")
-    for line, name in zip(lines[5:7], ("RED", "ODER"), strict=True):
+    for line, name in zip(lines[6:8], ("RED", "ODER"), strict=True):
         calls = line.split()[-2]
         cut_short = any(
-            f"{name} ended after {calls} denoiser calls, its largest" in later for later in lines[9:]
+            f"{name} ended after {calls} denoiser calls, its largest" in later for later in lines[10:]
         )
         assert cut_short == (calls == {"RED": "6", "ODER": "9"}[name])
 
@@ -133,7 +146,7 @@ def test_demo_writes_whole_files_and_nothing_else(demo):
         assert arrays["truth"].min() == 0
         assert arrays["truth"].max() == 1
         assert arrays["red"].min() >= 0
-    images = dict.fromkeys(("truth", "fbp", "red", "oder"), (20, 24))
+    images = dict.fromkeys(("truth", "fbp", "total_variation", "red", "oder"), (20, 24))
     assert shapes == {**images, "sinogram": (9, 33)}
     saved = torch.load(folder / "denoiser.pt", weights_only=True)
     DnCNN(**saved["arguments"]).load_state_dict(saved["state_dict"])
@@ -188,8 +201,8 @@ def test_an_interrupt_while_writing_leaves_no_temporary_file(tmp_path, monkeypat
     image = torch.rand(16, 16)
     row = common.Row("FBP, ramp", image, image, 20.0, 0.5, 0.0)
     solved = common.Row("RED", image, image, 20.0, 0.5, 0.0, 1, 3.0, (20.0,), (0.1,))
-    rows = [row] * 4 + [solved] * 2
-    result = ct._result("", rows, torch.rand(16, 16), torch.rand(3, 23), DnCNN(2, 2))
+    rows = [row] * 4 + [solved] * 3
+    result = ct._result("", rows, torch.rand(16, 16), torch.rand(3, 23), common.Prior(DnCNN(2, 2), 0.1, {}))
     monkeypatch.setattr(ct, "_compute", lambda *_: result)
 
     def interrupted(network, path):
@@ -350,13 +363,23 @@ def test_the_truth_is_never_trained_on(monkeypatch):
 
 # ------------------------------------------------------------------ MRI
 
-MRI_METHODS = ["Zero-filled", "RED, all 8 coils", "ODER, 3 of 8 coils"]
+MRI_METHODS = ["Zero-filled", "Total variation", "RED, all 8 coils", "ODER, 3 of 8 coils"]
 
 
 @pytest.fixture(scope="module")
 def mri_demo(tmp_path_factory):
     """Two runs of the demonstration in the same seed; the coil maps of the third are estimated."""
-    tiny = ["--steps", "2", "--fixed-point-steps", "1", "--minibatch", "3", "--phantom", "--size", "64"]
+    tiny = [
+        "--steps",
+        "2",
+        "--fixed-point-steps",
+        "1",
+        "--minibatch",
+        "3",
+        "--phantom",
+        "--size",
+        "64",
+    ]
     extras = {"first": [], "second": [], "estimated": ["--estimate-maps", "--acceleration", "2"]}
     return demonstrations(tmp_path_factory.mktemp("mri"), ["mri", *tiny], extras)
 
@@ -374,14 +397,14 @@ def test_mri_prints_the_table_and_writes_whole_files(mri_demo, which, setting, m
     folder, run = mri_demo(which)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    for line, method in zip(lines[1:4], MRI_METHODS, strict=True):
+    for line, method in zip(lines[1:5], MRI_METHODS, strict=True):
         assert line.startswith(method)
         quality, similarity, _, *calls = line.split()[-5:]
         assert 5 < float(quality) < 60
         assert -1 <= float(similarity) <= 1
         assert calls == ["-", "-"] if method == "Zero-filled" else min(map(int, calls)) > 0
-    assert "dB from zero filling" in lines[4]
-    assert setting in lines[4]
+    assert re.match(r"RED is \S+ dB from Zero-filled; \S+ dB from Total variation", lines[5])
+    assert setting in lines[5]
     assert f"64 x 64 pixels, 8 coils, {setting}, 30 dB; 3 coils a step" in run.stderr
     assert "Warning" not in run.stderr
     assert f"coil maps {maps}" in run.stderr
@@ -389,7 +412,7 @@ def test_mri_prints_the_table_and_writes_whole_files(mri_demo, which, setting, m
     with np.load(folder / "arrays.npz") as arrays:
         values = {name: arrays[name] for name in arrays.files}
     assert {name: value.shape for name, value in values.items()} == {
-        **dict.fromkeys(("truth", "zero_filled", "red", "oder"), (64, 64)),
+        **dict.fromkeys(("truth", "zero_filled", "total_variation", "red", "oder"), (64, 64)),
         **dict.fromkeys(("kspace", "coil_maps"), (8, 64, 64)),
         "mask": (64,),
     }
@@ -420,8 +443,15 @@ def mri_settings(**changes):
     return mri.Settings(**{**settings, **changes})
 
 
-def test_the_default_slice_of_mri_is_reduced_and_not_trained_on():
+def test_the_default_slice_of_mri_is_reduced():
     truth = mri._read_truth(mri_settings())
+    assert truth.image.shape == (64, 64)
+    assert truth.image.is_complex()
+    assert truth.image.abs().max() == pytest.approx(1)
+
+
+def test_a_slice_of_mri_is_reduced_and_not_trained_on():
+    truth = mri._read_truth(mri_settings(input=Path(pydicom.examples.get_path("overlay"))))
     assert truth.image.shape == (40, 64)
     assert truth.image.is_complex()
     assert truth.image.abs().max() == pytest.approx(1)
@@ -493,16 +523,20 @@ def test_idt_prints_the_table_and_writes_whole_files(idt_demo, which):
     folder, run = idt_demo(which)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert [line.split(",")[0] for line in lines[1:8]] == ["Tikhonov"] * 5 + ["RED", "ODER"]
-    assert lines[7].startswith("ODER, 1 of 9 illuminations")
-    for line in lines[1:8]:
+    assert [line.split(",")[0] for line in lines[1:9]] == ["Tikhonov"] * 5 + [
+        "Total variation",
+        "RED",
+        "ODER",
+    ]
+    assert lines[8].startswith("ODER, 1 of 9 illuminations")
+    for line in lines[1:9]:
         quality, similarity, _, *calls = line.split()[-5:]
         assert -20 < float(quality) < 60
         assert -1 <= float(similarity) <= 1
         assert calls == ["-", "-"] if line.startswith("Tikhonov") else min(map(int, calls)) > 0
-    assert "dB from the best Tikhonov" in lines[8]
-    assert "The absorption is at" in lines[9]
-    assert "A gradient of the data fidelity takes" in lines[10]
+    assert re.match(r"RED is \S+ dB from Tikhonov, \S+; \S+ dB from Total variation", lines[9])
+    assert "The absorption is at" in lines[10]
+    assert "A gradient of the data fidelity takes" in lines[11]
     assert "24 x 24 pixels, 3 slices, 9 illuminations, 10 dB; 1 illuminations a step" in run.stderr
     assert "Warning" not in run.stderr
     if which == "propagated":
@@ -513,7 +547,7 @@ def test_idt_prints_the_table_and_writes_whole_files(idt_demo, which):
     assert {path.name for path in folder.iterdir()} == FILES
     values = idt_values(folder)
     assert {name: value.shape for name, value in values.items()} == {
-        **dict.fromkeys(("truth", "tikhonov", "red", "oder"), (3, 24, 24)),
+        **dict.fromkeys(("truth", "tikhonov", "total_variation", "red", "oder"), (3, 24, 24)),
         "intensities": (9, 24, 24),
     }
     assert all(np.isfinite(value).all() for value in values.values())
@@ -525,6 +559,18 @@ def test_idt_by_the_same_seed_gives_the_same_numbers(idt_demo):
     assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
     assert np.array_equal(values[0]["truth"], values[2]["truth"])
     assert not np.array_equal(values[0]["intensities"], values[2]["intensities"])
+
+
+def test_the_background_of_a_slice_does_not_matter_to_its_denoiser():
+    torch.manual_seed(0)
+    denoiser = idt.AboveBackground(depth=3, width=4, in_channels=4, predicts="image", bias=False)
+    volume = torch.zeros(1, 4, 20, 20)
+    volume[:, :, :7] = torch.rand(1, 4, 7, 20)
+    # Cells over a third of a slice leave its background where it is.
+    torch.testing.assert_close(denoiser.network(volume), super(idt.AboveBackground, denoiser).network(volume))
+    torch.testing.assert_close(denoiser(volume + 0.7), denoiser(volume), rtol=0, atol=1e-6)
+    # The smallest slice has a background too.
+    assert torch.equal(denoiser(torch.ones(1, 4, 1, 1)), denoiser(torch.zeros(1, 4, 1, 1)))
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 64, 89])

@@ -699,3 +699,12 @@ def test_the_real_bm3d_removes_noise():
     x[..., 12:36, 16:30] = 1
     noisy = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     assert float((BM3D(0.1)(noisy) - x).norm()) < 0.3 * float((noisy - x).norm())
+
+
+def test_a_blind_drunet_denoises_data_in_any_unit():
+    torch.manual_seed(0)
+    blind, image = DRUNet((4, 8), blocks=1, sigma=None), torch.randn(1, 1, 12, 9)
+    torch.testing.assert_close(blind(1024 * image), 1024 * blind(image), rtol=0, atol=0)
+    assert blind.scale_free
+    assert not DEQRED(blind, tau=0.1).normalize
+    assert not DRUNet((4, 8), blocks=1, sigma=0.1).scale_free

@@ -332,13 +332,12 @@ def test_many_ismrmrd_lines_are_read_in_blocks(tmp_path):
     )
 
 
-@pytest.mark.exhaustive
 def test_ismrmrd_is_read_by_several_threads_at_once(tmp_path):
     values = noise(4, 2, H, W)
     lines = [one for s in range(4) for one in scan_lines(values[s], range(W), slice=s)]
     write_ismrmrd(tmp_path / "scan.h5", lines)
     with ThreadPoolExecutor(8) as threads:
-        for read in threads.map(ks.read_kspace, 200 * [tmp_path / "scan.h5"]):
+        for read in threads.map(ks.read_kspace, 60 * [tmp_path / "scan.h5"]):
             np.testing.assert_array_equal(read.kspace, values)
 
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "denoisers",
         "data",
     },
-    "_demo": {"training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
+    "_demo": {"choice", "training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
 }
 
 

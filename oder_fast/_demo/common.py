@@ -5,22 +5,24 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..choice import choose_weight
 from ..data import Sample, atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
 from ..denoisers import DnCNN
 from ..denoisers.call import from_channels
 from ..deqred import DEQRED
-from ..fixed_point import Anderson, Nesterov
+from ..fixed_point import Anderson, Nesterov, NotConvergedWarning
 from ..operators import MeasurementOperator
 from ..red import GradientStep
 from ..training import Trainer, read_configuration
@@ -35,6 +37,8 @@ FIXED_POINT_BATCH = 4
 TOLERANCE, EXACT = 1e-3, 1e-5
 # Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
 RED_ITERATIONS, ODER_ITERATIONS = 100, 400
+# Reconstructions by which the data choose the weight of total variation, at most.
+SMOOTH_SOLVES = 8
 # Steps between validations, so many that there is one at the end of a stage; and its images.
 AT_THE_END, VALIDATED = 10**9, 4
 # Decibels by which a curve must lie above its end for the summary to say so.
@@ -82,6 +86,20 @@ class TrainingPlan:
     learning_rates: tuple[float, float]
     kind: type[DnCNN] = DnCNN
     batches: tuple[int, int] = (8, FIXED_POINT_BATCH)
+
+
+class Prior(NamedTuple):
+    """What the images are expected to look like.
+
+    Attributes:
+        denoiser: Trained through the fixed point.
+        tau: Its weight, in units of |A|^2.
+        arguments: Of the denoiser.
+    """
+
+    denoiser: nn.Module
+    tau: float
+    arguments: dict[str, Any]
 
 
 @dataclass
@@ -138,11 +156,11 @@ class Result:
         title: Of the figure.
         unit: Of the images shown.
         truth: Real image.
-        rows: Direct methods first; then RED and ODER.
+        rows: Direct methods first; then total variation, RED and ODER.
         draw_data: Draws the measurements into an axis.
         remarks: Sentences of the demonstration's own.
         arrays: What arrays.npz holds.
-        plan: Of the denoiser.
+        prior: Of RED and ODER.
         views: Of the images; errors are shown in the first.
     """
 
@@ -153,14 +171,13 @@ class Result:
     draw_data: Callable[[Any], None]
     remarks: list[str]
     arrays: dict[str, Tensor]
-    plan: TrainingPlan
-    denoiser: DnCNN
+    prior: Prior
     views: tuple[View, ...] = field(default=(View("", lambda image: image),))
 
     @property
     def direct(self) -> Row:
         """The best of the direct methods."""
-        return max(self.rows[:-2], key=lambda row: row.psnr)
+        return max(self.rows[:-3], key=lambda row: row.psnr)
 
 
 def say(text: str) -> None:
@@ -348,9 +365,8 @@ def train(
 
 def build_models(
     settings: Settings,
-    denoiser: DnCNN,
+    prior: Prior,
     *,
-    tau: float,
     minibatch: int,
     nonnegative: bool,
     check_every: int = 10,
@@ -362,13 +378,13 @@ def build_models(
     solver = Nesterov(ODER_ITERATIONS, TOLERANCE, check_every)
     step, generator = GradientStep(minibatch_size=minibatch), settings.generator(2)
     common: dict[str, Any] = {
-        "tau": tau,
+        "tau": prior.tau,
         "nonnegative": nonnegative,
         "normalize": False,
         "on_failure": "ignore",
     }
-    red = DEQRED(denoiser, solver=Anderson(RED_ITERATIONS, TOLERANCE), **common)
-    return red, DEQRED(denoiser, step=step, solver=solver, generator=generator, **common)
+    red = DEQRED(prior.denoiser, solver=Anderson(RED_ITERATIONS, TOLERANCE), **common)
+    return red, DEQRED(prior.denoiser, step=step, solver=solver, generator=generator, **common)
 
 
 def direct_row(
@@ -383,6 +399,41 @@ def direct_row(
     seconds = time.perf_counter() - start
     image = show(value)
     return Row(name, image, value, psnr(image, truth), ssim(image, truth), seconds)
+
+
+def smooth_row(
+    operator: MeasurementOperator,
+    y: Tensor,
+    truth: Tensor,
+    show: Callable[[Tensor], Tensor] = torch.abs,
+    nonnegative: bool = False,
+) -> Row:
+    """Reconstruct by total variation, whose weight the data choose."""
+    with warnings.catch_warnings():
+        # The table tells of what has not converged.
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        choice = choose_weight(y, operator, solves=SMOOTH_SOLVES, nonnegative=nonnegative)
+        start = time.perf_counter()
+        with torch.no_grad():
+            solution = choice.model(y, operator, return_solution=True)
+    seconds = time.perf_counter() - start
+    image = show(solution.value[0])
+    return Row(
+        f"Total variation, weight {choice.value:.2g}",
+        image,
+        solution.value[0],
+        psnr(image, truth),
+        ssim(image, truth),
+        seconds,
+        denoiser_calls=solution.denoiser_calls,
+        operator_calls=solution.operator_calls,
+    )
+
+
+def beside(row: Row, others: Sequence[Row], quality: Callable[[Row], float] = lambda row: row.psnr) -> str:
+    """Say how much better one row is than others."""
+    differences = (f"{quality(row) - quality(other):+.2f} dB from {other.name}" for other in others)
+    return f"{row.short} is " + "; ".join(differences)
 
 
 def solved_rows(
@@ -413,7 +464,7 @@ def _solved_row(
     show: Callable[[Tensor], Tensor],
     fixed_point: Tensor,
 ) -> Row:
-    assert isinstance(model.denoiser, DnCNN)
+    assert isinstance(model.denoiser, nn.Module)
     trace: list[float] = []
     distances: list[float] = []
 
@@ -464,8 +515,9 @@ def report(folder: Path, result: Result) -> None:
     with atomic(folder / "figure.png") as temporary:
         figure.savefig(temporary, dpi=120)
     save_npz(folder / "arrays.npz", **result.arrays)
+    denoiser, arguments = result.prior.denoiser, result.prior.arguments
     with atomic(folder / "denoiser.pt") as temporary:
-        torch.save({"arguments": result.plan.network, "state_dict": result.denoiser.state_dict()}, temporary)
+        torch.save({"arguments": arguments, "state_dict": denoiser.state_dict()}, temporary)
     print("Wrote " + ", ".join(str(folder / name) for name in FILES))
 
 
@@ -495,7 +547,7 @@ def _figure(result: Result) -> Any:
     from matplotlib.figure import Figure
 
     truth, direct = result.truth, result.direct
-    red, oder = result.rows[-2:]
+    smooth, red, oder = result.rows[-3:]
     views = result.views
     # Images fill a row each as far as they are square; cuts through few slices are low.
     heights = [4.0]
@@ -511,7 +563,7 @@ def _figure(result: Result) -> Any:
     quality, convergence = curves.subplots(1, 2)
     low, high = (float(torch.quantile(truth.flatten(), q)) for q in (0.005, 0.995))
     grey: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high, "interpolation": "nearest"}
-    rows = (direct, red, oder)
+    rows = (direct, smooth, red)
     errors = [(views[0].pick(row.image) - views[0].pick(truth)).abs() for row in rows]
     largest = float(torch.quantile(errors[0].flatten(), 0.98))
 
@@ -540,7 +592,8 @@ def _figure(result: Result) -> Any:
         name = row.name if row.converged else f"{row.name} (not converged)"
         quality.plot(range(len(row.trace)), row.trace, label=name, **style)
         convergence.semilogy(range(len(row.distances)), row.distances, label=name, **style)
-    quality.axhline(direct.psnr, color="gray", linestyle=":", label=direct.name)
+    for row, dashes in ((direct, ":"), (smooth, "--")):
+        quality.axhline(row.psnr, color="gray", linestyle=dashes, label=row.name)
     quality.set(
         xlabel="denoiser calls",
         ylabel="PSNR (dB)",

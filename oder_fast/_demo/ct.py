@@ -82,7 +82,7 @@ def _compute(settings: Settings, truth: Tensor, name: str, minibatch: int) -> co
     common.say(
         "The denoiser learns from random ellipses, photographs (scikit-image) and an MR slice (pydicom)."
     )
-    denoiser = _train(settings, truth)
+    prior = common.Prior(_train(settings, truth), _tau(settings, ct), PLAN.network)
     common.say("Reconstructing")
 
     def fbp(name: Any) -> Tensor:
@@ -90,23 +90,21 @@ def _compute(settings: Settings, truth: Tensor, name: str, minibatch: int) -> co
 
     rows = [common.direct_row(f"FBP, {name}", partial(fbp, name), truth) for name in FILTERS]
     names = (f"RED, all {views} views a step", f"ODER, {minibatch} of {views} views a step")
-    models = common.build_models(
-        settings, denoiser, tau=_tau(settings, ct), minibatch=minibatch, nonnegative=True
-    )
+    rows.append(common.smooth_row(ct, sinogram, truth, nonnegative=True))
+    models = common.build_models(settings, prior, minibatch=minibatch, nonnegative=True)
     rows += common.solved_rows(names, models, ct, sinogram, truth)
-    return _result(setting, rows, truth, sinogram[0], denoiser)
+    return _result(setting, rows, truth, sinogram[0], prior)
 
 
 def _result(
-    setting: str, rows: list[common.Row], truth: Tensor, sinogram: Tensor, denoiser: DnCNN
+    setting: str, rows: list[common.Row], truth: Tensor, sinogram: Tensor, prior: common.Prior
 ) -> common.Result:
     best = max(rows[: len(FILTERS)], key=lambda row: row.psnr)
-    red, oder = rows[len(FILTERS) :]
-    inner = _psnr_inside(oder, truth) - max(_psnr_inside(row, truth) for row in rows[: len(FILTERS)])
+    smooth, red, oder = rows[len(FILTERS) :]
+    inside = common.beside(red, (best, smooth), lambda row: _psnr_inside(row, truth))
     remarks = [
-        f"ODER is {oder.psnr - best.psnr:+.2f} dB from the best FBP ({best.name[5:]}) "
-        f"and {oder.psnr - red.psnr:+.2f} dB from RED.",
-        f"Within the largest circle, away from the edges of the frame, it is {inner:+.2f} dB from the best FBP.",
+        f"{common.beside(red, (best, smooth, oder))}.",
+        f"Within the largest circle, away from the edges of the frame, {inside}.",
     ]
 
     def draw_data(axis: Any) -> None:
@@ -124,11 +122,11 @@ def _result(
             "truth": truth,
             "sinogram": sinogram,
             "fbp": best.value,
+            "total_variation": smooth.value,
             "red": red.value,
             "oder": oder.value,
         },
-        plan=PLAN,
-        denoiser=denoiser,
+        prior=prior,
     )
 
 

@@ -52,7 +52,9 @@ class Settings(common.Settings):
 
 
 class AboveBackground(DnCNN):
-    """Denoise what differs from each slice's background, its median.
+    """Denoise what differs from each slice's background, the mean of the fifth of its values around the median.
+
+    The median's own derivative would jump from pixel to pixel.
 
     The measurements do not hold the mean of a slice's real part: this prior makes the background 0, that of the
     medium, wherever the mean starts.
@@ -60,7 +62,10 @@ class AboveBackground(DnCNN):
 
     def network(self, image: Tensor) -> Tensor:
         """Return the denoised image."""
-        return super().network(image - image.flatten(2).median(2).values[:, :, None, None])
+        values = image.flatten(2).sort(2).values
+        middle, half = values.shape[2] // 2, max(1, values.shape[2] // 10)
+        background = values[:, :, middle - half : middle + half].mean(2)
+        return super().network(image - background[:, :, None, None])
 
 
 class Microscope(DiffractionTomography):
@@ -72,8 +77,11 @@ class Microscope(DiffractionTomography):
 
     def direct(self, y: Tensor, share: float) -> Tensor:
         """Reconstruct by Tikhonov, the median of each slice's real part 0, with a share of the squared norm."""
-        contrast = self.tikhonov(y, share * self.norm_squared())
-        return contrast - contrast.real.flatten(2).median(2).values[:, :, None, None]
+        return self.above_background(self.tikhonov(y, share * self.norm_squared()))
+
+    def above_background(self, contrast: Tensor) -> Tensor:
+        """Return contrasts ``(..., Z, H, W)`` less the median of each slice's real part."""
+        return contrast - contrast.real.flatten(-2).median(-1).values[..., None, None]
 
     def above_medium(self, value: Tensor) -> Tensor:
         """Return the refractive index above the medium's, of contrasts in their unit."""
@@ -212,7 +220,7 @@ def _compute(settings: Settings, minibatch: int) -> common.Result:
         f"Truth: a cell-like phantom, measured by {how}. Scan: {setting}; {minibatch} illuminations a step in ODER."
     )
     common.say("The denoiser learns from other such phantoms, measured by the linear model.")
-    denoiser = _train(settings)
+    prior = common.Prior(_train(settings), _tau(settings), _plan(settings.slices).network)
     common.say("Reconstructing")
     shown, y = idt.above_medium(truth), intensities[None]
     rows = []
@@ -220,26 +228,24 @@ def _compute(settings: Settings, minibatch: int) -> common.Result:
         reconstruct = partial(lambda share: idt.direct(y, share)[0], share)
         rows.append(common.direct_row(f"Tikhonov, {share:g}", reconstruct, shown, idt.above_medium))
     names = (f"RED, all {number} illuminations a step", f"ODER, {minibatch} of {number} illuminations a step")
-    models = common.build_models(
-        settings, denoiser, tau=_tau(settings), minibatch=minibatch, nonnegative=False, check_every=5
-    )
+    models = common.build_models(settings, prior, minibatch=minibatch, nonnegative=False, check_every=5)
+    rows.append(common.smooth_row(idt, y, shown, lambda value: idt.above_medium(idt.above_background(value))))
     rows += common.solved_rows(names, models, idt, y, shown, idt.above_medium)
     remarks = [*_compare(rows, truth), *_time_gradients(settings, idt, y, minibatch)]
     if settings.beam_propagation:
         remarks.append(
             f"The linear model errs by {100 * error:.1f} % of what beam propagation says, without noise."
         )
-    return _result(setting, rows, truth, shown, intensities, denoiser, remarks)
+    return _result(setting, rows, truth, shown, intensities, prior, remarks)
 
 
 def _compare(rows: list[common.Row], truth: Tensor) -> list[str]:
-    *direct, red, oder = rows
+    *direct, smooth, red, oder = rows
     best = max(direct, key=lambda row: row.psnr)
-    absorbing = [psnr(row.value.imag, truth.imag) for row in (best, oder)]
+    absorbing = [psnr(row.value.imag, truth.imag) for row in (best, red)]
     return [
-        f"ODER is {oder.psnr - best.psnr:+.2f} dB from the best Tikhonov (its weight {best.name[10:]} |A|^2, the "
-        f"background of each slice set to the medium's) and {oder.psnr - red.psnr:+.2f} dB from RED, over the whole "
-        "volume of the refractive index.",
+        f"{common.beside(red, (best, smooth, oder))}; over the whole volume of the refractive index. Tikhonov's "
+        "weight is in units of |A|^2, and the background of each slice set to the medium's, as of total variation.",
         f"The absorption is at {absorbing[1]:.2f} dB, that of Tikhonov at {absorbing[0]:.2f} dB.",
     ]
 
@@ -280,10 +286,10 @@ def _result(
     truth: Tensor,
     shown: Tensor,
     intensities: Tensor,
-    denoiser: DnCNN,
+    prior: common.Prior,
     remarks: list[str],
 ) -> common.Result:
-    *direct, red, oder = rows
+    *direct, smooth, red, oder = rows
     best = max(direct, key=lambda row: row.psnr)
     slices = len(truth)
     row = int(shown.square().sum((0, 2)).argmax())
@@ -308,10 +314,10 @@ def _result(
             "truth": UNIT * truth,
             "intensities": UNIT * intensities,
             "tikhonov": UNIT * best.value,
+            "total_variation": UNIT * smooth.value,
             "red": UNIT * red.value,
             "oder": UNIT * oder.value,
         },
-        plan=_plan(slices),
-        denoiser=denoiser,
+        prior=prior,
         views=views,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ..denoisers import DnCNN
 from ..operators import CartesianMRI
 from . import common
 
+SAMPLE = "s1045.ima.gz"
 COILS = 8
 # Lines sampled fully in the centre: 8 % of all at R = 4, 4 % at R = 8.
 CENTER_TIMES_ACCELERATION = 0.32
@@ -85,16 +87,15 @@ def _read_truth(settings: Settings) -> Slice:
             raise common.BadInputError("--phantom and --input exclude each other")
         image = brain_like(1, settings.size, settings.generator(4))[0]
         return Slice(image / image.abs().max(), image.abs(), "a brain-like phantom")
-    if settings.input is None:
-        from pydicom import examples
-
-        path, name = examples.get_path("overlay"), "the abdominal MR slice pydicom.examples.overlay"
-    else:
-        path, name = settings.input, str(settings.input)
-    if path.name.endswith((".nii", ".nii.gz")):
-        image = _read_nifti(path, settings.slice)
-    elif settings.slice is not None:
+    path = Path(SAMPLE) if settings.input is None else settings.input
+    is_nifti = settings.input is not None and path.name.endswith((".nii", ".nii.gz"))
+    if settings.slice is not None and not is_nifti:
         raise common.BadInputError(f"--slice is for NIfTI volumes, {path} is none")
+    name = str(path)
+    if settings.input is None:
+        image, name = _sample(), f"a sagittal MR slice of a head, {SAMPLE} of matplotlib"
+    elif is_nifti:
+        image = _read_nifti(path, settings.slice)
     else:
         image = common.read_slice(path, settings.array)
     stored = common.scaled(image, path)
@@ -103,6 +104,14 @@ def _read_truth(settings: Settings) -> Slice:
         phase = smooth_phase(1, (image.shape[0], image.shape[1]), settings.generator(4))[0]
         image = torch.polar(image, phase)
     return Slice(image, stored.abs(), name)
+
+
+def _sample() -> Tensor:
+    from matplotlib.cbook import get_sample_data
+
+    sample: Any = get_sample_data(SAMPLE)
+    with sample as file:
+        return torch.from_numpy(np.frombuffer(file.read(), "<u2").reshape(256, 256).astype(np.float32))
 
 
 def _read_nifti(path: Path, number: int | None) -> Tensor:
@@ -196,21 +205,21 @@ def _compute(
         "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
         "an MR slice (pydicom), with random smooth phases."
     )
-    denoiser = _train(settings, truth)
+    prior = common.Prior(_train(settings, truth), _tau(settings), PLAN.network)
     common.say("Reconstructing")
     mri, shown = CartesianMRI(maps, mask), truth.image.abs()
     rows = [common.direct_row("Zero-filled", lambda: mri.adjoint(kspace[None])[0], shown)]
     names = (f"RED, all {COILS} coils a step", f"ODER, {minibatch} of {COILS} coils a step")
     models = common.build_models(
         settings,
-        denoiser,
-        tau=_tau(settings),
+        prior,
         minibatch=minibatch,
         nonnegative=False,
         check_every=CHECK_EVERY,
     )
+    rows.append(common.smooth_row(mri, kspace[None], shown))
     rows += common.solved_rows(names, models, mri, kspace[None], shown)
-    zero_filled, red, oder = rows
+    zero_filled, smooth, red, oder = rows
 
     def draw_data(axis: Any) -> None:
         # A logarithm of what the noise leaves to be seen.
@@ -225,8 +234,8 @@ def _compute(
         rows=rows,
         draw_data=draw_data,
         remarks=[
-            f"ODER is {oder.psnr - zero_filled.psnr:+.2f} dB from zero filling and {oder.psnr - red.psnr:+.2f} dB from "
-            f"RED, in the magnitude, at {lines} of {width} lines (R = {width / lines:.3g})."
+            f"{common.beside(red, (zero_filled, smooth, oder))}; in the magnitude, at {lines} of {width} lines "
+            f"(R = {width / lines:.3g})."
         ],
         arrays={
             "truth": truth.image,
@@ -234,9 +243,9 @@ def _compute(
             "mask": mask,
             "coil_maps": maps,
             "zero_filled": zero_filled.value,
+            "total_variation": smooth.value,
             "red": red.value,
             "oder": oder.value,
         },
-        plan=PLAN,
-        denoiser=denoiser,
+        prior=prior,
     )

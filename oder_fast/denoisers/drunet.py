@@ -93,6 +93,7 @@ class DRUNet(Denoiser):
             self.sigma = None
         else:
             set_scalar(self, "sigma", sigma)
+        self.scale_free = sigma is None
         self.levels = len(channels) - 1
 
         def stage(width: int) -> list[nn.Module]:
