@@ -80,7 +80,7 @@ def test_estimated_maps(tmp_path, scan):
     expected = data.espirit_maps(sample.kspace, calibration_size=20)
     torch.testing.assert_close(sample.maps, expected, rtol=0, atol=1e-3)
     again = data.KSpaceFolder(tmp_path, calibration={"calibration_size": 20})[1]
-    for one, other in zip(sample[1:], again[1:], strict=True):
+    for one, other in zip(sample[1:4], again[1:4], strict=True):
         assert torch.equal(one, other)
 
 
@@ -104,7 +104,7 @@ def test_stored_maps(tmp_path, scan):
     for _ in range(2):
         dataset = data.KSpaceFolder(tmp_path / "scans", cache=cache, **options)
         assert len(dataset) == 3
-        for one, other in zip(dataset[2][1:], plain[1:], strict=True):
+        for one, other in zip(dataset[2][1:4], plain[1:4], strict=True):
             assert torch.equal(one, other)
         assert len(list(cache.iterdir())) == 1
     # The stored maps are what is used.

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..choice import choose_weight
 from ..data import Sample, atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
-from ..denoisers import DnCNN
+from ..denoisers import DnCNN, TotalVariation
 from ..denoisers.call import from_channels
 from ..deqred import DEQRED
 from ..fixed_point import Anderson, Nesterov, NotConvergedWarning
@@ -38,7 +38,10 @@ TOLERANCE, EXACT = 1e-3, 1e-5
 # Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
 RED_ITERATIONS, ODER_ITERATIONS = 100, 400
 # Reconstructions by which the data choose the weight of total variation, at most.
-SMOOTH_SOLVES = 8
+SMOOTH_SOLVES = 6
+# Calls of its proximal map in each, at most; and its tau, so large that the fixed point is close to that of the norm
+# itself, and so small that these calls come near it.
+SMOOTH_ITERATIONS, SMOOTH_TAU = 50, 0.03
 # Steps between validations, so many that there is one at the end of a stage; and its images.
 AT_THE_END, VALIDATED = 10**9, 4
 # Decibels by which a curve must lie above its end for the summary to say so.
@@ -409,10 +412,15 @@ def smooth_row(
     nonnegative: bool = False,
 ) -> Row:
     """Reconstruct by total variation, whose weight the data choose."""
+
+    def smooth(weight: float) -> DEQRED:
+        solver = Anderson(SMOOTH_ITERATIONS, TOLERANCE)
+        return DEQRED(TotalVariation(weight), tau=SMOOTH_TAU, solver=solver, nonnegative=nonnegative)
+
     with warnings.catch_warnings():
         # The table tells of what has not converged.
         warnings.simplefilter("ignore", NotConvergedWarning)
-        choice = choose_weight(y, operator, solves=SMOOTH_SOLVES, nonnegative=nonnegative)
+        choice = choose_weight(y, operator, smooth, tau=SMOOTH_TAU, solves=SMOOTH_SOLVES)
         start = time.perf_counter()
         with torch.no_grad():
             solution = choice.model(y, operator, return_solution=True)
