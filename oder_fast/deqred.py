@@ -59,7 +59,7 @@ class DEQRED(nn.Module):
         nonnegative: Constrain to :math:`x \ge 0`; real images only.
         normalize: Scale each image such that the operator's start for it has the largest magnitude 1, and back: data in
             any unit are then denoised alike. By default for denoisers of this package, but for those that commute with
-            a scale themselves (``DnCNN(bias=False)``).
+            a scale themselves (``DnCNN(bias=False)``, ``DRUNet(sigma=None)``).
         generator: Source of the minibatches; None for the default one of torch.
         on_failure: Where an image does not converge: ``"warn"``, ``"raise"`` or ``"ignore"``. An image that diverges is
             NaN in the result; where all do, that is always an error.
