@@ -53,6 +53,8 @@ def run_demo(*arguments):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(common, "RED_ITERATIONS", 6)
         patch.setattr(common, "ODER_ITERATIONS", 9)
+        patch.setattr(common, "SMOOTH_SOLVES", 3)
+        patch.setattr(common, "SMOOTH_ITERATIONS", 6)
         patch.setattr(idt, "TRAINING_VOLUMES", 6)
         # The training's own report goes with its folder, and takes longer than the demonstration to draw.
         patch.setattr("oder_fast.training.trainer.write_report", lambda *_, **__: None)

@@ -765,6 +765,7 @@ def test_a_sample_that_breaks_a_run_leaves_a_checkpoint(tmp_path, workers):
     assert list_checkpoints(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_the_best_of_stage_1_stays_where_stage_2_was_not_validated(tmp_path, curves):
     outcome = train(tmp_path, "training.steps=0")
     rows = Table(tmp_path / "validation.csv", VALIDATION).rows()
