@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -263,6 +264,8 @@ def choose_weight(
         Moreau, "Proximite et dualite dans un espace hilbertien", Bulletin de la S. M. F. 93 (1965); those of
         `choose_tau`.
     """
+    if not callable(build):
+        raise TypeError(f"choose_weight: build must be a function of the weight, got {build!r}")
 
     def model(weight: float) -> DEQRED:
         return _with_tau(build(weight), tau, nonnegative)
@@ -273,7 +276,7 @@ def choose_weight(
 
 
 def _with_tau(denoiser: Callable[[Tensor], Tensor], tau: float, nonnegative: bool) -> DEQRED:
-    """Return a model of a denoiser, or one with another's settings, that tells of no image what did not converge."""
+    """Return a model of a denoiser; of a `DEQRED` one with its settings, all but tau."""
     if not isinstance(denoiser, DEQRED):
         return DEQRED(denoiser, tau=tau, nonnegative=nonnegative)
     return DEQRED(
@@ -302,7 +305,7 @@ def _choose(
     solves: int,
     generator: torch.Generator | None,
 ) -> Choice:
-    _check(owner, y, operator, noise, criterion, bounds, solves)
+    _check(owner, y, operator, noise, criterion, bounds, solves, generator)
     operator = as_operator(operator)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     score: Callable[[float], float]
@@ -340,11 +343,18 @@ def _check(
     operator: Any,
     noise: float | None,
     criterion: str,
-    bounds: tuple[float, float],
+    bounds: Any,
     solves: int,
+    generator: Any,
 ) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"{owner}: y must be a torch.Tensor, got {type(y).__name__}")
+    if not (y.is_floating_point() or y.is_complex()):
+        raise TypeError(f"{owner}: y must be floating-point or complex, got {y.dtype}")
+    if y.numel() == 0:
+        raise ValueError(f"{owner}: y must not be empty, got the shape {tuple(y.shape)}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"{owner}: generator must be a torch.Generator or None, got {generator!r}")
     if isinstance(operator, MeasurementParallel):
         raise ValueError(
             f"{owner}: measurements spread over processes cannot be scored; give the whole operator"
@@ -357,17 +367,25 @@ def _check(
         raise ValueError(
             f"{owner}: noise is for the criteria 'risk' and 'discrepancy'; 'left_out' needs none"
         )
+    if noise is not None and not _is_number(noise):
+        raise TypeError(f"{owner}: noise must be a number, got {noise!r}")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
         raise ValueError(
             f"{owner}: noise must be finite and above 0, got {noise:g}; without noise the least "
             f"{owner.removeprefix('choose_')} is best"
         )
-    low, high = bounds
-    if not (0 < low < high and math.isfinite(high)):
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    if not pair or not (0 < bounds[0] < bounds[1] and math.isfinite(bounds[1])):
         raise ValueError(f"{owner}: bounds must be two finite numbers above 0, the least first, got {bounds}")
     if isinstance(solves, bool) or not isinstance(solves, int) or solves < 3:
         raise ValueError(f"{owner}: solves must be a whole number of at least 3, got {solves!r}")
     check_numbers(owner, "y", y)
+
+
+def _is_number(value: Any) -> bool:
+    # NumPy's numbers are real numbers too.
+    one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    return one and not isinstance(value, bool)
 
 
 def norm_squared(operator: MeasurementOperator, y: Tensor) -> float:

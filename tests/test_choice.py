@@ -306,3 +306,27 @@ def test_plot(tmp_path):
     axes = choose_tau(y, scan, smooth, noise=0.5, criterion="discrepancy", bounds=(1e-4, 100.0)).plot()
     assert axes.get_xscale() == "log"
     axes.figure.savefig(tmp_path / "choice.png")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bounds": 0.1}, "bounds must be two finite numbers above 0, the least first, got 0.1"),
+        ({"bounds": ("a", "b")}, "bounds must be two finite numbers"),
+        ({"bounds": (1, 2, 3)}, "bounds must be two finite numbers"),
+        ({"criterion": "risk", "noise": "loud"}, "noise must be a number, got 'loud'"),
+        (
+            {"y": torch.ones(1, 9, 17, dtype=torch.int64)},
+            "y must be floating-point or complex, got torch.int64",
+        ),
+        ({"y": torch.ones(0, 9, 17)}, r"y must not be empty, got the shape \(0, 9, 17\)"),
+        ({"generator": 3}, "generator must be a torch.Generator or None, got 3"),
+    ],
+)
+def test_a_choice_says_what_is_wrong(changed, message):
+    scan, _ = ct()
+    arguments = {"y": torch.ones(1, 9, 17), "operator": scan, "denoiser": TotalVariation(0.1), **changed}
+    with pytest.raises((TypeError, ValueError), match=message):
+        choose_tau(**arguments)
+    with pytest.raises(TypeError, match="build must be a function of the weight, got "):
+        choose_weight(torch.ones(1, 9, 17), scan, 0.1)

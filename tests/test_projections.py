@@ -125,6 +125,7 @@ TWO = torch.linspace(0, math.pi, 31)
             r"value \(0,\) of angles",
         ),
         (lambda: find_rotation_axis(torch.ones(31, 32, dtype=torch.int64), TWO), TypeError, "real numbers"),
+        (lambda: find_rotation_axis([[1.0]], TWO), TypeError, "sinograms must be a torch.Tensor, got list"),
         (
             lambda: find_rotation_axis(torch.rand(31, 32), TWO, method="guess"),
             ValueError,
@@ -201,6 +202,7 @@ def test_dead_bins_are_refused_or_filled_in_and_told():
         ({"darks": torch.ones(0, 1, 8)}, ValueError, "darks must be frames"),
         ({"counts": torch.full((3, 1, 8), math.nan)}, ValueError, r"value \(0, 0, 0\) of counts is nan"),
         ({"flats": torch.ones(2, 1, 8) * 1j}, TypeError, "flats must be real"),
+        ({"flats": None}, TypeError, "flats must be a torch.Tensor, got NoneType"),
         ({"average": "mode"}, ValueError, "average must be one of"),
         ({"interpolate": -1}, ValueError, "interpolate must be at least 0"),
         ({"interpolate": 0.5}, TypeError, "interpolate must be an int"),
@@ -245,6 +247,7 @@ def test_rings_go_and_little_else():
         (lambda: remove_rings(torch.ones(3, 8), 3.0), TypeError, "width must be an int, got float"),
         (lambda: remove_rings(torch.ones(8)), ValueError, r"\(\.\.\., V, D\), got \(8,\)"),
         (lambda: remove_rings(torch.ones(3, 8, dtype=torch.int32)), TypeError, "real numbers"),
+        (lambda: remove_rings([[1.0]]), TypeError, "sinograms must be a torch.Tensor, got list"),
     ],
 )
 def test_what_rings_are_not_taken_out_of(call, error, message):

@@ -111,6 +111,9 @@ def normalize_projections(
     """
     name = "normalize_projections"
     _check_choices(name, average, interpolate)
+    for what, values in (("counts", counts), ("flats", flats), ("darks", darks)):
+        if not isinstance(values, Tensor) and not (what == "darks" and values is None):
+            raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(values).__name__}")
     if counts.ndim != 3 or 0 in counts.shape:
         raise ValueError(f"{name}: counts must have the shape (V, R, D), got {tuple(counts.shape)}")
     shape = tuple(counts.shape[1:])
@@ -228,6 +231,8 @@ def remove_rings(sinograms: Tensor, width: int = 9) -> Tensor:
         Boin, Haibel, "Compensation of ring artefacts in synchrotron tomographic images", Opt. Express 14 (2006): the
         same with a quotient before the logarithm, and a mean in place of the median.
     """
+    if not isinstance(sinograms, Tensor):
+        raise TypeError(f"remove_rings: sinograms must be a torch.Tensor, got {type(sinograms).__name__}")
     if not sinograms.is_floating_point():
         raise TypeError(f"remove_rings: sinograms must be of real numbers, got {sinograms.dtype}")
     if sinograms.ndim < 2:

@@ -135,6 +135,9 @@ def _checked(sinograms: Tensor, angles: Tensor, method: str) -> tuple[Values, Va
     name = "find_rotation_axis"
     if method not in get_args(Method):
         raise ValueError(f"{name}: method must be one of {get_args(Method)}, got {method!r}")
+    for what, values in (("sinograms", sinograms), ("angles", angles)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(values).__name__}")
     if not sinograms.is_floating_point():
         raise TypeError(f"{name}: sinograms must be of real numbers, got {sinograms.dtype}")
     if sinograms.ndim not in (2, 3) or 0 in sinograms.shape:

@@ -193,9 +193,9 @@ class ParallelBeamCT(MeasurementOperator):
         keeps = torch.ones(self.n_blocks, dtype=torch.bool)
         keeps[rest] = False
         parts = keeps.nonzero().flatten(), rest
-        return Part(*self._part(y, parts[0])), Part(*self._part(y, parts[1]))
+        return self._part(y, parts[0]), self._part(y, parts[1])
 
-    def _part(self, y: Tensor, views: Tensor) -> tuple[ParallelBeamCT, Tensor]:
+    def _part(self, y: Tensor, views: Tensor) -> Part:
         operator = ParallelBeamCT(
             self.image_shape,
             self._exact_angles[views],
@@ -206,7 +206,7 @@ class ParallelBeamCT(MeasurementOperator):
             sampling=self.sampling,
             backend=self.backend,
         )
-        return operator.to(self.angles.device), y.index_select(1, views.to(y.device))
+        return Part(operator.to(self.angles.device), y.index_select(1, views.to(y.device)))
 
     def norm_squared(self) -> float:
         r"""Compute :math:`\|A\|^2`, the Lipschitz constant of the full gradient, by power iteration; kept."""
