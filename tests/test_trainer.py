@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import signal
@@ -264,7 +264,17 @@ def test_signals_end_a_run_with_a_checkpoint(whole, tmp_path, number, at, worker
     assert_same(whole.last, train(tmp_path, resume=True).last)
 
 
-def test_a_process_that_loads_and_is_killed(whole, tmp_path):
+def test_a_process_that_loads_and_is_killed(whole, tmp_path, monkeypatch):
+    looks = multiprocessing.synchronize.Event.is_set
+
+    def holds(event):
+        # What a process that looks at an event holds for a moment, it keeps when it is killed in it.
+        with event._cond:
+            time.sleep(0.5)
+        return looks(event)
+
+    monkeypatch.setattr(multiprocessing.synchronize.Event, "is_set", holds)
+
     class Kills(Trainer):
         def _step(self, *arguments):
             if self._overall() == 5:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import multiprocessing
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -103,6 +105,31 @@ def positions(start: int, batch: int) -> Iterator[list[int]]:
         first = (step * world_size() + rank()) * batch
         yield list(range(first, first + batch))
         step += 1
+
+
+class Flag:
+    """An event without a lock: a process that is killed while it looks at one of `multiprocessing` leaves that locked.
+
+    The loader then waits for it without end, where it should say that a process is gone.
+    """
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue("b", 0)
+
+    def set(self) -> None:
+        """Set it, for all processes."""
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        """Tell whether a process has set it."""
+        return bool(self._value.value)
+
+
+def loading_context() -> multiprocessing.context.BaseContext:
+    """Return the context of `multiprocessing` for processes that load, and that may be killed."""
+    context = copy.copy(multiprocessing.get_context())
+    vars(context)["Event"] = Flag
+    return context
 
 
 def begin_worker(_: int) -> None:

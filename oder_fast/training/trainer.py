@@ -45,7 +45,16 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .configuration import Configuration, ConfigurationError, differences
-from .draws import Draws, begin_worker, checked, collate_seeded, positions, seed_generators, seed_of
+from .draws import (
+    Draws,
+    begin_worker,
+    checked,
+    collate_seeded,
+    loading_context,
+    positions,
+    seed_generators,
+    seed_of,
+)
 from .logs import SOLVED, Logs, Silence, clock, draw_images, duration
 from .losses import LOSSES, splitting_loss, sure_loss, total_loss
 from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
@@ -473,6 +482,7 @@ class Trainer:
                 self._draws(self.position.stage),
                 batch_sampler=positions(self.position.step, section.batch_size),
                 num_workers=workers,
+                multiprocessing_context=loading_context() if workers else None,
                 collate_fn=collate_seeded,
                 worker_init_fn=begin_worker,
                 pin_memory=self.device.type == "cuda",
