@@ -171,7 +171,6 @@ def test_nan_stays_in_its_columns_and_images(generator):
         ),
         ({"sampling": torch.tensor([[0, 8]])}, ValueError, r"lines must lie in 0\.\.7"),
         ({"sampling": torch.tensor([[-2]])}, ValueError, r"got -2"),
-        ({"sampling": torch.tensor([[-1]])}, ValueError, "at least one line"),
         ({"sampling": torch.tensor([[1, 1]])}, ValueError, "line 1 is given twice"),
         ({"sampling": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "at least 1"),
         ({"sampling": torch.tensor([0, 1])}, TypeError, r"int64 lines \(K, L\)"),
@@ -215,3 +214,16 @@ def test_half_precision_maps_are_for_gpu_backends():
         oder_fast.ops.fourier_forward(
             image, torch.ones(1, 2, 8, 6, dtype=torch.complex32), torch.tensor([[0]])
         )
+
+
+def test_no_line_at_all_is_no_data(fastest, generator):
+    """As the mask of one image of a batch may have it, or one that was emptied in place."""
+    dtype = fastest.dtypes[0].to_complex()
+    image, maps = (torch.randn(s, dtype=dtype, generator=generator) for s in ((2, 8, 6), (1, 3, 8, 6)))
+    none, options = torch.full((1, 2), -1), {"backend": fastest.backend}
+    image, maps, none = (t.to(fastest.device) for t in (image, maps, none))
+    samples = oder_fast.ops.fourier_forward(image, maps, none, **options)
+    assert samples.shape == (2, 3, 2, 6)
+    assert not samples.any()
+    assert not oder_fast.ops.fourier_adjoint(samples + 1, maps, none, **options).any()
+    assert not oder_fast.ops.fourier_gradient(image, samples + 1, maps, none, **options).any()

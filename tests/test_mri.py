@@ -222,6 +222,48 @@ def test_double_conversion_copy_and_pickle(generator):
     assert not mri.state_dict()
 
 
+@pytest.mark.parametrize("shape", [(10,), (12, 1), (12, 10), (2, 1, 10)])
+def test_what_is_made_of_mask_and_maps_follows_them(generator, shape):
+    before, after = (torch.rand(shape, generator=generator) < 0.5 for _ in range(2))
+    before.flatten()[:2], after.flatten()[-2:] = True, True
+    before[-1], after[-1] = True, True
+    maps = draw(1, 12, 10, generator=generator)
+    maps = maps / maps.abs()
+    mri, x = CartesianMRI(maps.clone(), before.clone()), draw(2, 12, 10, generator=generator)
+    weight, tolerance = torch.tensor(0.5, dtype=torch.float64), torch.full((2,), 1e-10, dtype=torch.float64)
+    # All that is kept is made.
+    mri.least_squares(mri(x)).solve(x, weight, x, tolerance)
+    copied = copy.deepcopy(mri)
+    mri.mask.copy_(CartesianMRI(maps, after).mask.clone())
+    mri.coil_maps.mul_(3)
+    fresh = CartesianMRI(3 * maps, after)
+    y = fresh(x)
+    torch.testing.assert_close(mri(x), y)
+    torch.testing.assert_close(mri.adjoint(y), fresh.adjoint(y))
+    solved, expected = (m.least_squares(y).solve(x, weight, x, tolerance) for m in (mri, fresh))
+    torch.testing.assert_close(solved, expected)
+    torch.testing.assert_close(copied(x), CartesianMRI(maps, before)(x))
+    # A copy of one that was changed and not called since.
+    mri.mask.copy_(copied.mask)
+    torch.testing.assert_close(copy.deepcopy(mri)(x), 3 * copied(x))
+    # Nothing is measured where nothing is sampled.
+    copied.mask.fill_(False)
+    assert not copied(x).any()
+    assert not copied.adjoint(copied(x)).any()
+    copied.mask.fill_(True)
+    torch.testing.assert_close(copied(x), plain(x, maps, torch.ones(1, 1, 1, 1), True))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_operator_takes_its_mask_as_it_is(generator):
+    mri = CartesianMRI(draw(2, 6, 5, generator=generator), torch.tensor([1, 0, 1, 1, 0]))
+    x = draw(1, 6, 5, generator=generator)
+    for one in (mri, copy.deepcopy(mri), copy.deepcopy(mri).to(torch.float64)):
+        compiled = torch.compile(one.forward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), mri(x))
+
+
 def test_maps_estimated_from_the_data_serve_as_well(generator):
     """From k-space alone: calibration lines to maps to image."""
     x = random_ellipses(1, 64, generator).to(torch.complex64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from .._numpy import takes_numpy
 from .._torch import fft, kept
 from . import _blocks
 from .base import LeastSquares, MeasurementOperator, Part
+
+T = TypeVar("T")
 
 # Of the squared modulus of a coil map that is the same everywhere.
 ROUNDING = 1e-6
@@ -74,7 +76,6 @@ class CartesianMRI(MeasurementOperator):
     image_shape: tuple[int, int]
     coil_maps: Tensor
     mask: Tensor
-    sampling: Tensor
 
     def __init__(
         self,
@@ -141,26 +142,52 @@ class CartesianMRI(MeasurementOperator):
             maps = _by_columns(maps)
         self.register_buffer("coil_maps", kept(maps), persistent=False)
         self.register_buffer("mask", kept(lines), persistent=False)
-        sampling = _points(lines, centered) if self.axis is None else _line_numbers(lines, centered)
-        self.register_buffer("sampling", kept(sampling), persistent=False)
-        self._uniform: tuple[Tensor, ...] | None = None
-        self._response: tuple[Tensor, Tensor] | None = None
+        self._derived: dict[str, tuple[list[Any], Any]] = {}
+        # A compiled call takes it as it is.
+        _ = self.sampling
 
     def __getstate__(self) -> dict[str, Any]:
-        # As large as a coil map, and computed again when it is needed.
-        return self.__dict__ | {"_response": None}
+        # Tensors count their changes anew in a copy, so it gets what the mask is now; the rest is made when needed.
+        _ = self.sampling
+        return self.__dict__ | {"_derived": {"sampling": self._derived["sampling"]}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CartesianMRI:
         # .to(float64) would make the maps real.
-        maps = self._buffers.pop("coil_maps")
+        sampling, maps = self.sampling, self._buffers.pop("coil_maps")
         assert maps is not None
         super()._apply(lambda value: kept(fn(value)), recurse)  # type: ignore[no-untyped-call]
         like = fn(maps.real.new_empty(0))
         dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}.get(like.dtype, maps.dtype)
         dtype = like.dtype if like.is_complex() else dtype
         self.register_buffer("coil_maps", kept(maps.to(like.device, dtype)), persistent=False)
-        self._uniform = self._response = None
+        moved = kept(fn(sampling))
+        self._derived = {"sampling": (_versions(self.mask), moved)}
         return self
+
+    def _follow(self, name: str, make: Callable[[], T], *sources: Tensor) -> T:
+        """Return what is made of buffers, kept; made anew where one was replaced or changed in place since."""
+        kept_for, value = self._derived.get(name, ([], None))
+        if torch.compiler.is_compiling() and kept_for:
+            return cast("T", value)
+        now = _versions(*sources)
+        if len(kept_for) != len(now) or any(
+            old is not new or before != version
+            for (old, before), (new, version) in zip(kept_for, now, strict=True)
+        ):
+            # Kept beyond the call.
+            with torch.inference_mode(False), torch.no_grad():
+                value = make()
+            self._derived[name] = now, value
+        return cast("T", value)
+
+    @property
+    def sampling(self) -> Tensor:
+        """The mask as functions of `oder_fast.ops` take it: line numbers ``(1 or B, L)``, or points."""
+
+        def make() -> Tensor:
+            return (_points if self.axis is None else _line_numbers)(self.mask, self.centered)
+
+        return self._follow("sampling", make, self.mask)
 
     def extra_repr(self) -> str:
         """Tell the sizes."""
@@ -339,36 +366,38 @@ class CartesianMRI(MeasurementOperator):
 
     def _uniform_power(self) -> Tensor | None:
         """Return the squared modulus of one coil's sensitivity, shape (1 or B, 1, 1), where it does not vary; kept."""
-        if self._uniform is None:
-            with torch.inference_mode(False), torch.no_grad():
-                power = torch.view_as_real(self.coil_maps).double().square().sum(-1).amax(1)
-                least, most = power.amin((-2, -1), True), power.amax((-2, -1), True)
-                same = self.n_blocks == 1 and bool((most - least <= ROUNDING * most).all())
-                self._uniform = (most.to(self.coil_maps.real.dtype),) if same else ()
-        return self._uniform[0] if self._uniform else None
+
+        def make() -> Tensor | None:
+            power = torch.view_as_real(self.coil_maps).double().square().sum(-1).amax(1)
+            least, most = power.amin((-2, -1), True), power.amax((-2, -1), True)
+            same = self.n_blocks == 1 and bool((most - least <= ROUNDING * most).all())
+            return most.to(self.coil_maps.real.dtype) if same else None
+
+        return self._follow("uniform", make, self.coil_maps)
 
     def _circulant(self) -> tuple[Tensor, Tensor]:
         """Return the spectrum of a circulant C and weights R of the pixels such that A^H A is about R C R; kept.
 
         R is the sensitivity of all coils together, relative to its largest. C is along the axes that A^H A mixes.
         """
-        if self._response is None:
+
+        def make() -> tuple[Tensor, Tensor]:
             axes = (-2, -1) if self.axis is None else (self.axis,)
-            with torch.inference_mode(False), torch.no_grad():
-                maps = self.coil_maps.contiguous()
-                maps = maps.to(torch.complex64) if maps.dtype == torch.complex32 else maps
-                power = torch.view_as_real(maps).square().sum((-1, 1))
-                most = power.amax((-2, -1), True)
-                reach = (power / torch.where(most > 0, most, 1)).sqrt()
-                spectra = fft(torch.fft.fftn, maps.conj(), axes, norm="backward")
-                correlation = fft(torch.fft.ifftn, spectra.abs().square().sum(1), axes, norm="backward")
-                seen = reach.square().sum(axes, True)
-                mask = torch.fft.ifftshift(self.mask, dim=axes) if self.centered else self.mask
-                kernel = fft(torch.fft.ifftn, mask.to(maps.real.dtype), axes, norm="backward")
-                product = kernel * correlation / torch.where(seen > 0, seen, 1)
-                spectrum = fft(torch.fft.fftn, product, axes, norm="backward")
-                self._response = spectrum.real.clamp(min=0), reach
-        return self._response
+            maps = self.coil_maps.contiguous()
+            maps = maps.to(torch.complex64) if maps.dtype == torch.complex32 else maps
+            power = torch.view_as_real(maps).square().sum((-1, 1))
+            most = power.amax((-2, -1), True)
+            reach = (power / torch.where(most > 0, most, 1)).sqrt()
+            spectra = fft(torch.fft.fftn, maps.conj(), axes, norm="backward")
+            correlation = fft(torch.fft.ifftn, spectra.abs().square().sum(1), axes, norm="backward")
+            seen = reach.square().sum(axes, True)
+            mask = torch.fft.ifftshift(self.mask, dim=axes) if self.centered else self.mask
+            kernel = fft(torch.fft.ifftn, mask.to(maps.real.dtype), axes, norm="backward")
+            product = kernel * correlation / torch.where(seen > 0, seen, 1)
+            spectrum = fft(torch.fft.fftn, product, axes, norm="backward")
+            return spectrum.real.clamp(min=0), reach
+
+        return self._follow("response", make, self.coil_maps, self.mask)
 
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: zero-filled, the coils combined by their maps."""
@@ -468,6 +497,11 @@ class MRILeastSquares(LeastSquares):
         )
 
 
+def _versions(*tensors: Tensor) -> list[tuple[Tensor, int]]:
+    """Return tensors, and how often each has been changed in place."""
+    return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
 def _read_mask(
     mask: Tensor, image_shape: tuple[int, int], readout_size: int | None
 ) -> tuple[Tensor, int | None]:
@@ -521,7 +555,7 @@ def _line_numbers(mask: Tensor, centered: bool) -> Tensor:
     flat = mask.flatten(1)
     flat = torch.fft.ifftshift(flat, dim=-1) if centered else flat
     order = torch.sort(~flat, dim=1, stable=True).indices
-    longest = int(flat.sum(1).max())
+    longest = max(1, int(flat.sum(1).max()))
     numbers = torch.where(flat.gather(1, order), order, -1)
     return numbers[:, :longest].contiguous()
 

@@ -248,8 +248,6 @@ def _check_lines(op: str, lines: Tensor, batch: int, n: int) -> None:
     low, high = (int(v) for v in torch.aminmax(lines))
     if low < -1 or high >= n:
         raise ValueError(f"{op}: lines must lie in 0..{n - 1} (-1 pads), got {low if low < -1 else high}")
-    if high < 0:
-        raise ValueError(f"{op}: lines must name at least one line, got only -1")
 
 
 def _check_image(op: str, image: Tensor, coil_maps: Tensor) -> None:
