@@ -983,6 +983,34 @@ def test_a_physics_that_was_changed_has_another_norm():
     torch.testing.assert_close(model(physics.A(x), physics), x * 100 / 150, rtol=2e-3, atol=0)
 
 
+def test_a_physics_may_have_a_parameter_for_each_image():
+    """As masks that are drawn for each; tau is then in units of the largest norm."""
+    factors, x = torch.tensor([1.0, 10.0, 3.0]).reshape(3, 1, 1), torch.rand(3, 8, 8)
+    physics, model = Scaled(factors), DEQRED(half, tau=1.0)
+    for many in (3, 2, 3):
+        physics.factor = factors[:many]
+        square = physics.factor.square()
+        expected = square * x[:many] / (square + 50)
+        torch.testing.assert_close(model(physics.A(x[:many]), physics), expected, rtol=2e-2, atol=0)
+
+
+class Twice(Scaled):
+    """A physics that measures each image twice, as coils do: data have an axis more."""
+
+    def A(self, x):
+        return torch.stack((x, self.factor * x), 1)
+
+    def A_adjoint(self, y):
+        return y[:, 0] + self.factor * y[:, 1]
+
+
+def test_data_of_a_physics_may_have_more_axes_than_images():
+    """Several images of which none is like the other: a warning would be an error."""
+    x, physics = torch.rand(3, 8, 8) * torch.tensor([1.0, 10.0, 0.1]).reshape(3, 1, 1), Twice(2.0)
+    # (5 + 5) x = 5 x_true + 5 x / 2
+    torch.testing.assert_close(DEQRED(half, tau=1.0)(physics.A(x), physics), x / 1.5, rtol=2e-2, atol=0)
+
+
 def test_objects_that_cannot_be_remembered_are_operators_too():
     @dataclasses.dataclass
     class Physics(Scaled):

@@ -73,6 +73,7 @@ class MeasurementOperator(nn.Module):
         super().__init__()
         self._norms: dict[tuple[Any, ...], tuple[float, Tensor]] = {}
         self._like: Tensor | None = None
+        self._batch = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Measure images ``(B, *image_shape)``: data ``(B, *data_shape)``."""
@@ -93,7 +94,7 @@ class MeasurementOperator(nn.Module):
     def initial(self, y: Tensor) -> Tensor:
         """Reconstruct a start for iterations: the adjoint over the norm squared."""
         image = self.adjoint(y)
-        self._like = image.detach()[:1]
+        self._like, self._batch = image.detach()[:1], len(image)
         norm = self.norm_squared()
         if norm == 0:
             raise ValueError(f"{self._name}: the operator is zero, or sees nothing of the image")
@@ -120,15 +121,17 @@ class MeasurementOperator(nn.Module):
         key = (tuple(like.shape), like.dtype, like.device)
         if key in self._norms:
             norm, x = self._norms[key]
-            with torch.no_grad():
-                now = float(inner.dot(x, self.adjoint(self(x))))
-            if abs(now - norm) > CHANGED * norm:
+            now = torch.inf
+            if len(x) in (1, self._batch):
+                with torch.no_grad():
+                    now = float(inner.dot(x, self.adjoint(self(x))).sum())
+            if not abs(now - norm) <= CHANGED * norm:
                 del self._norms[key]
         if key not in self._norms:
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
             with torch.no_grad():
-                # Complex where the operator makes it so.
+                # Complex where the operator makes it so; one for each image of a batch that has operators of its own.
                 x = self.adjoint(self(x))
             self._norms[key] = power_iteration(lambda v: self.adjoint(self(v)), x)
         return self._norms[key][0]
@@ -233,7 +236,7 @@ class LeastSquares:
 
         Args:
             rhs: :math:`r`, shape ``(B, *image_shape)``.
-            weight: :math:`w`, a 0-d tensor above 0.
+            weight: :math:`w` above 0, a 0-d tensor, or ``(B, 1, ...)`` with one for each image.
             start: Where the iteration starts, shape of `rhs`.
             tolerance: An image is done where the norm of its residual is at most this times ``weight * |start|``, or,
                 for a start of 0, times ``|rhs|``; shape ``(B,)``. The relative error is then at most as large. After 60
@@ -377,7 +380,7 @@ class ForeignOperator(MeasurementOperator):
             raise ValueError(
                 f"{self._name}: A_adjoint(y) must hold {y.shape[0]} images, as y does, got {got}"
             )
-        self._like = like[:1]
+        self._like, self._batch = like[:1], len(like)
         if self._known.exact is None:
             self._known.exact = self._test_adjoint(like, y)
         return LeastSquares(self, y) if self._known.exact else InexactLeastSquares(self, y)
@@ -396,7 +399,8 @@ class ForeignOperator(MeasurementOperator):
                     f"{self._name}: the operator does not match y: A(A_adjoint(y)) has shape "
                     f"{tuple(measured.shape)}, y {tuple(y.shape)}"
                 )
-            difference = (inner.dot(measured, v) - inner.dot(x, back)).abs().amax()
+            # Data may have more axes than images.
+            difference = (inner.dot(measured, v).flatten() - inner.dot(x, back).flatten()).abs().amax()
             size = (inner.norm(measured) * inner.norm(v)).amax()
             # The range of A and that of its adjoint: random data are nearly orthogonal to the first.
             size = torch.minimum(size, (inner.norm(x) * inner.norm(back)).amax())
@@ -445,6 +449,8 @@ def as_operator(operator: Any) -> MeasurementOperator:
         >>> round(operator.norm_squared(), 3)
         1.0
     """
+    # A physics that was made of an operator (`oder_fast.deepinv`) has it, in its own shapes.
+    operator = getattr(operator, "measurement_operator", operator)
     if isinstance(operator, MeasurementOperator):
         return operator
     if not (hasattr(operator, "A") and hasattr(operator, "A_adjoint")):
@@ -476,7 +482,8 @@ def power_iteration(
 
     Args:
         normal: The map.
-        x: Where to start, shape ``(1, ...)``.
+        x: Where to start, shape ``(1, ...)``, or ``(B, ...)`` where images have maps of their own: the eigenvalue is
+            then the largest of all.
         tolerance: Relative change of the estimate at which to stop.
         max_iterations: At the most.
     """
@@ -488,7 +495,7 @@ def power_iteration(
                 return 0.0, unit
             unit = z / torch.linalg.vector_norm(z)
             z = normal(unit)
-            value = float(inner.dot(unit, z))
+            value = float(inner.dot(unit, z).sum())
             if abs(value - last) <= tolerance * value:
                 break
             last = value
