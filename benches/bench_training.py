@@ -313,7 +313,7 @@ def test_memory(report, deepinv):
     }
     if "ODER_FAST_01" in os.environ:
         found["0.1"], found["0.1 with 12 iterations"] = old_peak(4), old_peak(12)
-    theirs = "Step(channels_last=False).deepinv(__import__('conftest').import_deepinv(), 4)"
+    theirs = "Step(channels_last=False).deepinv(__import__('without_torchvision').import_deepinv(), 4)"
     if deepinv is not None:
         found["deepinv"] = peak(theirs)
     found["by the C library's default allocator ours"] = peak(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import sys
 from dataclasses import dataclass, field
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import oder_fast
+from without_torchvision import import_deepinv
 
 TABLE: list[dict[str, object]] = []
 
@@ -74,39 +70,6 @@ def report(benchmark) -> Report:
     benchmark.extra_info["build"] = oder_fast.build_info()
     if torch.cuda.is_available():
         benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
-
-
-class _WithoutTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for torchvision, which deepinv imports but does not use here, and which no CPU build of torch has."""
-
-    def find_spec(self, name, path=None, target=None):
-        return (
-            importlib.machinery.ModuleSpec(name, self, is_package=True)
-            if name.split(".")[0] == "torchvision"
-            else None
-        )
-
-    def create_module(self, spec):
-        module = MagicMock()
-        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
-def import_deepinv():
-    """Return deepinv, or None; with what it needs but torchvision: pip install --no-deps deepinv."""
-    finder = _WithoutTorchvision()
-    sys.meta_path.insert(0, finder)
-    try:
-        return importlib.import_module("deepinv")
-    except ImportError:
-        return None
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,9 @@ EXTRAS = {
 }
 """Modules of each extra; `all` is every one of them."""
 
+APART = {"interop": ("deepinv",)}
+"""Extras that `all` leaves out: deepinv brings torchvision, of which each build fits one build of torch alone."""
+
 NAMES = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
 """Packages that are not called as their modules."""
 
@@ -36,8 +39,9 @@ def needs(what: str, *modules: str) -> None:
     if not missing:
         return
     names = [NAMES.get(module, module) for module in missing]
-    enough = [extra for extra, those in EXTRAS.items() if set(missing) <= set(those)]
+    extras = {**EXTRAS, **APART}
+    enough = [extra for extra, those in extras.items() if set(missing) <= set(those)]
     extra = next(iter(enough), "all")
-    known = any(module in those for module in missing for those in EXTRAS.values())
+    known = any(module in those for module in missing for those in extras.values())
     target = f"'oder-fast[{extra}]'" if known else " ".join(names)
     raise MissingPackageError(f"{what} needs {', '.join(names)}: pip install {target}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from without_torchvision import import_deepinv
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What needs files, several processes or a run of hours says so beside the word python.
@@ -13,7 +15,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 # Their examples take seconds each.
-LONG = ("fixed_points", "idt", "mri")
+LONG = ("deepinv", "fixed_points", "idt", "mri")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,8 @@ LONG = ("fixed_points", "idt", "mri")
     ],
 )
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    if page.stem == "deepinv" and import_deepinv() is None:
+        pytest.skip("deepinv is not installed: see CONTRIBUTING.md")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "example"}
     with warnings.catch_warnings():

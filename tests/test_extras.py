@@ -15,7 +15,7 @@ import setuptools
 import torch
 
 from oder_fast import BM3D, cli
-from oder_fast._extras import EXTRAS, NAMES, MissingPackageError, needs
+from oder_fast._extras import APART, EXTRAS, NAMES, MissingPackageError, needs
 from oder_fast.data import (
     Cached,
     ImageFolder,
@@ -60,6 +60,8 @@ def test_the_extras_install_what_is_asked_for():
     assert requirements(text, "dependencies") == {"torch", "numpy", "scipy"}
     for extra, modules in EXTRAS.items():
         assert requirements(text, extra) - {"tomli"} == {NAMES.get(module, module) for module in modules}
+    for extra, modules in APART.items():
+        assert requirements(text, extra) == set(modules)
     assert requirements(text, "all") == {f"oder-fast[{','.join(EXTRAS)}]"}
     for extra in ("test", "bench", "dev"):
         assert requirements(text, extra) & {"oder-fast[all]", "oder-fast[test]"}
@@ -76,6 +78,7 @@ def test_the_extras_install_what_is_asked_for():
         (["PIL", "skimage"], "this needs pillow, scikit-image: pip install 'oder-fast[io]'"),
         (["PIL", "tqdm"], "this needs pillow, tqdm: pip install 'oder-fast[train]'"),
         (["h5py", "tqdm"], "this needs h5py, tqdm: pip install 'oder-fast[all]'"),
+        (["deepinv"], "this needs deepinv: pip install 'oder-fast[interop]'"),
         (["no_such_module"], "this needs no_such_module: pip install no_such_module"),
     ],
 )
@@ -188,6 +191,16 @@ def test_layers_say_what_they_need(hide, monkeypatch, module, layer):
         importlib.import_module(f"oder_fast.{layer}")
 
 
+def test_the_physics_for_deepinv_say_what_they_need(hide, monkeypatch):
+    monkeypatch.delitem(sys.modules, "oder_fast.deepinv", raising=False)
+    hide("deepinv")
+    with pytest.raises(
+        MissingPackageError,
+        match=sentence("oder_fast.deepinv needs deepinv: pip install 'oder-fast[interop]'"),
+    ):
+        importlib.import_module("oder_fast.deepinv")
+
+
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     "command", ["demo", "demo mri", "demo idt", "train ct.yaml", "reconstruct best.pt scans --output out"]
@@ -227,7 +240,9 @@ print(oder_fast.data.psnr(found, image) > oder_fast.data.psnr(ct.fbp(ct(image)),
 @pytest.mark.exhaustive
 def test_the_core_works_without_any_of_them():
     run = subprocess.run(
-        [sys.executable, "-c", CORE.format(modules=[*MODULES, "bm3d"])], capture_output=True, text=True
+        [sys.executable, "-c", CORE.format(modules=[*MODULES, "bm3d", "deepinv"])],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("version: ")

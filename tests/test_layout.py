@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oder_fast._extras import EXTRAS, NAMES
+from oder_fast._extras import APART, EXTRAS, NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "oder_fast"
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "fixed_point": set(),
     "red": {"fixed_point", "operators", "denoisers", "ops"},
     "deqred": {"red", "fixed_point", "operators", "denoisers"},
+    "deepinv": {"operators", "denoisers"},
     "published": {"deqred", "red", "fixed_point"},
     "choice": {"deqred", "fixed_point", "operators", "denoisers"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
@@ -92,8 +93,8 @@ def test_imports_point_down_only(path):
     assert known <= MAY_IMPORT[layer] | {layer, "_torch", "_numpy", "_extras"}
 
 
-# Layers that begin by asking for the extra of training; no other imports them before a user asks for one.
-OF_EXTRAS = ("training", "reconstruction", "_demo")
+# Layers that begin by asking for an extra; no other imports them before a user asks for one.
+OF_EXTRAS = ("training", "reconstruction", "_demo", "deepinv")
 
 
 def imports_at_once(node: ast.AST) -> set[str]:
@@ -110,7 +111,8 @@ def imports_at_once(node: ast.AST) -> set[str]:
 def test_packages_of_extras_are_imported_where_they_are_used(path):
     if layer_of(path) in OF_EXTRAS:
         return
-    optional = {*NAMES, *(module for modules in EXTRAS.values() for module in modules), "bm3d", "scipy"}
+    extras = (*EXTRAS.values(), *APART.values())
+    optional = {*NAMES, *(module for modules in extras for module in modules), "bm3d", "scipy"}
     tree = ast.parse(path.read_text())
     assert not {name.split(".")[0] for name in imports_at_once(tree)} & optional
     relative = {

@@ -193,6 +193,16 @@ def test_against_dense_matrices(problem):
     assert not fidelity.solve(torch.zeros_like(x), weight, torch.zeros_like(x), tolerance).any()
 
 
+def test_each_image_may_have_a_weight(problem):
+    _, fidelity, x, normal = problem
+    weights = torch.tensor([0.3, 5.0], dtype=torch.float64).reshape(2, *[1] * (x.ndim - 1))
+    expected = [
+        np.linalg.solve(n + float(w) * np.eye(len(n)), r)
+        for n, w, r in zip(normal, weights, flat(x), strict=True)
+    ]
+    close(fidelity.solve(x, weights, x.flip(-1), torch.full((2,), TIGHT)), expected, 1e-7)
+
+
 def test_one_image_does_not_decide_for_another(problem):
     _, fidelity, x, _ = problem
     weight = torch.tensor(0.3, dtype=torch.float64)

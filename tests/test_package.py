@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast._extras import EXTRAS
+from oder_fast._extras import APART, EXTRAS
 from oder_fast.ops import Detector, backends
+from without_torchvision import import_deepinv
 
 
 def test_build_info_tells_what_runs_here():
@@ -34,7 +35,7 @@ def test_import_loads_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = {name.split(".")[0] for name in run.stdout.split()}
-    optional = {module for modules in EXTRAS.values() for module in modules}
+    optional = {module for modules in (*EXTRAS.values(), *APART.values()) for module in modules}
     assert not loaded & {"triton", "scipy", "sympy", *optional}
     assert "torch._dynamo" not in run.stdout.split()
 
@@ -68,8 +69,8 @@ MODULES = sorted(
 )
 
 
-# They train.
-LONG = ("oder_fast.training.trainer", "oder_fast.reconstruction.run")
+# They train, or import what takes seconds.
+LONG = ("oder_fast.training.trainer", "oder_fast.reconstruction.run", "oder_fast.deepinv")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,8 @@ LONG = ("oder_fast.training.trainer", "oder_fast.reconstruction.run")
     ],
 )
 def test_examples_in_docstrings(name):
+    if name == "oder_fast.deepinv" and import_deepinv() is None:
+        pytest.skip("deepinv is not installed: see CONTRIBUTING.md")
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0

@@ -323,11 +323,13 @@ class DiffractionTomography(MeasurementOperator):
     def _solve(self, rhs: Tensor, weight: float | Tensor) -> Tensor:
         """Return (A^H A + weight)^-1 rhs of slices ``(B, Z, H, W)``; differentiable in `rhs`."""
         right = fft(torch.fft.fftn, rhs.contiguous()).flatten(2)
-        solution = right / weight
+        # One, or one for each image.
+        weights = torch.as_tensor(weight, dtype=rhs.real.dtype, device=rhs.device).flatten()
+        solution = right / weights[:, None, None]
         for here, there, values, vectors in self._diagonalised(rhs.dtype):
             both = torch.cat((right.index_select(2, here).conj(), right.index_select(2, there)), 1)
             # Contiguous and without lazy conjugates: a batched product is five times slower otherwise.
-            along = (vectors.mT @ both.permute(2, 1, 0).contiguous()).conj() / (values[..., None] + weight)
+            along = (vectors.mT @ both.permute(2, 1, 0).contiguous()).conj() / (values[..., None] + weights)
             solved = vectors @ along.resolve_conj()
             at_here, at_there = solved.permute(2, 1, 0).split(self.image_shape[0], 1)
             solution = solution.index_copy(2, there, at_there.conj()).index_copy(2, here, at_here)
