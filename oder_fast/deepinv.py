@@ -7,6 +7,7 @@ adapter: `DEQRED` takes any linear physics of deepinv, ``model(y, physics)``, an
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,11 @@ class OperatorPhysics(LinearPhysics):  # type: ignore[misc]
         device = tensors[0].device if tensors else torch.device("cpu")
         noise_model = ZeroNoise() if noise_model is None else noise_model
         super().__init__(img_size=channels.image_shape, noise_model=noise_model, device=device, **options)
+        self._adjoint_data: tuple[list[tuple[Any, int]], Tensor] | None = None
         self._set(channels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_adjoint_data": None}
 
     def _set(self, channels: ChannelOperator) -> None:
         self.measurement_operator = channels
@@ -105,9 +110,21 @@ class OperatorPhysics(LinearPhysics):  # type: ignore[misc]
         return self.measurement_operator.forward(x)
 
     def A_adjoint(self, y: Tensor, **parameters: Any) -> Tensor:
-        """Bring data back to images: the exact transpose of `A`."""
+        """Bring data back to images: the exact transpose of `A`; kept, as each gradient asks for it again."""
         self.update_parameters(**parameters)
-        return self.measurement_operator.adjoint(y)
+        sources = [y, *self.operator.buffers()]
+        if y.requires_grad or any(source.is_inference() for source in sources):
+            return self.measurement_operator.adjoint(y)
+        kept = self._adjoint_data
+        versions = [source._version for source in sources]
+        if (
+            kept is None
+            or [version for _, version in kept[0]] != versions
+            or any(ref() is not source for (ref, _), source in zip(kept[0], sources, strict=True))
+        ):
+            made_for = list(zip(map(weakref.ref, sources), versions, strict=True))
+            kept = self._adjoint_data = made_for, self.measurement_operator.adjoint(y)
+        return kept[1].clone()
 
     def A_adjoint_A(self, x: Tensor, **parameters: Any) -> Tensor:
         """Compute :math:`A^H A x`."""

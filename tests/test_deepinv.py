@@ -221,6 +221,30 @@ def test_derivatives_of_the_proximal_operator(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_adjoint_of_the_same_data_is_kept_and_never_stale(monkeypatch, name):
+    physics, fresh = physics_of(name), physics_of(name)
+    y = physics.A(torch.randn(1, *physics.img_size))
+    calls, adjoint = [], physics.measurement_operator.adjoint
+    monkeypatch.setattr(physics.measurement_operator, "adjoint", lambda y: calls.append(y) or adjoint(y))
+    first = physics.A_adjoint(y)
+    first.mul_(0)
+    assert torch.equal(physics.A_adjoint(y), fresh.A_adjoint(y.clone()))
+    assert len(calls) == 1
+    y.mul_(2)
+    assert torch.equal(physics.A_adjoint(y), fresh.A_adjoint(y.clone()))
+    with torch.inference_mode():
+        physics.A_adjoint(y)
+    (physics.A_adjoint(y) * torch.ones(1, requires_grad=True)).sum().backward()
+    physics.A_adjoint(y.requires_grad_()).sum().backward()
+    assert y.grad.any()
+    if "mri" in name:
+        y = y.detach()
+        before = physics.A_adjoint(y)
+        physics.operator.coil_maps.mul_(2)
+        torch.testing.assert_close(physics.A_adjoint(y), 2 * before)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_copies_and_moves(name):
     physics = physics_of(name)
     x = torch.randn(1, *physics.img_size)
