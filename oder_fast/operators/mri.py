@@ -414,13 +414,14 @@ class CartesianMRI(MeasurementOperator):
             if self.centered:
                 y = _modulate(torch.fft.ifftshift(y, dim=(-2, -1)), (-2, -1), -1)
             return _by_columns(y)
-        along = -3 - self.axis
-        rows = _transform(y, along, self.centered, inverse=True)
-        rows = _middle(rows, along, self.image_shape[along], self.centered)
-        if self.centered:
-            rows = _modulate(torch.fft.ifftshift(rows, dim=self.axis), (self.axis,), -1)
-        index, meant = self._index()
-        return torch.where(meant, rows.movedim(self.axis, -2).take_along_dim(index, -2), 0)
+        pixels = self.image_shape[-1 if self.axis == -2 else -2]
+        index, places, turns = self._index(y)
+        # Of the lines that are sampled alone.
+        rows = y.movedim(self.axis, -2).take_along_dim(places, -2)
+        rows = _middle(_transform(rows, -1, self.centered, inverse=True), -1, pixels, self.centered)
+        if turns is not None:
+            rows = rows * turns.conj()
+        return torch.where(index >= 0, rows, 0)
 
     def _restore(self, samples: Tensor) -> Tensor:
         """Undo `_convert`, but for what the mask leaves out."""
@@ -429,19 +430,23 @@ class CartesianMRI(MeasurementOperator):
                 return samples
             centred: Tensor = torch.fft.fftshift(_modulate(samples, (-2, -1), +1), dim=(-2, -1))
             return centred
-        n, along = self.image_shape[self.axis], -3 - self.axis
-        index, meant = self._index()
-        empty = samples.new_zeros(*samples.shape[:2], n, samples.shape[-1])
-        rows = empty.scatter_add(-2, index.expand(samples.shape), torch.where(meant, samples, 0))
-        rows = rows.movedim(-2, self.axis)
-        if self.centered:
-            rows = torch.fft.fftshift(_modulate(rows, (self.axis,), +1), dim=self.axis)
-        rows = _surrounded(rows, along, self._kspace_shape[along], self.centered)
-        return _transform(rows, along, self.centered, inverse=False)
+        readout = self._kspace_shape[-1 if self.axis == -2 else -2]
+        index, places, turns = self._index(samples)
+        rows = torch.where(index >= 0, samples, 0)
+        if turns is not None:
+            rows = rows * turns
+        rows = _transform(_surrounded(rows, -1, readout, self.centered), -1, self.centered, inverse=False)
+        empty = rows.new_zeros(*rows.shape[:2], self.image_shape[self.axis], readout)
+        return empty.scatter_add(-2, places.expand(rows.shape), rows).movedim(-2, self.axis)
 
-    def _index(self) -> tuple[Tensor, Tensor]:
-        lines = self.sampling[:, None, :, None]
-        return lines.clamp(min=0), lines >= 0
+    def _index(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return sampled lines (1 or B, 1, L, 1), their places in k-space, and the phases of an origin at n // 2."""
+        assert self.axis is not None
+        index, n = self.sampling[:, None, :, None], self.image_shape[self.axis]
+        lines = index.clamp(min=0)
+        if not self.centered:
+            return index, lines, None
+        return index, (lines + n // 2) % n, _turns(lines, n, 1).to(like.dtype)
 
 
 class MRILeastSquares(LeastSquares):
@@ -564,13 +569,18 @@ def _modulate(spectrum: Tensor, axes: tuple[int, ...], sign: int) -> Tensor:
     """Turn spectra by exp(sign 2 pi i k (n // 2) / n), which moves the image's origin: -1 to index n // 2."""
     for axis in axes:
         n = spectrum.shape[axis]
-        k = torch.arange(n, device=spectrum.device)
-        # The product modulo n: exact where the turns are.
-        angle = (k * (n // 2) % n).double() * (sign * 2 * torch.pi / n)
         shape = [1] * spectrum.ndim
         shape[axis] = n
-        spectrum = spectrum * torch.polar(torch.ones_like(angle), angle).to(spectrum.dtype).reshape(shape)
+        turns = _turns(torch.arange(n, device=spectrum.device), n, sign)
+        spectrum = spectrum * turns.to(spectrum.dtype).reshape(shape)
     return spectrum
+
+
+def _turns(k: Tensor, n: int, sign: int) -> Tensor:
+    """Return exp(sign 2 pi i k (n // 2) / n), complex128."""
+    # The product modulo n: exact where the turns are.
+    angle = (k * (n // 2) % n).double() * (sign * 2 * torch.pi / n)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def _transform(values: Tensor, axis: int, centered: bool, inverse: bool) -> Tensor:
