@@ -125,9 +125,9 @@ def nonnegative(
     the residual of its free pixels is at most `target`. Each round solves for the free pixels to a part of their
     residual, and clips the result.
 
-    It never cycles: an image of which `MAX_VAIN` rounds have not lowered q is left to accelerated projected gradients,
-    and so is what is left after `MAX_STEPS`. Between two images q falls by ``<x' - x, r + r'> / 2``, without
-    cancellation.
+    It never cycles: an image of which `MAX_VAIN` rounds have not lowered q is left to accelerated projected gradients.
+    Between two images q falls by ``<x' - x, r + r'> / 2``, without cancellation. What is left after `MAX_STEPS` is left
+    to the next solve, which starts from here: `x` solves the problem whose right-hand side lacks that residual.
 
     Args:
         apply: As of `conjugate_gradients`.
@@ -158,9 +158,12 @@ def nonnegative(
             new_r, steps = rhs - apply(new), steps + 1
             vain = vain + (going & (dot(new - x, r + new_r) <= 0))
         x, r = new, new_r
-    if not bool(left.any()):
-        return x, None
-    return _projected_gradients(apply, rhs, x, torch.where(left, target, math.inf), smallest, largest)
+    remaining = torch.where(left, size, 0)
+    lost = left & (vain >= MAX_VAIN)
+    if bool(lost.any()):
+        x, more = _projected_gradients(apply, rhs, x, torch.where(lost, target, math.inf), smallest, largest)
+        remaining = torch.where(lost, 0 if more is None else more, remaining)
+    return x, remaining if bool((remaining > 0).any()) else None
 
 
 def _projected_gradients(
