@@ -2,11 +2,17 @@
 
 ORDER = (
     "plot_ct_dicom.py",
+    "plot_ct_beamline.py",
+    "plot_mri_kspace.py",
+    "plot_idt_stack.py",
     "plot_choose_tau.py",
+    "plot_tv_bm3d.py",
     "plot_two_forms.py",
     "plot_oder.py",
     "plot_diagnose.py",
+    "plot_train.py",
     "plot_own_operator.py",
+    "plot_own_denoiser.py",
 )
 
 

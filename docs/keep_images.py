@@ -16,6 +16,7 @@ KEPT = {
     "ct.png": "plot_ct_dicom",
     "choosing.png": "plot_choose_tau",
     "forms.png": "plot_two_forms",
+    "mri.png": "plot_mri_kspace",
 }
 # Bytes of a file, at most; widths that are tried, in pixels.
 LARGEST, WIDTHS = 150_000, (1000, 900, 800, 700, 600, 500)
