@@ -1,6 +1,9 @@
-"""Every example in the README and in docs/ runs, in the order typed."""
+"""Every example in the README and in docs/ runs, in the order typed; the site leaves out no page, example or name."""
 
+import ast
+import importlib
 import re
+import runpy
 import warnings
 from pathlib import Path
 
@@ -9,13 +12,15 @@ import pytest
 from without_torchvision import import_deepinv
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+GALLERY = sorted((DOCS / "gallery").glob("*.py"))
 # What needs files, several processes or a run of hours says so beside the word python.
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 # Their examples take seconds each.
-LONG = ("deepinv", "fixed_points", "idt", "mri")
+LONG = ("choosing", "deepinv", "fixed_points", "idt", "mri")
 
 
 @pytest.mark.parametrize(
@@ -41,3 +46,121 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def toctree(page: Path) -> set[str]:
+    """Pages that a page's tables of contents name, without the suffix."""
+    blocks = re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return {line for line in lines if line and not line.startswith(":")}
+
+
+def test_the_site_shows_every_page():
+    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.glob("*.md")} - {"index"}
+    assert toctree(DOCS / "index.md") == pages | {"api/index", "auto_gallery/index"}
+    assert toctree(DOCS / "api/index.md") == {path.stem for path in (DOCS / "api").glob("*.md")} - {"index"}
+
+
+def test_the_gallery_shows_every_example_with_a_title_and_pictures():
+    order = runpy.run_path(str(DOCS / "gallery_order.py"))["ORDER"]
+    assert sorted(order) == [path.name for path in GALLERY]
+    for path in GALLERY:
+        tree = ast.parse(path.read_text())
+        lines = (ast.get_docstring(tree) or "").splitlines()
+        assert len(lines) > 3, path
+        assert lines[1] == "=" * len(lines[0]), path
+        assert "plt.show()" in path.read_text(), path
+
+
+PUBLIC = ("", ".operators", ".denoisers", ".fixed_point", ".data", ".ops", ".training", ".reconstruction")
+
+
+@pytest.mark.parametrize("package", [f"oder_fast{name}" for name in PUBLIC])
+def test_every_public_name_has_an_entry(package):
+    entries: dict[str, set[str]] = {}
+    for page in (DOCS / "api").glob("*.md"):
+        text, module = page.read_text(), "oder_fast"
+        module = next(iter(re.findall(r"currentmodule:: (\S+)", text)), module)
+        for name in re.findall(r"^   ([\w.]+)$", text, re.MULTILINE):
+            entries.setdefault(name.rpartition(".")[2], set()).add(f"{module}.{name}")
+        entries |= {name: set() for name in re.findall(r"`([A-Z]+)` is the mapping", text)}
+    missing = set(importlib.import_module(package).__all__) - entries.keys()
+    assert not missing, f"docs/api has no entry for {missing}"
+    for name, places in entries.items():
+        assert len(places) <= 1, f"{name} is documented twice: {places}"
+        for place in places:
+            where, _, what = place.rpartition(".")
+            assert hasattr(importlib.import_module(where), what), place
+
+
+# Where messages of solves are made, and words of them that the page on convergence must explain.
+MESSAGES = {
+    "fixed_point/solvers.py": (
+        "grew far beyond its start",
+        "became NaN or infinite",
+        "are within the relative distance",
+        "no residual was taken in",
+        "are not within the relative distance",
+        "may not allow that tolerance: raise it",
+        "it is the minibatches' noise",
+        "the map hardly contracts",
+        "raise max_iterations or the tolerance",
+        "more would do",
+        "raise the minibatch size or lower check_every",
+    ),
+    "fixed_point/differentiation.py": (
+        "Implicit, adjoint solve:",
+        "The gradient is the Jacobian-free one",
+        "second derivatives through the fixed point are not available",
+    ),
+    "red.py": ("lower tau, or take a denoiser that contracts", "the inner solve ran out of steps: raise tau"),
+    "diagnosis.py": (
+        "is determined by neither the data nor D",
+        "T contracts there",
+        "But D expands there",
+        "T hardly contracts there",
+        "T expands there",
+        "Leave step_size to its default first",
+        "x - D(x) is monotone there",
+        "x - D(x) is not monotone there",
+        "at the start, for the solve diverges",
+    ),
+    "denoisers/lipschitz.py": (
+        "Nonexpansive here",
+        "Expansive here, but x - D(x) is strongly monotone",
+        "Expansive here, and x - D(x) is not monotone",
+    ),
+    "choice.py": ("the score still falls", "the score hardly depends on", "the solves diverge for every"),
+    "operators/base.py": (
+        "A_adjoint is not the adjoint of A",
+        "the operator is zero, or sees nothing of the image",
+        "has the largest magnitude",
+    ),
+    "operators/parallel.py": ("gave up:", "lost contact with another", "must be the same on all ranks"),
+    "training/trainer.py": (
+        "backs off: the batch is left out",
+        "which did not help: the denoiser does not contract",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), [(source, words) for source, those in MESSAGES.items() for words in those]
+)
+def test_what_a_solve_says_has_its_paragraph(source, words):
+    page = " ".join((DOCS / "convergence.md").read_text().replace("\n> ", " ").split())
+    assert words in page
+    # Where the message changes, so must the page. Strings are parsed, as long ones go over several lines.
+    tree = ast.parse((ROOT / "oder_fast" / source).read_text())
+    said = "".join(
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    assert words in said or words in " ".join(ast.unparse(tree).split())
+
+
+def test_images_of_pages_are_small():
+    for path in (DOCS / "images").iterdir():
+        assert path.suffix == ".png", path
+        assert path.stat().st_size < 150_000, path
