@@ -166,3 +166,22 @@ def test_torch_headers_are_not_needed_to_build():
     for source in (ROOT / "csrc").iterdir():
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
     assert "torch" not in re.search(r"requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+        "clang-format --dry-run --Werror csrc/* examples/*/csrc/*",
+        "-W -b html docs build/docs",
+    ],
+)
+def test_the_workflows_check_what_ci_checks(command):
+    script = ROOT / ".ci/run"
+    if not script.exists():
+        pytest.skip("not a git checkout")
+    assert re.search(rf"^[^#\n]*{re.escape(command)}$", script.read_text(), re.MULTILINE)
+    workflows = "".join(path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml"))
+    assert re.search(rf"^ *- run: [^#\n]*{re.escape(command)}$", workflows, re.MULTILINE)
