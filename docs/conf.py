@@ -90,6 +90,7 @@ sphinx_gallery_conf = {
     "reset_modules": ("matplotlib",),
     "show_signature": False,
     "nested_sections": False,
+    "write_computation_times": False,
 }
 
 

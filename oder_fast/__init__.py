@@ -87,9 +87,9 @@ def build_info() -> dict[str, Any]:
     """Tell what was built and what runs here.
 
     Returns:
-        ``version``; ``backends``: for each backend ``"available"`` or the reason why it is not; ``cpu``: the compiler,
-        the instruction sets built and the one in use; ``cuda``: whether the CUDA kernels were built, by which
-        compiler, for which architectures, or the reason why not.
+        A dictionary of ``version``; ``backends``, for each backend ``"available"`` or the reason why it is not;
+        ``cpu``, the compiler, the instruction sets built and the one in use; ``cuda``, whether the CUDA kernels were
+        built, by which compiler, for which architectures, or the reason why not.
 
     Example:
         >>> build_info()["backends"]["reference"]

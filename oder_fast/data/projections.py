@@ -53,7 +53,7 @@ class ProjectionFile(NamedTuple):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """The scan as arguments of `ParallelBeamCT`, for bins of width 1: ``angles``, ``n_bins``, ``bin_offset``."""
+        """The scan as arguments of `ParallelBeamCT` (``angles``, ``n_bins``, ``bin_offset``), for bins of width 1."""
         n_bins = self.sinograms.shape[-1]
         return {"angles": self.angles, "n_bins": n_bins, "bin_offset": (n_bins - 1) / 2 - self.axis}
 

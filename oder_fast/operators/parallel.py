@@ -198,7 +198,7 @@ class MeasurementParallel(MeasurementOperator):
         """Return a context for what may fail on one rank alone; at its end all ranks go on, or all raise.
 
         Yields:
-            A dictionary to fill: what is put there, tensors bit for bit, must be the same on all ranks.
+            A dictionary to fill; what is put there, tensors bit for bit, must be the same on all ranks.
 
         Raises:
             RuntimeError: Where another rank raised, with its rank and message.
