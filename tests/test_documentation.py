@@ -160,7 +160,9 @@ def test_what_a_solve_says_has_its_paragraph(source, words):
     assert words in said or words in " ".join(ast.unparse(tree).split())
 
 
-def test_images_of_pages_are_small():
+def test_images_of_pages_are_small_and_shown():
+    text = "".join(page.read_text() for page in PAGES)
     for path in (DOCS / "images").iterdir():
+        assert f"images/{path.name})" in text, path
         assert path.suffix == ".png", path
         assert path.stat().st_size < 150_000, path

@@ -51,7 +51,7 @@ twin = axis.twinx()
 twin.plot(quality.keys(), quality.values(), "s--", color="C1", label="PSNR of the image")
 twin.set_ylabel("PSNR in dB")
 axis.axvline(choice.value, color="0.5", linestyle=":")
-axis.legend(handles=[*axis.lines[:1], *twin.lines], loc="center right", fontsize=8)
+left.legend(handles=[*axis.lines[:1], *twin.lines], loc="outside upper center", ncols=2, fontsize=8)
 for axis, factor, name in zip(
     right.subplots(1, 3), (0.2, 1, 5), ("a fifth of it", "chosen", "five times as much"), strict=True
 ):
@@ -70,5 +70,6 @@ print(
     f"chosen weight {psnr(choice.model(y, ct), x):.2f} dB, chosen tau {psnr(by_tau.model(y, ct), x):.2f} dB"
 )
 
-axes = by_tau.plot()
-axes.figure
+fig, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+by_tau.plot(axis)
+plt.show()
