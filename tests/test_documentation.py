@@ -90,6 +90,8 @@ def test_every_public_name_has_an_entry(package):
         assert len(places) <= 1, f"{name} is documented twice: {places}"
         for place in places:
             where, _, what = place.rpartition(".")
+            if where == "oder_fast.deepinv" and import_deepinv() is None:
+                continue
             assert hasattr(importlib.import_module(where), what), place
 
 
