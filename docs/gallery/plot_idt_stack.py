@@ -11,6 +11,7 @@ that stack of intensities the refractive index of several slices in depth is rec
 # propagation, which knows of multiple scattering; the reconstruction assumes single scattering, as it does for real
 # cells.
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,7 @@ print(f"{len(leds)} images of {tuple(intensity.shape[1:])} pixels")
 # the stack has.
 
 stack, read = read_led_stack(folder)
+shutil.rmtree(folder)
 order = [index.tolist().index(led) for led in read.tolist()]
 y = normalize_background(stack)[None]
 idt = DiffractionTomography(tuple(stack.shape[1:]), depths, leds[order], **optics)
