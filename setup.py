@@ -182,6 +182,7 @@ setup(
             for p in sorted((ROOT / "oder_fast").rglob("__init__.py"))
         ),
     ],
+    package_data={"oder_fast": ["weights/*"]},
     ext_modules=[Extension("oder_fast._cpu_baseline", [])],
     cmdclass={"build_ext": NinjaBuild},
 )

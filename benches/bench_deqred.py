@@ -1,6 +1,6 @@
 """The fast form: calls of denoiser and operator to given distances from the fixed point, gradients, and seconds.
 
-With the denoisers that the three demos train (``oder-fast demo``): of a folder named by ODER_FAST_DEMOS, with ct, mri and
+With the denoisers that the three demos train (``oder-fast demo --train``): of a folder named by ODER_FAST_DEMOS, with ct, mri and
 idt in it, or trained here, which takes minutes each. Fixed points are solved for to 1e-6 in double precision by the
 proximal form, and the gradient form's residual there is checked first.
 """
@@ -128,7 +128,8 @@ def demo(kind):
     """The denoiser that a demo trained, and the arrays it wrote."""
     folder = Path(os.environ.get("ODER_FAST_DEMOS") or Path(tempfile.gettempdir()) / "oder-fast-demos") / kind
     if not (folder / "denoiser.pt").exists():
-        command = [sys.executable, "-m", "oder_fast.cli", "demo", kind, "--output", str(folder)]
+        train = ["--train"] if kind == "ct" else []
+        command = [sys.executable, "-m", "oder_fast.cli", "demo", kind, *train, "--output", str(folder)]
         subprocess.run(command, check=True)
     saved = torch.load(folder / "denoiser.pt", weights_only=True)
     with np.load(folder / "arrays.npz") as arrays:

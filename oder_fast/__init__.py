@@ -40,6 +40,7 @@ from .operators import (
     ParallelBeamCT,
     as_operator,
 )
+from .pretrained import model_card, pretrained
 from .published import oder
 from .red import GradientStep, ProximalStep
 
@@ -79,7 +80,9 @@ __all__ = [
     "choose_weight",
     "diagnose",
     "estimate_lipschitz",
+    "model_card",
     "oder",
+    "pretrained",
 ]
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from oder_fast import DnCNN, __version__
+from oder_fast import DnCNN, __version__, model_card, pretrained
 from oder_fast._demo import common, ct, idt, mri
 from oder_fast.cli import main
 from oder_fast.data import write_nifti
 
 FILES = {"figure.png", "arrays.npz", "denoiser.pt"}
-TINY = ["--steps", "2", "--fixed-point-steps", "1", "--views", "9"]
+TINY = ["--train", "--steps", "2", "--fixed-point-steps", "1", "--views", "9"]
 METHODS = [
     "FBP, ramp",
     "FBP, shepp-logan",
@@ -54,6 +54,7 @@ def run_demo(*arguments):
         patch.setattr(common, "RED_ITERATIONS", 6)
         patch.setattr(common, "ODER_ITERATIONS", 9)
         patch.setattr(common, "SMOOTH_SOLVES", 3)
+        patch.setattr(common, "TAU_SOLVES", 3)
         patch.setattr(common, "SMOOTH_ITERATIONS", 6)
         patch.setattr(idt, "TRAINING_VOLUMES", 6)
         # The training's own report goes with its folder, and takes longer than the demonstration to draw.
@@ -165,6 +166,18 @@ def test_the_same_seed_gives_the_same_numbers(demo):
     assert numbers(one) == numbers(other)
     with np.load(first / "arrays.npz") as a, np.load(second / "arrays.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_without_training_a_demo_takes_the_denoiser_of_the_package(tmp_path):
+    run = run_demo("--views", "20", "--input", disc(tmp_path, 40, 40), "--output", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert "step/s" not in run.stderr
+    assert "oder_fast.pretrained('ct'); --train trains one here" in run.stderr
+    assert "The data choose tau/|A|^2 = " in run.stderr
+    saved = torch.load(tmp_path / "out/denoiser.pt", weights_only=True)
+    assert saved["arguments"] == model_card("ct")["denoiser"]["options"]
+    for name, value in pretrained("ct").denoiser.state_dict().items():
+        assert torch.equal(saved["state_dict"][name], value)
 
 
 @pytest.mark.exhaustive
@@ -296,6 +309,9 @@ def test_unwritable_folders_are_refused(tmp_path, capsys, never_computed):
         (["--views", "many"], "--views: must be a whole number, got 'many'"),
         (["--minibatch", "-1"], "--minibatch: must be at least 1, got -1"),
         (["--steps", "0"], "--steps: must be at least 1"),
+        (["--steps", "9"], "--steps is for --train"),
+        (["ct", "--fixed-point-steps", "9"], "--fixed-point-steps is for --train"),
+        (["mri", "--train"], "unrecognized arguments: --train"),
         (["--snr", "nan"], "--snr: must be a finite number, got 'nan'"),
         (["--snr", "loud"], "--snr: must be a finite number, got 'loud'"),
         (["--threads", "0"], "--threads: must be at least 1"),

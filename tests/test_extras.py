@@ -219,6 +219,19 @@ def test_every_command_says_what_it_needs(hide, capsys, command, module):
     )
 
 
+@pytest.mark.parametrize(
+    "what, module", [("theory", "matplotlib"), ("cost", "matplotlib"), ("cost", "pydicom")]
+)
+def test_experiments_say_what_they_need(hide, capsys, tmp_path, what, module):
+    hide(module)
+    assert cli.main(["reproduce", what, "--output", str(tmp_path / "out")]) == 2
+    extra = "io" if module == "pydicom" else "train"
+    assert (
+        capsys.readouterr().err == f"oder-fast: reproduce needs {module}: pip install 'oder-fast[{extra}]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 CORE = """
 import sys
 

@@ -35,8 +35,11 @@ MAY_IMPORT = {
     "data": {"operators"},
     "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},
     "reconstruction": {"training", "denoisers", "data", "operators"},
+    "pretrained": {"deqred", "denoisers"},
+    "reproduce": {"pretrained", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
     "cli": {
         "_demo",
+        "reproduce",
         "reconstruction",
         "training",
         "deqred",
@@ -46,7 +49,17 @@ MAY_IMPORT = {
         "denoisers",
         "data",
     },
-    "_demo": {"choice", "training", "deqred", "red", "fixed_point", "operators", "denoisers", "data"},
+    "_demo": {
+        "pretrained",
+        "choice",
+        "training",
+        "deqred",
+        "red",
+        "fixed_point",
+        "operators",
+        "denoisers",
+        "data",
+    },
 }
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..choice import choose_weight
+from ..choice import choose_tau, choose_weight
 from ..data import Sample, atomic, patches, psnr, random_ellipses, read_image, save_npz, ssim
 from ..denoisers import DnCNN, TotalVariation
 from ..denoisers.call import from_channels
 from ..deqred import DEQRED
 from ..fixed_point import Anderson, Nesterov, NotConvergedWarning
 from ..operators import MeasurementOperator
+from ..pretrained import Name, model_card, pretrained
 from ..red import GradientStep
 from ..training import Trainer, read_configuration
 from ..training.draws import seed_of
@@ -37,8 +38,8 @@ FIXED_POINT_BATCH = 4
 TOLERANCE, EXACT = 1e-3, 1e-5
 # Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
 RED_ITERATIONS, ODER_ITERATIONS = 100, 400
-# Reconstructions by which the data choose the weight of total variation, at most.
-SMOOTH_SOLVES = 6
+# Reconstructions by which the data choose the weight of total variation, and of the package's denoiser, at most.
+SMOOTH_SOLVES, TAU_SOLVES = 6, 6
 # Calls of its proximal map in each, at most; and its tau, so large that the fixed point is close to that of the norm
 # itself, and so small that these calls come near it.
 SMOOTH_ITERATIONS, SMOOTH_TAU = 50, 0.03
@@ -95,7 +96,7 @@ class Prior(NamedTuple):
     """What the images are expected to look like.
 
     Attributes:
-        denoiser: Trained through the fixed point.
+        denoiser: A `DnCNN` trained through the fixed point.
         tau: Its weight, in units of |A|^2.
         arguments: Of the denoiser.
     """
@@ -258,6 +259,16 @@ def _make_writable(folder: Path) -> bool:
     except OSError as error:
         raise BadInputError(f"cannot write to the folder {folder}: {error.strerror}") from error
     return created
+
+
+def shipped(name: Name, operator: MeasurementOperator, y: Tensor, nonnegative: bool) -> Prior:
+    """Return the denoiser that comes with the package, and the weight of it that the data choose."""
+    model = pretrained(name, nonnegative=nonnegative, on_failure="ignore")
+    say(f"The denoiser is that of oder_fast.pretrained('{name}'); --train trains one here.")
+    tau = choose_tau(y, operator, model, solves=TAU_SOLVES).value
+    say(f"The data choose tau/|A|^2 = {tau:.2g}.")
+    assert isinstance(model.denoiser, DnCNN)
+    return Prior(model.denoiser, tau, model_card(name)["denoiser"]["options"])
 
 
 def training_images(truth: Tensor) -> list[Tensor]:

@@ -28,6 +28,7 @@ class Settings(common.Settings):
     """What the user chose; see the command's help."""
 
     views: int
+    train: bool
 
 
 def run(settings: Settings) -> None:
@@ -59,6 +60,15 @@ def _tau(settings: Settings, ct: ParallelBeamCT) -> float:
     return TAU_PER_VIEW * ct.n_blocks / ct.norm_squared() * 10 ** ((50 - settings.snr) / 20)
 
 
+def _prior(settings: Settings, truth: Tensor, ct: ParallelBeamCT, sinogram: Tensor) -> common.Prior:
+    if not settings.train:
+        return common.shipped("ct", ct, sinogram, nonnegative=True)
+    common.say(
+        "The denoiser learns from random ellipses, photographs (scikit-image) and an MR slice (pydicom)."
+    )
+    return common.Prior(_train(settings, truth), _tau(settings, ct), PLAN.network)
+
+
 def _train(settings: Settings, truth: Tensor) -> DnCNN:
     """Train on small images seen from proportionally fewer views: the streaks are those of the scan."""
     images = common.training_images(truth)
@@ -79,10 +89,7 @@ def _compute(settings: Settings, truth: Tensor, name: str, minibatch: int) -> co
     sinogram = add_gaussian_noise(ct(truth[None]), settings.snr, settings.generator(0))
     setting = f"{height} x {width} pixels, {views} views, {settings.snr:g} dB"
     common.say(f"Truth: {name}. Scan: {setting}; {minibatch} views a step in ODER.")
-    common.say(
-        "The denoiser learns from random ellipses, photographs (scikit-image) and an MR slice (pydicom)."
-    )
-    prior = common.Prior(_train(settings, truth), _tau(settings, ct), PLAN.network)
+    prior = _prior(settings, truth, ct, sinogram)
     common.say("Reconstructing")
 
     def fbp(name: Any) -> Tensor:

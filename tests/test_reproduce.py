@@ -1,0 +1,106 @@
+"""What the paper claims, measured: the experiments on small problems, the claims, the command."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+
+from oder_fast.cli import main
+from oder_fast.reproduce import EXPERIMENTS, Claim, Report, theory
+from oder_fast.reproduce.report import new_figure, power_law
+
+
+@pytest.fixture
+def small(monkeypatch, one_thread):
+    for name, value in {
+        "SIZE": 12,
+        "VIEWS": 20,
+        "SIZES": (5, 10),
+        "ITERATIONS": 1200,
+        "BURN_IN": 100,
+        "GRADIENTS": 12,
+        "ADJOINT_ITERATIONS": 60,
+        "OFFICIAL_ITERATIONS": 120,
+        "RUNS": 5,
+        "MINIBATCH": 10,
+    }.items():
+        monkeypatch.setattr(theory, name, value)
+
+
+def test_dense_matrices_and_the_package_have_the_same_fixed_point_and_gradient(small):
+    experiment = theory.Experiment()
+    model, blur = experiment._model(None, 400)
+    x = model(experiment.y, experiment.scans["uniform"])
+    expected = experiment.theory.fixed_point
+    assert (x[0] - expected).norm() < 1e-6 * expected.norm()
+    (gradient,) = torch.autograd.grad((experiment.weights * x).sum(), blur.added)
+    assert (gradient[0, 0] - experiment.theory.gradient).norm() < 1e-2 * gradient.norm()
+
+
+def test_minibatches_of_all_views_have_no_floor(small):
+    experiment = theory.Experiment()
+    assert experiment.forward_floor(20, "uniform") < 1e-8
+    assert experiment.gradient_floor(20, "stratified") < 1e-2 * experiment.theory.gradient.norm()
+
+
+def test_the_floor_of_few_views_is_near_its_bound(small):
+    experiment = theory.Experiment()
+    for sampling in ("uniform", "stratified"):
+        bound = experiment.theory.floor(experiment.theory.forward_deviations, 5, sampling)
+        assert 0.7 * bound < experiment.forward_floor(5, sampling) < 1.1 * bound
+
+
+def test_the_effective_size_counts_what_is_drawn_without_replacement():
+    # The variance of a mean of w of b numbers without replacement, over all subsets of two of four.
+    numbers = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
+    means = torch.combinations(numbers, 2).mean(1)
+    population = (numbers - numbers.mean()).square().mean()
+    assert float((means - numbers.mean()).square().mean()) == pytest.approx(
+        float(population) / theory.effective(2, 4)
+    )
+
+
+def test_claims_hold_in_their_range_alone():
+    assert Claim("a", 1.0, 1.0, 2.0).holds
+    assert not Claim("a", 2.1, 1.0, 2.0).holds
+    assert not Claim("a", math.nan).holds
+    assert str(Claim("ratio", 0.5, 0.25)) == "PASS  ratio: 0.5 (at least 0.25)"
+    assert str(Claim("ratio", 3.0, 1, 2)) == "FAIL  ratio: 3 (at least 1 and at most 2)"
+
+
+def test_an_exponent_is_that_of_the_power_law():
+    assert power_law([1, 4, 16], [3.0, 1.5, 0.75]) == pytest.approx(-0.5)
+
+
+def test_the_command_writes_table_figure_and_lines(small, tmp_path, capsys, monkeypatch):
+    for name, value in {"ITERATIONS": 300, "GRADIENTS": 2, "RUNS": 1}.items():
+        monkeypatch.setattr(theory, name, value)
+    status = main(["reproduce", "theory", "--output", str(tmp_path / "new")])
+    lines = capsys.readouterr().out.splitlines()
+    claims = [line for line in lines if line.startswith(("PASS  ", "FAIL  "))]
+    assert len(claims) == 14
+    assert status == int(any(line.startswith("FAIL") for line in claims))
+    with (tmp_path / "new/theory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["quantity"], r["sampling"], r["views"]) for r in rows] == [
+        (q, s, n) for q in ("forward", "gradient") for s in ("uniform", "stratified") for n in ("5", "10")
+    ]
+    assert all(0 < float(r["floor"]) < 1 for r in rows)
+    assert (tmp_path / "new/theory.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new/theory.txt").read_text().splitlines() == lines[:-1]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "theory", None)
+    (tmp_path / "file").touch()
+    assert main(["reproduce", "theory", "--output", str(tmp_path / "file/folder")]) == 2
+    assert "file/folder: Not a directory" in capsys.readouterr().err
+
+
+def test_a_claim_that_does_not_hold_is_an_exit_status(tmp_path, monkeypatch):
+    report = Report("theory", [{"a": 1}], [Claim("a", 2.0, high=1.0)], new_figure(1, 1))
+    monkeypatch.setitem(EXPERIMENTS, "theory", lambda seed: report)
+    assert main(["reproduce", "theory", "--output", str(tmp_path)]) == 1
