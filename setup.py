@@ -1,4 +1,4 @@
-"""Build the compiled backends with ninja: C++ always, CUDA where nvcc and a driver are (ODER_FAST_CUDA=auto|1|0)."""
+"""Build the backends by ninja: C++ (ODER_FAST_CPU=1|0), CUDA where nvcc and a driver are (ODER_FAST_CUDA=auto|1|0)."""
 
 from __future__ import annotations
 
@@ -27,15 +27,36 @@ X86_ISAS = {
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 GPU_ARCHITECTURES = ("80", "90", "100")
-CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC sees uninitialised values in its own AVX-512 headers.
-CXXFLAGS.append("-Wno-maybe-uninitialized")
+GCC_FLAGS = ["-fopenmp", "-Wno-maybe-uninitialized"]
+# Clang's OpenMP is another runtime, libomp. Beside torch's libgomp, on Linux, functions of both have the same names; a
+# second libomp beside torch's, on macOS, ends the process. What clang compiles runs on one thread.
+CLANG_FLAGS = ["-Wno-unknown-pragmas"]
 
 
 def first_line(command: list[str]) -> str:
     """Return the first line a compiler says of itself."""
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
     return out[0] if out else ""
+
+
+def find_cxx() -> str | None:
+    """Return the C++ compiler, None where nothing is to be compiled."""
+    wanted = os.environ.get("ODER_FAST_CPU", "1")
+    if wanted not in ("1", "0"):
+        raise SystemExit(f"ODER_FAST_CPU must be 1 or 0, got {wanted!r}")
+    if wanted == "0":
+        if os.environ.get("ODER_FAST_CUDA") == "1":
+            raise SystemExit("ODER_FAST_CUDA=1 needs the C++ compiler that ODER_FAST_CPU=0 does without")
+        return None
+    cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx) is None:
+        raise SystemExit(
+            f"oder-fast: the C++17 compiler {cxx} is not on the PATH; install it, name another by CXX, "
+            "or set ODER_FAST_CPU=0 to install without compiled kernels"
+        )
+    return cxx
 
 
 def has_driver() -> bool:
@@ -71,12 +92,25 @@ class NinjaBuild(build_ext):
     """Compile every backend into a module without torch: raw pointers through pybind11."""
 
     def run(self) -> None:
+        cxx = find_cxx()
+        if cxx is None:
+            why = "ODER_FAST_CPU=0"
+            print(f"oder-fast: compiles nothing: {why}", flush=True)
+            left_out = {"built": False, "reason": why}
+            self._place([], {"cpu": left_out, "cuda": left_out})
+        else:
+            self._place(*self._compile(cxx))
+
+    def _compile(self, cxx: str) -> tuple[list[Path], dict[str, dict[str, object]]]:
+        """Return the modules, and what build_info tells of them."""
         tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build = ROOT / "build" / tag
         build.mkdir(parents=True, exist_ok=True)
         include = build / "include"
         self._keep_headers(Path(pybind11.get_include()), include)
-        cxx = os.environ.get("CXX", "g++")
+        compiler = first_line([cxx, "--version"])
+        openmp = "clang" not in compiler
+        cxxflags = CXXFLAGS + (GCC_FLAGS if openmp else CLANG_FLAGS)
         nvcc, reason = find_nvcc()
         told = f"compiles CUDA with {nvcc}" if nvcc else "leaves CUDA out"
         print(f"oder-fast: {told}: {reason}", flush=True)
@@ -108,17 +142,20 @@ class NinjaBuild(build_ext):
 
         # The bindings stay baseline code: they tell which instruction sets may run.
         def bind(name: str) -> str:
-            flags = [*CXXFLAGS, "-O1", f"-DODER_MODULE={name}", *headers]
+            flags = [*cxxflags, "-O1", f"-DODER_MODULE={name}", *headers]
             return compile_one("cxx", "bind.cpp", f"bind{name}.o", cxx, flags)
 
+        # Python brings its own symbols: the linker of macOS has to be told.
+        link = ["-shared", *(["-fopenmp"] if openmp else [])]
+        link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         for isa, machine in isas.items():
             objects = [
-                compile_one("cxx", f"{stem}_cpu.cpp", f"{stem}_{isa}.o", cxx, CXXFLAGS + machine + headers)
+                compile_one("cxx", f"{stem}_cpu.cpp", f"{stem}_{isa}.o", cxx, cxxflags + machine + headers)
                 for stem in STEMS
             ]
-            module(f"_cpu_{isa}", [*objects, bind(f"_cpu_{isa}")], cxx, ["-shared", "-fopenmp"], [])
-        info = {
-            "cpu": {"compiler": first_line([cxx, "--version"]), "isas": list(isas)},
+            module(f"_cpu_{isa}", [*objects, bind(f"_cpu_{isa}")], cxx, link, [])
+        info: dict[str, dict[str, object]] = {
+            "cpu": {"built": True, "compiler": compiler, "openmp": openmp, "isas": list(isas)},
             "cuda": {"built": nvcc is not None, "reason": reason},
         }
         if nvcc is not None:
@@ -142,14 +179,19 @@ class NinjaBuild(build_ext):
             }
         (build / "build.ninja").write_text("\n".join(text) + "\n")
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build)], check=True)
+        return list(modules.values()), info
+
+    def _place(self, modules: list[Path], info: dict[str, dict[str, object]]) -> None:
+        """Put the modules into the package, and take away those that an earlier build left there."""
         target = (
             ROOT / "oder_fast" if self.inplace or self.editable_mode else Path(self.build_lib) / "oder_fast"
         )
         target.mkdir(parents=True, exist_ok=True)
-        for path in modules.values():
+        for path in modules:
             self._install(path, target / path.name)
-        if "_cuda" not in modules:
-            for stale in target.glob("_cuda.*.so"):
+        built = {path.name.split(".")[0] for path in modules}
+        for stale in (*target.glob("_cuda.*.so"), *target.glob("_cpu_*.so")):
+            if stale.name.split(".")[0] not in built:
                 stale.unlink()
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 

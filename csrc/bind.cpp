@@ -22,7 +22,9 @@ py::list supported_isas() {
 
 }  // namespace
 
-PYBIND11_MODULE(ODER_MODULE, m) {
+// What a module keeps between calls is constant once it is loaded, a thread's own, or behind a mutex: it needs no lock
+// of the interpreter.
+PYBIND11_MODULE(ODER_MODULE, m, py::mod_gil_not_used()) {
   m.def("supported_isas", supported_isas);
   for (const oder::Operator* const op : oder::Operator::all()) {
     m.def(op->name, [op](const py::args& given) {

@@ -12,8 +12,6 @@
 //                 of threads.
 // Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller); no pupil holds a
 //                 frequency of half the sampling rate.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -347,7 +345,7 @@ struct Diffraction {
 
   // Calls f(row, first image, images, work) for all rows and groups of images.
   template <class F>
-  void for_rows(int threads, const F& f) const {
+  void for_rows([[maybe_unused]] int threads, const F& f) const {
     const int64_t groups = (scan.batch + kImages - 1) / kImages;
 #pragma omp parallel num_threads(threads)
     {
@@ -594,7 +592,7 @@ struct Gram {
     }
   }
 
-  void run(int threads) const {
+  void run([[maybe_unused]] int threads) const {
 #pragma omp parallel num_threads(threads)
     {
       const int64_t row = (gram.width + lanes<T> - 1) / lanes<T> * gram.n_slices;

@@ -1,8 +1,6 @@
 // Images of slices to spectra and back, of which only the rows of frequencies in a pupil are ever made or read.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 

@@ -8,8 +8,6 @@
 // Shared memory   per thread a strip of the image, of the transform and of the sum (3 n vectors); for points one plane.
 // Accumulation    in the image's precision, coils in the order given: equal bits for any number of threads.
 // Preconditions   contiguous pairs of reals; one dtype; indices in range (checked by the caller).
-#include <omp.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>

@@ -11,7 +11,9 @@
 //                 number of threads. Positions in fixed point with 40 fraction bits, of which lanes keep 23; in float64
 //                 where bins are too fine or too coarse for that.
 // Preconditions   contiguous; image and sinogram of one dtype (checked by the caller). View indices are checked.
+#if defined(_OPENMP)
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -481,7 +483,7 @@ void for_image_groups(int64_t batch, F f) {
 
 // Run body on each thread; the first exception of any of them is thrown again afterwards.
 template <class F>
-void parallel(int threads, F body) {
+void parallel([[maybe_unused]] int threads, F body) {
   std::exception_ptr error;
 #pragma omp parallel num_threads(threads)
   {
@@ -494,6 +496,14 @@ void parallel(int threads, F body) {
   }
   if (error) std::rethrow_exception(error);
 }
+
+#if defined(_OPENMP)
+int64_t thread_number() { return omp_get_thread_num(); }
+int64_t team_size() { return omp_get_num_threads(); }
+#else
+int64_t thread_number() { return 0; }
+int64_t team_size() { return 1; }
+#endif
 
 int64_t tile_width(int64_t length, int images) {
   const int64_t most = std::max(64, 512 / images);
@@ -510,7 +520,7 @@ void project(const T* image, const RadonScan& g, const Plan& plan, T* rows, int 
   const int64_t longest = std::max(g.height, g.width);
   const int64_t most = (tile_width(longest, 1) + kBorderLow + kBorderHigh) * kSteps + 64;
   parallel(team, [&] {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    const int64_t me = thread_number(), all = team_size();
     const Buffer<T> tile(kMaxImages * (most + (kBorderLow + kBorderHigh) * kSteps));
     for (int64_t n = me; n < n_views; n += all)
       for (int64_t b = 0; b < g.batch; ++b) {

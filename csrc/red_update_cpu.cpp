@@ -6,8 +6,6 @@
 // Accumulation    runs of 32 vectors in the image's precision, then double; runs in order: equal bits for any
 //                 number of threads.
 // Preconditions   contiguous; one dtype, complex as pairs of reals (checked by the caller).
-#include <omp.h>
-
 #include <vector>
 
 #include "red_update.h"
@@ -83,7 +81,7 @@ void red_span(const T* x, const T* g, const T* denoised, const T* previous, cons
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVecBytes == 0; }
 
 template <class T>
-void red_update(const T* image, const T* gradient, const RedOperands& red, int threads) {
+void red_update(const T* image, const T* gradient, const RedOperands& red, [[maybe_unused]] int threads) {
   const int64_t batch = red.batch, n = red.n;
   const bool rows_aligned = batch == 1 || n % lanes<T> == 0;
   const bool streams = batch * n * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && rows_aligned &&

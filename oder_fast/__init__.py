@@ -91,7 +91,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary of ``version``; ``backends``, for each backend ``"available"`` or the reason why it is not;
-        ``cpu``, the compiler, the instruction sets built and the one in use; ``cuda``, whether the CUDA kernels were
+        ``cpu``, whether the C++ kernels were built or the reason why not, by which compiler, with OpenMP (several
+        threads) or without, for which instruction sets, and the one in use; ``cuda``, whether the CUDA kernels were
         built, by which compiler, for which architectures, or the reason why not.
 
     Example:

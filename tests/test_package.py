@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
+import os
 import pkgutil
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import oder_fast
 from oder_fast._extras import APART, EXTRAS
 from oder_fast.ops import Detector, backends
 from without_torchvision import import_deepinv
+
+ROOT = Path(__file__).resolve().parents[1]
+beside_the_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not here")
 
 
 def test_build_info_tells_what_runs_here():
@@ -23,6 +32,8 @@ def test_build_info_tells_what_runs_here():
     assert info["backends"]["cpu"] == "available"
     assert info["cpu"]["isa"] in info["cpu"]["isas"]
     assert "baseline" in info["cpu"]["isas"]
+    assert info["cpu"]["built"]
+    assert info["cpu"]["openmp"] is ("clang" not in info["cpu"]["compiler"])
     assert info["cuda"]["reason"]
     if not info["cuda"]["built"]:
         assert info["backends"]["cuda"] != "available"
@@ -40,6 +51,21 @@ def test_import_loads_nothing_heavy():
     assert "torch._dynamo" not in run.stdout.split()
 
 
+def test_the_version_is_the_same_everywhere():
+    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert oder_fast.__version__ == declared, "install again"
+    if not (ROOT / "CITATION.cff").exists():
+        pytest.skip("the sources are not here")
+    cited = re.search(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert cited == declared
+    release, dev, _ = declared.partition(".dev")
+    newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert newest.startswith(f"{release} (")
+    assert ("(unreleased)" in newest) == bool(dev)
+    assert 'version = metadata.version("oder-fast")' in (ROOT / "docs/conf.py").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped stands in /proc on Linux alone")
 def test_one_pool_of_threads():
     with open("/proc/self/maps") as maps:
         pools = {line.split()[-1] for line in maps if "libgomp" in line}
@@ -86,3 +112,114 @@ def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+# ------------------------------------------------------------------ whether C++ is compiled
+
+
+@pytest.fixture
+def build_script(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@beside_the_sources
+def test_a_compiler_is_found_or_named(build_script, monkeypatch, tmp_path):
+    find = build_script["find_cxx"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "ODER_FAST_CPU", "ODER_FAST_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match=r"the C\+\+17 compiler g\+\+ is not on the PATH.*ODER_FAST_CPU=0"):
+        find()
+    (tmp_path / "g++").touch(0o755)
+    assert find() == "g++"
+    monkeypatch.setenv("CXX", "clang++")
+    with pytest.raises(SystemExit, match=r"the C\+\+17 compiler clang\+\+ is not"):
+        find()
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    assert find() == str(tmp_path / "g++")
+    monkeypatch.setenv("ODER_FAST_CPU", "0")
+    assert find() is None
+    monkeypatch.setenv("ODER_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match="ODER_FAST_CUDA=1 needs the C"):
+        find()
+    monkeypatch.setenv("ODER_FAST_CPU", "no")
+    with pytest.raises(SystemExit, match="must be 1 or 0, got 'no'"):
+        find()
+
+
+def build(folder, tmp_path, **environment):
+    """Run a build of the package where no compiler is on the PATH."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "ODER_FAST_CPU", "ODER_FAST_CUDA")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "base", "--build-lib", folder],
+        cwd=ROOT,
+        env={**kept, "PATH": str(empty), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@beside_the_sources
+def test_without_a_compiler_the_build_ends_in_one_sentence(tmp_path):
+    run = build(tmp_path / "package", tmp_path)
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("oder-fast: the C++17 compiler g++ is not on the PATH")
+    assert "ODER_FAST_CPU=0" in last
+
+
+WITHOUT = """
+import sys
+
+# An editable install elsewhere offers its compiled modules to a package that has none.
+sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith("__editable__")]
+import torch
+from oder_fast import DEQRED, ParallelBeamCT, TotalVariation, cli
+from oder_fast.ops import backends
+
+cli.main(["info"])
+image = torch.ones(1, 16, 16)
+ct = ParallelBeamCT(16, 8)
+print(backends.resolve("auto", image.device, image.dtype))
+print(DEQRED(TotalVariation(0.01), tau=0.003)(ct(image), ct).shape)
+ct = ParallelBeamCT(16, 8, backend="cpu")
+try:
+    ct(image)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.exhaustive
+@beside_the_sources
+def test_without_the_compiled_kernels_the_reference_runs(tmp_path):
+    package = tmp_path / "package"
+    (package / "oder_fast").mkdir(parents=True)
+    # An earlier build was with a compiler.
+    stale = package / "oder_fast" / "_cpu_baseline.cpython-0.so"
+    stale.touch()
+    run = build(package, tmp_path, ODER_FAST_CPU="0")
+    assert run.returncode == 0, run.stderr
+    assert "oder-fast: compiles nothing: ODER_FAST_CPU=0" in run.stdout
+    assert not stale.exists()
+    info = json.loads((package / "oder_fast" / "_build_info.json").read_text())
+    left_out = {"built": False, "reason": "ODER_FAST_CPU=0"}
+    assert info == {"cpu": left_out, "cuda": left_out}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "  cpu: the C++ kernels were not built; oder_fast.build_info() says why" in done.stdout
+    assert "\n  reason: ODER_FAST_CPU=0\n" in done.stdout
+    *_, chosen, shape, refused = done.stdout.splitlines()
+    assert chosen == "reference"
+    assert shape == "torch.Size([1, 16, 16])"
+    assert refused.startswith("backend 'cpu' is not available: the C++ kernels were not built")

@@ -69,29 +69,36 @@ class _Triton:
 Backend = _Compiled | _Triton
 
 
-def _import(name: str) -> ModuleType | str:
-    """Return the module, or the reason why it cannot be imported."""
+def _import(name: str, absent: str) -> ModuleType | str:
+    """Return the module; `absent` where there is none; the reason where it is there and cannot be loaded."""
     try:
         return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return absent
     except ImportError as error:
-        return str(error)
+        return f"the module {name} cannot be loaded: {error}"
 
 
 def _load_cpu() -> Backend | str:
-    baseline = _import("oder_fast._cpu_baseline")
+    baseline = _import(
+        "oder_fast._cpu_baseline",
+        "the C++ kernels were not built; oder_fast.build_info() says why; "
+        "reinstall with a C++17 compiler on the PATH and without ODER_FAST_CPU=0",
+    )
     if isinstance(baseline, str):
-        return f"the C++ kernels were not built ({baseline}); reinstall with a C++17 compiler on the PATH"
+        return baseline
     isa = next(isa for isa in CPU_ISAS if isa in baseline.supported_isas())
     return _Compiled(importlib.import_module(f"oder_fast._cpu_{isa}"), "cpu")
 
 
 def _load_cuda() -> Backend | str:
-    module = _import("oder_fast._cuda")
+    module = _import(
+        "oder_fast._cuda",
+        "the CUDA kernels were not built; oder_fast.build_info() says why, "
+        "and ODER_FAST_CUDA=1 at install insists on them",
+    )
     if isinstance(module, str):
-        return (
-            f"the CUDA kernels were not built ({module}); oder_fast.build_info() says why, "
-            "and ODER_FAST_CUDA=1 at install insists on them"
-        )
+        return module
     return _Compiled(module, "cuda")
 
 

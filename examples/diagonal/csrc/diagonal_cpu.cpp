@@ -11,7 +11,7 @@ namespace oder {
 namespace {
 
 template <class T>
-void diagonal(const T* image, const T* mask, T* data, int64_t batch, int64_t n, int threads) {
+void diagonal(const T* image, const T* mask, T* data, int64_t batch, int64_t n, [[maybe_unused]] int threads) {
   for (int64_t b = 0; b < batch; ++b) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t k = 0; k < n; ++k) data[b * n + k] = mask[k] * image[b * n + k];
