@@ -11,6 +11,8 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import setuptools
 import torch
 
 import oder_fast
+from oder_fast import CartesianMRI, ParallelBeamCT
 from oder_fast._extras import APART, EXTRAS
 from oder_fast.ops import Detector, backends
 from without_torchvision import import_deepinv
@@ -70,6 +73,33 @@ def test_one_pool_of_threads():
     with open("/proc/self/maps") as maps:
         pools = {line.split()[-1] for line in maps if "libgomp" in line}
     assert len(pools) == 1
+
+
+def test_threads_of_python_call_the_kernels_at_once():
+    generator = torch.Generator().manual_seed(0)
+    # Lengths that no other test has, so that the tables of transforms are made here, by several threads.
+    images = [
+        torch.randn(1, n, n + 1, dtype=torch.complex64, generator=generator) for n in range(131, 171, 2)
+    ]
+
+    def measure(image):
+        maps, every_line = torch.ones_like(image), torch.ones(image.shape[2], dtype=torch.bool)
+        mri = CartesianMRI(maps, every_line, backend="cpu")
+        ct = ParallelBeamCT(tuple(image.shape[1:]), 3, backend="cpu")
+        return mri.adjoint(mri(image)), ct(image.real.contiguous())
+
+    start = threading.Barrier(4)
+
+    def all_of_them(_):
+        start.wait()
+        return [measure(image) for image in images]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(all_of_them, range(4)))
+    for image, one, *others in zip(images, *found, strict=True):
+        # All samples of one coil: the adjoint inverts.
+        torch.testing.assert_close(one[0], image, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):
