@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from test_layout import tracked
 
 import oder_fast
 from oder_fast import CartesianMRI, ParallelBeamCT
@@ -253,3 +254,10 @@ def test_without_the_compiled_kernels_the_reference_runs(tmp_path):
     assert chosen == "reference"
     assert shape == "torch.Size([1, 16, 16])"
     assert refused.startswith("backend 'cpu' is not available: the C++ kernels were not built")
+    # Of the sources what Python reads is installed: modules, the Triton kernels and data.
+    installed = {path.relative_to(package / "oder_fast") for path in package.rglob("*") if path.is_file()}
+    places = {"oder_fast": Path(), "kernels": Path("kernels")}
+    sources = [Path(name) for name in tracked() if name.split("/")[0] in places]
+    wanted = {places[path.parts[0]].joinpath(*path.parts[1:]) for path in sources}
+    assert Path("kernels/radon.py") in wanted
+    assert installed == wanted | {Path("_build_info.json")}
