@@ -253,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Measure what the paper claims: print PASS or FAIL for each claim with the number measured, and write a "
             "table (CSV), a figure and these lines. theory: the floor that minibatches leave under the error of image "
-            "and gradient, against its bound (five minutes). cost: an iteration and a solve as the number of views "
-            "grows (five minutes; timings, so on a quiet machine)."
+            "and gradient, against its bound (two minutes). cost: a gradient and a solve as the number of views grows "
+            "(a minute or two; timings, so on a quiet machine)."
         ),
         epilog="Exit status: 0 all claims hold, 1 some do not, 2 the folder cannot be written.",
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oder_fast.cli import main
-from oder_fast.reproduce import EXPERIMENTS, Claim, Report, theory
+from oder_fast.reproduce import EXPERIMENTS, Claim, Report, cost, theory
 from oder_fast.reproduce.report import new_figure, power_law
 
 
@@ -91,6 +91,24 @@ def test_the_command_writes_table_figure_and_lines(small, tmp_path, capsys, monk
     assert all(0 < float(r["floor"]) < 1 for r in rows)
     assert (tmp_path / "new/theory.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "new/theory.txt").read_text().splitlines() == lines[:-1]
+
+
+def test_the_cost_of_gradients_and_solves_is_told(tmp_path, capsys, monkeypatch):
+    small = {"SIZE": 32, "VIEWS": (20, 40), "REPEATS": 2, "WARM": 1, "MOST": 200}
+    for name, value in small.items():
+        monkeypatch.setattr(cost, name, value)
+    status = main(["reproduce", "cost", "--output", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] in ("PASS  ", "FAIL  ") for line in lines[:4]] == [True] * 4
+    assert status == int(any(line.startswith("FAIL") for line in lines))
+    with (tmp_path / "cost.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["views"] for row in rows] == ["20", "40"]
+    for row in rows:
+        assert all(float(value) > 0 for value in row.values())
+        calls = [float(row[f"{name}: denoiser_calls"]) for name in cost.SOLVES]
+        # Counts, which no machine changes.
+        assert calls[2] < min(calls[:2]) <= 200
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys, monkeypatch):
