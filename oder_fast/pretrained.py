@@ -32,8 +32,9 @@ def model_card(name: Name) -> dict[str, Any]:
 def pretrained(name: Name, *, tau: float | None = None, **options: Any) -> DEQRED:
     r"""Return a model whose denoiser was trained through the fixed point on real images.
 
-    Its network has no biases, so that it commutes with a scale: images may have any unit. `tau` grows with the
-    amplitude of the noise, see `model_card` and docs/models.md for what it was trained and tested with.
+    Images are attenuations, 0 in air, in any unit: the network has no biases, so that it commutes with a scale. `tau`
+    grows with the amplitude of the noise, and as 1 / size; `choose_tau` finds it from the data. `model_card` and
+    docs/models.md tell what the model was trained and tested with.
 
     Args:
         name: ``"ct"``.
@@ -65,5 +66,5 @@ def pretrained(name: Name, *, tau: float | None = None, **options: Any) -> DEQRE
 
 def _file(name: str, suffix: str) -> bytes:
     if name not in get_args(Name):
-        raise ValueError(f"pretrained: name must be one of {get_args(Name)}, got {name!r}")
+        raise ValueError(f"pretrained: name must be {' or '.join(map(repr, get_args(Name)))}, got {name!r}")
     return resources.files(__package__).joinpath("weights", f"{name}.{suffix}").read_bytes()
