@@ -1070,13 +1070,14 @@ def test_echoes_are_reconstructed_or_selected(tmp_path, mri, capsys):
         for one in kspace_files.scan_lines((k + 1) * values, range(32), contrast=k, average=k)
     ]
     kspace_files.write_ismrmrd(tmp_path / "scan.h5", [*acquisitions, acquisitions[0]], xml)
-    report = reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all")
+    # One at a time: on some processors torch's convolutions of a batch have other bits.
+    report = reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all", batch=1)
     assert report.done == ["scan.h5[contrast=0]", "scan.h5[contrast=1]"]
     assert report.notes == {"scan.h5[contrast=0]": "2 measurements of a line averaged, at most"}
     first, second = (np.load(tmp_path / f"all/scan-contrast{k}.npy") for k in range(2))
     np.testing.assert_allclose(second, 2 * first, rtol=0, atol=0.02 * np.abs(second).max())
-    assert reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all").skipped == report.done
-    arguments = ["reconstruct", mri, tmp_path / "scan.h5", "--output", tmp_path / "one"]
+    assert reconstruct(mri, tmp_path / "scan.h5", tmp_path / "all", batch=1).skipped == report.done
+    arguments = ["reconstruct", mri, tmp_path / "scan.h5", "--batch", "1", "--output", tmp_path / "one"]
     assert main([*map(str, arguments), "--select", "contrast=1"]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "one/scan.npy"), second)
     assert main([*map(str, arguments[:-1]), str(tmp_path / "two"), "--select", "contrast=2"]) == 2
