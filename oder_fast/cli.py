@@ -23,7 +23,7 @@ EVERY_PACKAGE = tuple(dict.fromkeys(module for modules in EXTRAS.values() for mo
 """Of the commands that read and write files of any kind: they say at once what is missing, not after an hour."""
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
         try:
             value = int(text)
@@ -31,6 +31,8 @@ def _whole_number(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     return read
@@ -49,6 +51,13 @@ def _decibels(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def _noise(text: str) -> float:
+    value = _decibels(text)
+    if not -100 <= value <= 300:
+        raise argparse.ArgumentTypeError(f"must lie in -100..300, got {text}")
     return value
 
 
@@ -266,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("oder-fast-reproduce"),
         help="where to write (default: oder-fast-reproduce)",
     )
-    reproduce.add_argument("--seed", type=_whole_number(0), metavar="N", default=0, help="(default: 0)")
+    reproduce.add_argument(
+        "--seed", type=_whole_number(0, 2**32), metavar="N", default=0, help="(default: 0)"
+    )
     reproduce.set_defaults(run=_reproduce)
     info = commands.add_parser("info", help="say what was built, and why a backend is missing")
     info.set_defaults(run=_info)
@@ -411,7 +422,9 @@ def _add_demos(demos: Any) -> None:
     option(mri, "--input", _path, "FILE", f"{formats}, or NIfTI (default: the MR slice of matplotlib)")
     mri.add_argument("--phantom", action="store_true", help="image a brain-like phantom instead")
     option(mri, "--slice", _whole_number(0), "N", "slice of a NIfTI volume (default: the middle one)")
-    option(mri, "--size", _whole_number(16), "N", "longest side in pixels; larger images are reduced", 256)
+    option(
+        mri, "--size", _whole_number(16, 2**14), "N", "longest side in pixels; larger images are reduced", 256
+    )
     for demo in (ct, mri):
         option(demo, "--array", str, "NAME", "array of an NPZ file that holds several")
     for demo, folder in (
@@ -420,9 +433,9 @@ def _add_demos(demos: Any) -> None:
         (idt, "oder-fast-demo-idt"),
     ):
         option(demo, "--output", _path, "FOLDER", "where to write", Path(folder))
-    option(ct, "--views", _whole_number(1), "N", "views, spread over 180 degrees", 45)
+    option(ct, "--views", _whole_number(2, 2**16), "N", "views, spread over 180 degrees", 45)
     option(ct, "--minibatch", _whole_number(1), "N", "views a step in ODER (default: a third of the views)")
-    option(ct, "--snr", _decibels, "DB", "signal-to-noise ratio of the scan", 50.0)
+    option(ct, "--snr", _noise, "DB", "signal-to-noise ratio of the scan", 50.0)
     option(mri, "--acceleration", _acceleration, "R", "all lines of k-space over the sampled ones", 4.0)
     mri.add_argument(
         "--estimate-maps",
@@ -430,14 +443,14 @@ def _add_demos(demos: Any) -> None:
         help="estimate the coil maps by ESPIRiT, not take them as known",
     )
     option(mri, "--minibatch", _whole_number(1), "N", "of the 8 coils a step in ODER", 2)
-    option(mri, "--snr", _decibels, "DB", "signal-to-noise ratio of fully sampled k-space", 30.0)
-    option(idt, "--size", _whole_number(16), "N", "rows and columns", 96)
-    option(idt, "--slices", _whole_number(2), "N", "slices, 2 um apart", 6)
-    option(idt, "--illuminations", _whole_number(1), "N", "directions of the light", 64)
+    option(mri, "--snr", _noise, "DB", "signal-to-noise ratio of fully sampled k-space", 30.0)
+    option(idt, "--size", _whole_number(16, 2**14), "N", "rows and columns", 96)
+    option(idt, "--slices", _whole_number(2, 2**10), "N", "slices, 2 um apart", 6)
+    option(idt, "--illuminations", _whole_number(1, 2**16), "N", "directions of the light", 64)
     option(
         idt, "--minibatch", _whole_number(1), "N", "illuminations a step in ODER (default: an eighth of all)"
     )
-    option(idt, "--snr", _decibels, "DB", "signal-to-noise ratio of what light scatters", 10.0)
+    option(idt, "--snr", _noise, "DB", "signal-to-noise ratio of what light scatters", 10.0)
     idt.add_argument(
         "--beam-propagation",
         action="store_true",
@@ -458,7 +471,7 @@ def _add_demos(demos: Any) -> None:
             f"training steps through the fixed point (default: {through})",
         )
         demo.set_defaults(defaults={"steps": steps, "fixed_point_steps": through})
-        option(demo, "--seed", _whole_number(0), "N", "the same seed gives the same numbers", 0)
+        option(demo, "--seed", _whole_number(0, 2**32), "N", "the same seed gives the same numbers", 0)
         option(demo, "--threads", _whole_number(1), "N", "threads; more pay where the cores are idle", 1)
         demo.set_defaults(run=_demo)
 

@@ -14,7 +14,7 @@ from . import ops
 from .denoisers.call import ImageDenoiser
 from .fixed_point import Calls, FixedPointMap, Linearization, Step
 from .fixed_point.maps import Anchor, vjp
-from .operators import LeastSquares
+from .operators import LeastSquares, MeasurementOperator
 
 # Share of the outer residual that the inner solve is more accurate by, and the residual that counts at the start.
 INNER, FIRST = 0.1, 0.1
@@ -182,9 +182,22 @@ class REDMap(FixedPointMap):
             nonnegative=False,
             free=free,
         )
-        return Linearization(
-            balance, lambda gradient: replace(adjoint, source=gradient), adjoint.jacobian_free
-        )
+        operator = self.fidelity.operator
+        made_of = _versions(operator)
+
+        def equation(gradient: Tensor) -> REDMap:
+            now = _versions(operator)
+            if len(now) != len(made_of) or any(
+                old is not new or before != version
+                for (old, before), (new, version) in zip(made_of, now, strict=True)
+            ):
+                raise RuntimeError(
+                    f"{type(operator).__name__} was changed between the solve and its gradient; call backward() first, "
+                    "or make another operator"
+                )
+            return replace(adjoint, source=gradient)
+
+        return Linearization(balance, equation, adjoint.jacobian_free)
 
     def _complete(self, balance: Tensor, point: Tensor) -> Tensor:
         if not self.fidelity.y.requires_grad:
@@ -194,6 +207,11 @@ class REDMap(FixedPointMap):
     def jacobian_free(self, gradient: Tensor) -> Tensor:
         """Return what the adjoint equation gives where the denoiser's derivative is 0."""
         raise NotImplementedError
+
+
+def _versions(operator: MeasurementOperator) -> list[tuple[Tensor, int]]:
+    """Return the buffers of an operator, and how often each has been changed in place."""
+    return [(b, 0 if b.is_inference() else b._version) for b in operator.buffers()]
 
 
 @dataclass

@@ -305,7 +305,10 @@ def test_unwritable_folders_are_refused(tmp_path, capsys, never_computed):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--views", "0"], "--views: must be at least 1, got 0"),
+        (["--views", "1"], "--views: must be at least 2, got 1"),
+        (["--views", "100000000"], "--views: must be at most 65536"),
+        (["--seed", "9" * 30], "--seed: must be at most 4294967296"),
+        (["--snr", "-500"], "--snr: must lie in -100..300, got -500"),
         (["--views", "many"], "--views: must be a whole number, got 'many'"),
         (["--minibatch", "-1"], "--minibatch: must be at least 1, got -1"),
         (["--steps", "0"], "--steps: must be at least 1"),
@@ -364,7 +367,7 @@ def test_a_default_minibatch_is_a_third(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(ct, "_compute", lambda *arguments: seen.append(arguments[3]))
     monkeypatch.setattr(common, "report", lambda *_: None)
-    for views, expected in ((60, 20), (31, 10), (1, 1)):
+    for views, expected in ((60, 20), (31, 10), (2, 1)):
         assert main(["demo", "--views", str(views), "--output", str(tmp_path)]) == 0
         assert seen.pop() == expected
 

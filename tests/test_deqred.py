@@ -1069,3 +1069,18 @@ def test_results_can_be_changed_in_place(ct, y):
     scale = nn.Parameter(torch.tensor(0.5))
     DEQRED(lambda x: scale * x, tau=0.1)(y, ct).clamp_(min=0).sum().backward()
     assert scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ct: ct.angles.mul_(0.5),
+        lambda ct: setattr(ct, "angles", ct.angles.clone()),
+    ],
+)
+def test_an_operator_changed_before_the_gradient_is_refused(y, change):
+    ct = ParallelBeamCT(SIZE, VIEWS)
+    value = DEQRED(Blur(), tau=0.1)(y.clone().requires_grad_(), ct).sum()
+    change(ct)
+    with pytest.raises(RuntimeError, match="ParallelBeamCT was changed between the solve and its gradient"):
+        value.backward()
