@@ -15,7 +15,7 @@ import torch
 
 from oder_fast import CartesianMRI, ParallelBeamCT
 from oder_fast.data import birdcage_maps, random_ellipses, random_lines
-from peers import distance
+from peers import distance, tomography
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -33,19 +33,11 @@ class Mean(torch.nn.Module):
 
 
 def ct(deepinv, **accuracy):
-    """Ours, deepinv's as quick as it gets (see `peers.Deepinv`), data of both with the same noise, and the order of axes."""
+    """Ours, deepinv's as quick as it gets (see `peers.tomography`), data of both with the same noise, and the order of axes."""
     from oder_fast.deepinv import OperatorPhysics
 
     ours = OperatorPhysics(ParallelBeamCT(SIZE, VIEWS), **accuracy)
-    theirs = deepinv.physics.Tomography(
-        angles=VIEWS,
-        img_width=SIZE,
-        circle=False,
-        normalize=False,
-        adjoint_via_backprop=False,
-        parallel_computation=False,
-        **accuracy,
-    )
+    theirs = tomography(deepinv, SIZE, VIEWS, **accuracy)
     truth = random_ellipses(1, SIZE, torch.Generator().manual_seed(0))[:, None]
     clean, other = ours.A(truth), theirs.A(truth)
     noise = NOISE * clean.abs().max() * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))

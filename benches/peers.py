@@ -157,6 +157,19 @@ class Old:
         self.process.wait()
 
 
+def tomography(deepinv, size, views, **accuracy):
+    """Return deepinv's parallel-beam CT, as quick as it gets."""
+    return deepinv.physics.Tomography(
+        angles=views,
+        img_width=size,
+        circle=False,
+        normalize=False,
+        adjoint_via_backprop=False,
+        parallel_computation=False,
+        **accuracy,
+    )
+
+
 class Deepinv:
     """deepinv's algorithms on the problem, by its own operator or by ours.
 
@@ -184,15 +197,7 @@ class Deepinv:
 
             self.physics, self.y = Adapter(**accuracy), problem.y[:, None]
         else:
-            self.physics = deepinv.physics.Tomography(
-                angles=VIEWS,
-                img_width=SIZE,
-                circle=False,
-                normalize=False,
-                adjoint_via_backprop=False,
-                parallel_computation=False,
-                **accuracy,
-            )
+            self.physics = tomography(deepinv, SIZE, VIEWS, **accuracy)
             # The same geometry: its projections of the truth are ours but for the discretisation.
             assert distance(self.physics.A(problem.truth[:, None])[:, 0].mT, ct(problem.truth)) < 0.02
             # Data of its own, with the noise that ours have: they would not be consistent with ours to within the noise.

@@ -10,13 +10,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from .denoisers import DnCNN, DRUNet, UNet
-from .denoisers.base import Denoiser
+from .denoisers import DnCNN
 from .deqred import DEQRED
 
 Name = Literal["ct"]
-
-DENOISERS: dict[str, type[Denoiser]] = {"dncnn": DnCNN, "drunet": DRUNet, "unet": UNet}
 
 
 def model_card(name: Name) -> dict[str, Any]:
@@ -56,7 +53,7 @@ def pretrained(name: Name, *, tau: float | None = None, **options: Any) -> DEQRE
         torch.Size([1, 64, 64])
     """
     card = model_card(name)
-    denoiser = DENOISERS[card["denoiser"]["kind"]](**card["denoiser"]["options"])
+    denoiser = DnCNN(**card["denoiser"]["options"])
     with np.load(io.BytesIO(_file(name, "npz")), allow_pickle=False) as arrays:
         state = {key: torch.from_numpy(arrays[key].astype(np.float32)) for key in arrays.files}
     denoiser.load_state_dict(state)

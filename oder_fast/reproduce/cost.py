@@ -11,8 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .._torch import Autocast
 from ..data import add_gaussian_noise
+from ..data.coils import one_thread
 from ..denoisers.call import ImageDenoiser
 from ..deqred import DEQRED
 from ..fixed_point import Anderson, Nesterov, Solver
@@ -38,16 +38,6 @@ NEAR, EXACT, NEVER = 1e-2, 1e-5, 1e-9
 """Relative distance from the fixed point, that of the point which counts as it, and one that no timed solve reaches."""
 
 CHECK_EVERY = 10
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _median(call: Callable[[], object]) -> float:
@@ -148,7 +138,7 @@ def run(seed: int = 0) -> Report:
         (image / image.max())[None, None], (SIZE, SIZE), mode="bilinear", antialias=True
     )[0]
     rows: list[dict[str, Any]] = []
-    with _one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         prior = pretrained("ct")
         for views in VIEWS:
             scan = _Scan(prior, truth, views, seed)
