@@ -1,4 +1,4 @@
-"""Training that needs no truth: by measurements left out, and by an unbiased estimate of the error."""
+"""Losses beside the truth: measurements left out, an unbiased estimate of the error, and a map that contracts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from oder_fast import DEQRED, Anderson, Implicit, ParallelBeamCT
 from oder_fast.data import Phantoms, psnr
 from oder_fast.data.samples import Sample, collate
 from oder_fast.operators.base import seen
-from oder_fast.training import ConfigurationError, Trainer, load_checkpoint, load_model, read_configuration
-from oder_fast.training.losses import splitting_loss, sure_loss
+from oder_fast.training import (
+    ConfigurationError,
+    Trainer,
+    load_checkpoint,
+    load_model,
+    losses,
+    read_configuration,
+)
+from oder_fast.training.losses import contraction_loss, splitting_loss, sure_loss
 
 TIGHT = Anderson(200, 1e-11)
 
@@ -93,6 +100,59 @@ def test_the_estimate_of_a_linear_map_against_a_dense_matrix():
     assert float(found) == pytest.approx(float((risk / flat.square().sum(1)).mean()), rel=1e-3)
 
 
+# ------------------------------------------------------------------ maps that contract
+
+
+class Symmetric(nn.Module):
+    """A linear denoiser, symmetric, that expands some directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.tensor([1.2, 0.3], dtype=torch.float64))
+
+    def forward(self, x):
+        neighbours = (x.roll(1, -1) + x.roll(-1, -1)) / 2
+        return self.strength[0] * x + self.strength[1] * neighbours
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_the_penalty_is_that_of_the_spectral_radius(constrained, monkeypatch):
+    scan, y = problem()
+    point = torch.rand(2, 8, 8, dtype=torch.float64, generator=g(1))
+    point[:, 3:5, 2:7] = 0
+    free = (point > 0).to(point.dtype) if constrained else None
+    denoiser, tau = Symmetric(), 0.05 * scan.norm_squared()
+    probe = torch.randn(point.shape, dtype=point.dtype, generator=g(2))
+
+    def penalty():
+        fidelity = scan.least_squares(y)
+        return contraction_loss(lambda x: denoiser(x[:, None])[:, 0], fidelity, point, tau, 0.9, probe, free)
+
+    units = torch.eye(64, dtype=torch.float64).reshape(64, 8, 8)
+    matrix = scan(units).flatten(1).T
+    with torch.no_grad():
+        jacobian = denoiser(units[:, None]).flatten(1).T
+    radii = []
+    for image in range(2):
+        seen = torch.ones(64, dtype=torch.bool) if free is None else free[image].flatten() > 0
+        system = (matrix.T @ matrix + tau * torch.eye(64))[seen][:, seen]
+        step = torch.linalg.solve(system, tau * jacobian[seen][:, seen])
+        radii.append(torch.linalg.eigvals(step).abs().max())
+    wanted = (torch.stack(radii) - 0.9).square().mean()
+    assert min(radii) > 1
+    with monkeypatch.context() as patched:
+        patched.setattr(losses, "POWER_ITERATIONS", 200)
+        patched.setattr(losses, "POWER_ACCURACY", 1e-8)
+        assert float(penalty().detach()) == pytest.approx(float(wanted), rel=1e-3)
+    # Downhill the map contracts as it should.
+    descent = torch.optim.SGD(denoiser.parameters(), 0.2)
+    for _ in range(20):
+        descent.zero_grad()
+        penalty().backward()
+        descent.step()
+    assert float(penalty().detach()) < 1e-3 * float(wanted)
+
+
 # ------------------------------------------------------------------ runs
 
 SMALL = {
@@ -128,7 +188,9 @@ IDT = (
     ],
     ids=["ct", "mri", "idt"],
 )
-@pytest.mark.parametrize("loss", ["splitting: 1", "sure: 1", "splitting: 1, sure: 0.5, mse: 0.1"])
+@pytest.mark.parametrize(
+    "loss", ["splitting: 1", "sure: 1", "splitting: 1, sure: 0.5, mse: 0.1", "splitting: 1, contraction: 1"]
+)
 def test_every_operator_trains(tmp_path, operator, phantoms, loss):
     overrides = [f"operator={operator}", f"data.phantoms.kind={phantoms}", f"training.loss={{{loss}}}"]
     overrides += ["training.noise=0.05"] * ("sure" in loss)
@@ -184,6 +246,7 @@ def test_measurements_that_are_not_finite(tmp_path):
         (["training.loss={sure: 1}"], "sure needs the noise"),
         (["training.noise=0.1"], "sure needs the noise, and nothing else does"),
         (["training.share=1.0"], "training.share"),
+        (["training.loss={contraction: 1}"], "contraction is a penalty; it goes with another loss"),
         (["pretraining.loss=splitting"], "pretraining.loss.splitting: input should be 'mse', 'l1' or 'ssim'"),
         (["operator.angles=1"], "training.share: ParallelBeamCT: nothing can be left out of 1 views"),
     ],

@@ -56,7 +56,7 @@ from .draws import (
     seed_of,
 )
 from .logs import SOLVED, Logs, Silence, clock, draw_images, duration
-from .losses import LOSSES, splitting_loss, sure_loss, total_loss
+from .losses import LOSSES, contraction_loss, splitting_loss, sure_loss, total_loss
 from .model import OWN, autocast, load_weights, make_denoiser, make_model, misfit, solve
 from .processes import (
     any_process,
@@ -565,9 +565,31 @@ class Trainer:
             stays, left_out = operator.split(y, section.share, drawn)
             of_part = solve(self.model, Measured(*stays), minibatches)
             terms.append(section.loss["splitting"] * splitting_loss(of_part.value, left_out))
-            whole = of_part if whole is None else whole
+            whole, measured = (of_part, Measured(*stays)) if whole is None else (whole, measured)
         assert whole is not None
+        if "contraction" in section.loss:
+            terms.append(section.loss["contraction"] * self._contraction(measured, whole, generators))
         return torch.stack(terms).sum(), whole
+
+    def _contraction(
+        self, measured: Measured, solution: Solution, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return the penalty of a map that hardly contracts, where it was solved."""
+        operator, y = measured
+        point = solution.value.detach()
+        probe = [
+            torch.randn(one.shape, generator=g, dtype=one.dtype)
+            for one, g in zip(point, generators, strict=True)
+        ]
+        return contraction_loss(
+            ImageDenoiser(self.model.denoiser, Autocast(self.device)),
+            operator.least_squares(y),
+            point,
+            float(self.model.tau) * operator.norm_squared(),
+            self.stages[1].contraction,
+            torch.stack(probe).to(point.device),
+            (point > 0).to(point.dtype) if self.model.nonnegative else None,
+        )
 
     def _minibatch_seed(self) -> int:
         # All processes draw the same minibatches: so each image sees what it would see in one process.
