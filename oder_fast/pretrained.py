@@ -9,11 +9,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
 from .denoisers import DnCNN
 from .deqred import DEQRED
 
 Name = Literal["ct"]
+
+KINDS: dict[str, type[nn.Module]] = {"dncnn": DnCNN}
+"""Networks of the models, as cards name them."""
 
 
 def model_card(name: Name) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def pretrained(name: Name, *, tau: float | None = None, **options: Any) -> DEQRE
         torch.Size([1, 64, 64])
     """
     card = model_card(name)
-    denoiser = DnCNN(**card["denoiser"]["options"])
+    denoiser = KINDS[card["denoiser"]["kind"]](**card["denoiser"]["options"])
     with np.load(io.BytesIO(_file(name, "npz")), allow_pickle=False) as arrays:
         state = {key: torch.from_numpy(arrays[key].astype(np.float32)) for key in arrays.files}
     denoiser.load_state_dict(state)
