@@ -267,6 +267,7 @@ def shipped(name: Name, operator: MeasurementOperator, y: Tensor, nonnegative: b
     say(f"The denoiser is that of oder_fast.pretrained('{name}'); --train trains one here.")
     tau = choose_tau(y, operator, model, solves=TAU_SOLVES).value
     say(f"The data choose tau/|A|^2 = {tau:.2g}.")
+    assert isinstance(model.denoiser, nn.Module)
     return Prior(model.denoiser, tau, model_card(name)["denoiser"]["options"])
 
 
