@@ -14,7 +14,7 @@ from torch import nn
 from .denoisers import DnCNN
 from .deqred import DEQRED
 
-Name = Literal["ct"]
+Name = Literal["ct", "mri"]
 
 KINDS: dict[str, type[nn.Module]] = {"dncnn": DnCNN}
 """Networks of the models, as cards name them."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from . import cost, theory
+from . import applications, cost, theory
 from .report import Claim, Report
 
 EXPERIMENTS: dict[str, Callable[[int], Report]] = {"theory": theory.run, "cost": cost.run}
 
-__all__ = ["EXPERIMENTS", "Claim", "Report"]
+__all__ = ["EXPERIMENTS", "Claim", "Report", "applications"]
