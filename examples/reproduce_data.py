@@ -7,8 +7,8 @@ CT: LIDC-IDRI patient 0314 (CC BY 3.0), arrays "hu" of Hounsfield units, and a h
 in means of 2 x 2 pixels: 128 x 128. Training and validation are slices of the first, with gaps of 10 slices and more
 to those tested; the head is tested alone, as another patient. From slice 255 on there are streaks.
 
-MRI: T1 volumes of three people. Trained on: studyforrest (PDDL 1.0) and Colin27 (any purpose), but for the middle of the
-latter, which is tested. FNNDSC's adi_brain (Apache-2.0), a person of whom nothing is trained on, is tested too, and
+MRI: T1 volumes of three people. Trained on are studyforrest (PDDL 1.0) and Colin27 (any purpose), but for the middle of
+the latter, which is tested. FNNDSC's adi_brain (Apache-2.0), a person of whom nothing is trained on, is tested too, and
 slices of it, 20 and more away, choose weights. Means of 2 x 2 pixels where the slice is larger than 192, then the
 middle 128 x 128.
 """

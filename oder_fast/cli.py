@@ -415,10 +415,9 @@ def _add_demos(demos: Any) -> None:
         "mri",
         help="parallel MRI, from few lines of k-space",
         description=(
-            "Simulate an MR scan of a slice with 8 coils and few lines of k-space, train a denoiser of complex "
-            "images on noise and then through the fixed point, reconstruct by zero filling, total variation, RED (all "
-            "coils a step) and ODER (a minibatch of coils a step), print a table, and write figure.png, arrays.npz and "
-            "denoiser.pt."
+            "Simulate an MR scan of a slice with 8 coils and few lines of k-space, reconstruct by zero filling, total "
+            "variation, RED (all coils a step) and ODER (a minibatch of coils a step), print a table, and write "
+            "figure.png, arrays.npz and denoiser.pt."
         ),
     )
     idt = demos.add_parser(
@@ -449,7 +448,7 @@ def _add_demos(demos: Any) -> None:
     mri.add_argument("--phantom", action="store_true", help="image a brain-like phantom instead")
     option(mri, "--slice", _whole_number(0), "N", "slice of a NIfTI volume (default: the middle one)")
     option(
-        mri, "--size", _whole_number(16, 2**14), "N", "longest side in pixels; larger images are reduced", 256
+        mri, "--size", _whole_number(16, 2**14), "N", "longest side in pixels; larger images are reduced", 128
     )
     for demo in (ct, mri):
         option(demo, "--array", str, "NAME", "array of an NPZ file that holds several")
@@ -482,11 +481,12 @@ def _add_demos(demos: Any) -> None:
         action="store_true",
         help="measure by beam propagation, not by the model that reconstructs",
     )
-    ct.add_argument(
-        "--train",
-        action="store_true",
-        help="train a denoiser, for some minutes, in place of the one that comes with the package",
-    )
+    for demo in (ct, mri):
+        demo.add_argument(
+            "--train",
+            action="store_true",
+            help="train a denoiser, for some minutes, in place of the one that comes with the package",
+        )
     for demo, steps, through in ((ct, 1200, 60), (mri, 600, 60), (idt, 600, 100)):
         option(demo, "--steps", _whole_number(1), "N", f"training steps on noise (default: {steps})")
         option(

@@ -314,7 +314,7 @@ def test_unwritable_folders_are_refused(tmp_path, capsys, never_computed):
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--steps", "9"], "--steps is for --train"),
         (["ct", "--fixed-point-steps", "9"], "--fixed-point-steps is for --train"),
-        (["mri", "--train"], "unrecognized arguments: --train"),
+        (["mri", "--steps", "9"], "--steps is for --train"),
         (["--snr", "nan"], "--snr: must be a finite number, got 'nan'"),
         (["--snr", "loud"], "--snr: must be a finite number, got 'loud'"),
         (["--threads", "0"], "--threads: must be at least 1"),
@@ -389,19 +389,15 @@ MRI_METHODS = ["Zero-filled", "Total variation", "RED, all 8 coils", "ODER, 3 of
 
 @pytest.fixture(scope="module")
 def mri_demo(tmp_path_factory):
-    """Two runs of the demonstration in the same seed; the coil maps of the third are estimated."""
-    tiny = [
-        "--steps",
-        "2",
-        "--fixed-point-steps",
-        "1",
-        "--minibatch",
-        "3",
-        "--phantom",
-        "--size",
-        "64",
-    ]
-    extras = {"first": [], "second": [], "estimated": ["--estimate-maps", "--acceleration", "2"]}
+    """Two runs of the demonstration in the same seed, one that trains, and one whose coil maps are estimated."""
+    tiny = ["--minibatch", "3", "--phantom", "--size", "64"]
+    trained = ["--train", "--steps", "2", "--fixed-point-steps", "1"]
+    extras = {
+        "first": [],
+        "second": [],
+        "trained": trained,
+        "estimated": [*trained, "--estimate-maps", "--acceleration", "2"],
+    }
     return demonstrations(tmp_path_factory.mktemp("mri"), ["mri", *tiny], extras)
 
 
@@ -409,6 +405,7 @@ def mri_demo(tmp_path_factory):
     ("which", "setting", "maps"),
     [
         ("first", "16 of 64 lines (R = 4)", "known"),
+        ("trained", "16 of 64 lines (R = 4)", "known"),
         pytest.param(
             "estimated", "32 of 64 lines (R = 2)", "estimated by ESPIRiT", marks=pytest.mark.exhaustive
         ),
@@ -460,6 +457,7 @@ def mri_settings(**changes):
         "input": None, "array": None, "output": Path("unused"), "minibatch": 2, "snr": 30.0, "steps": 1,
         "fixed_point_steps": 0, "seed": 0, "threads": 1, "slice": None, "phantom": False, "size": 64,
         "acceleration": 4.0, "estimate_maps": False,
+        "train": False,
     }  # fmt: skip
     return mri.Settings(**{**settings, **changes})
 

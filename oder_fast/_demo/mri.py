@@ -46,6 +46,7 @@ class Settings(common.Settings):
     size: int
     acceleration: float
     estimate_maps: bool
+    train: bool
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,16 @@ def _tau(settings: Settings) -> float:
     return TAU * 10 ** ((30 - settings.snr) / 20)
 
 
+def _prior(settings: Settings, truth: Slice, mri: CartesianMRI, kspace: Tensor) -> common.Prior:
+    if not settings.train:
+        return common.shipped("mri", mri, kspace[None], nonnegative=False)
+    common.say(
+        "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
+        "an MR slice (pydicom), with random smooth phases."
+    )
+    return common.Prior(_train(settings, truth), _tau(settings), PLAN.network)
+
+
 def _train(settings: Settings, truth: Slice) -> DnCNN:
     """Train on small images with smooth phases, measured by the same coils with as much noise."""
     images = common.training_images(truth.stored)
@@ -201,13 +212,9 @@ def _compute(
     )
     known = "estimated by ESPIRiT" if settings.estimate_maps else "known"
     common.say(f"Truth: {truth.name}. Scan: {setting}; {minibatch} coils a step in ODER; coil maps {known}.")
-    common.say(
-        "The denoiser learns from random ellipses, photographs (scikit-image) and, where it is not the slice itself, "
-        "an MR slice (pydicom), with random smooth phases."
-    )
-    prior = common.Prior(_train(settings, truth), _tau(settings), PLAN.network)
-    common.say("Reconstructing")
     mri, shown = CartesianMRI(maps, mask), truth.image.abs()
+    prior = _prior(settings, truth, mri, kspace)
+    common.say("Reconstructing")
     rows = [common.direct_row("Zero-filled", lambda: mri.adjoint(kspace[None])[0], shown)]
     names = (f"RED, all {COILS} coils a step", f"ODER, {minibatch} of {COILS} coils a step")
     models = common.build_models(
