@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from oder_fast.cli import main
-from oder_fast.reproduce import EXPERIMENTS, Claim, Report, cost, theory
+from oder_fast.data import cell_like, random_ellipses
+from oder_fast.reproduce import EXPERIMENTS, Claim, Report, applications, cost, theory
 from oder_fast.reproduce.report import new_figure, power_law
 
 
@@ -122,3 +124,95 @@ def test_a_claim_that_does_not_hold_is_an_exit_status(tmp_path, monkeypatch):
     report = Report("theory", [{"a": 1}], [Claim("a", 2.0, high=1.0)], new_figure(1, 1))
     monkeypatch.setitem(EXPERIMENTS, "theory", lambda seed: report)
     assert main(["reproduce", "theory", "--output", str(tmp_path)]) == 1
+
+
+# ------------------------------------------------------------------ the methods side by side
+
+
+@pytest.fixture
+def few(monkeypatch, one_thread):
+    network = {"depth": 3, "width": 8, "bias": False}
+    monkeypatch.setitem(applications.EFFORTS, "cpu", applications.Effort(network, (2, 2), (1, 2), 4, 16))
+    for name, value in {
+        "MOST_STEPS": 20,
+        "TOLERANCE": 0.1,
+        "OFFICIAL_STEPS": 5,
+        "UNROLLED_STEPS": 2,
+        "SMOOTH_STEPS": 5,
+        "WEIGHTS": (1e-3, 1e-2),
+        "TAUS": (1.0,),
+        "ODER_TAUS": (1.0, 3.0),
+    }.items():
+        monkeypatch.setattr(applications, name, value)
+    monkeypatch.setattr("oder_fast.training.report._curves", lambda *_: b"")
+
+
+def write_images(folder, name):
+    g = torch.Generator().manual_seed(0)
+    shape, optics = (24, 24), applications.APPLICATIONS["idt"].operator
+    draw = {
+        "ct": lambda: random_ellipses(1, 24, g)[0],
+        "mri": lambda: random_ellipses(1, 24, g)[0],
+        "idt": lambda: cell_like(1, (len(optics["depths"]), *shape), g)[0],
+    }[name]
+    for part in ("train/a", "train/b", "validation/c", "test/one/d", "test/two/e", "test/two/f"):
+        path = folder / f"{part}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, draw().numpy())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["ct", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mri", "idt"))]
+)
+def test_all_methods_are_compared_on_images_of_a_folder(few, tmp_path, capsys, name):
+    data = write_images(tmp_path / "data", name)
+    status = main(["reproduce", name, "--data", str(data), "--output", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert status in (0, 1)
+    assert out.count("PASS") + out.count("FAIL") == 6
+    assert "3 test images of " in out
+    with (tmp_path / "out" / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["test"] for row in rows] == ["all"] * 10 + ["one"] * 10 + ["two"] * 10
+    methods = [row["method"] for row in rows[:10]]
+    assert len(set(methods)) == 10
+    assert sum(method.startswith("ODER") for method in methods) == 3
+    for row in rows:
+        assert 0 < float(row["psnr"]) < 100
+        assert float(row["denoiser_calls"]) >= 0
+    # Means of patients go together to that of all.
+    for a, one, two in zip(rows[:10], rows[10:20], rows[20:], strict=True):
+        assert float(a["psnr"]) == pytest.approx((float(one["psnr"]) + 2 * float(two["psnr"])) / 3, abs=1e-3)
+    # The same command finds the networks trained, and the numbers the same.
+    main(["reproduce", name, "--data", str(data), "--output", str(tmp_path / "out")])
+    with (tmp_path / "out" / f"{name}.csv").open(newline="") as file:
+        again = list(csv.DictReader(file))
+    assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ct"], "ct needs --data FOLDER"),
+        (["theory", "--data", "x"], "--data is not for theory"),
+        (["ct", "--data", "missing"], "missing/validation: No such file or directory"),
+    ],
+)
+def test_folders_are_asked_for_where_they_are_needed(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_of_another_kind_are_refused(few, tmp_path, capsys):
+    data = write_images(tmp_path / "data", "idt")
+    assert main(["reproduce", "ct", "--data", str(data), "--output", str(tmp_path / "out")]) == 2
+    assert "takes real images" in capsys.readouterr().err
+
+
+def test_small_scans_have_the_artefacts_of_whole_ones():
+    operator, tau = applications.APPLICATIONS["ct"].of_size(0.25)
+    assert operator["angles"] == applications.APPLICATIONS["ct"].operator["angles"] // 4
+    assert tau == 4 * applications.APPLICATIONS["ct"].tau
+    assert applications.APPLICATIONS["mri"].of_size(0.25)[1] == applications.APPLICATIONS["mri"].tau
