@@ -38,6 +38,7 @@ from oder_fast.training.checkpoints import list_checkpoints, locked, newest_chec
 from oder_fast.training.configuration import RED
 from oder_fast.training.logs import TRAINING, VALIDATION, Table
 from oder_fast.training.model import solve
+from oder_fast.training.scans import make_scan
 from oder_fast.training.sets import make_sets
 from oder_fast.training.trainer import HALVINGS
 
@@ -861,7 +862,7 @@ def test_a_model_loads_and_reconstructs_what_validation_saw(whole):
     from oder_fast.training.draws import seed_of
     from oder_fast.training.sets import make_sets
 
-    _, validation = make_sets(configuration)
+    _, validation = make_sets(configuration, make_scan(configuration.operator))
     g = torch.Generator().manual_seed(seed_of(configuration.seed, "validation", 0))
     image = validation[0].image[None]
     measured = scan.measure(Batch(["x"], image), [g])
@@ -1097,7 +1098,8 @@ def test_coils_that_fit_in_no_batch(tmp_path):
         ConfigurationError, match=r"0.npz\[0\] has 2 coils and 1.npz\[0\] 3, which fit in no batch"
     ):
         Trainer(several)
-    train_set, _ = make_sets(read_configuration({**source, "training": {"steps": 1}}))
+    configuration = read_configuration({**source, "training": {"steps": 1}})
+    train_set, _ = make_sets(configuration, make_scan(configuration.operator))
     assert len(train_set) == 1
 
 

@@ -21,6 +21,7 @@ from ..data import (
 from ..data.samples import Samples
 from . import configuration as settings
 from .configuration import Configuration, ConfigurationError
+from .scans import Scan
 
 BRIGHTNESS = (0.5, 1.0)
 """Factors by which augmentation scales images."""
@@ -36,8 +37,8 @@ def training_transform(section: settings.Data) -> Compose:
     return Compose(transforms)
 
 
-def _files(names: settings.Names, configuration: Configuration) -> Samples:
-    section, kind = configuration.data, configuration.operator.kind
+def _files(names: settings.Names, configuration: Configuration, scan: Scan) -> Samples:
+    section = configuration.data
     dataset: Samples
     if section.kspace:
         folder = KSpaceFolder(names, array=section.array, select=section.select, cache=section.cache)
@@ -49,11 +50,11 @@ def _files(names: settings.Names, configuration: Configuration) -> Samples:
             )
         dataset = folder
     else:
-        dataset = ImageFolder(names, scale=section.scale, array=section.array, volumes=kind == "idt")
+        dataset = ImageFolder(names, scale=section.scale, array=section.array, volumes=scan.axes == 3)
     return dataset if section.cache is None else Cached(dataset, section.cache)
 
 
-def make_sets(configuration: Configuration) -> tuple[Samples, Samples]:
+def make_sets(configuration: Configuration, scan: Scan) -> tuple[Samples, Samples]:
     """Return the images to train on and those to validate with; no patient is among both.
 
     Raises:
@@ -68,8 +69,9 @@ def make_sets(configuration: Configuration) -> tuple[Samples, Samples]:
         if section.phantoms is not None:
             p = section.phantoms
             size: int | tuple[int, int, int] = p.size
-            if p.kind == "cells" and isinstance(configuration.operator, settings.IDT):
-                size = (len(configuration.operator.depths), p.size, p.size)
+            if p.kind == "cells" and scan.axes == 3:
+                # A real and an imaginary part of each slice.
+                size = (scan.channels // 2, p.size, p.size)
             n = max(1, round(p.n * section.validation_share / (1 - section.validation_share)))
             drawn = Phantoms(p.kind, p.n + n, size, seed, **p.options)
             train, validation = (
@@ -78,8 +80,8 @@ def make_sets(configuration: Configuration) -> tuple[Samples, Samples]:
             )
         elif section.validation is not None:
             assert section.train is not None
-            train = _files(section.train, configuration)
-            validation = _files(section.validation, configuration)
+            train = _files(section.train, configuration, scan)
+            validation = _files(section.validation, configuration, scan)
             known = {train.fingerprint(k): train.names[k] for k in range(len(train))}
             shared = [known[f] for f in map(validation.fingerprint, range(len(validation))) if f in known]
             if shared:
@@ -88,7 +90,7 @@ def make_sets(configuration: Configuration) -> tuple[Samples, Samples]:
                 )
         else:
             assert section.train is not None
-            everything = _files(section.train, configuration)
+            everything = _files(section.train, configuration, scan)
             if len(set(everything.groups)) == 1:
                 raise ValueError("train shows one patient alone, so give validation too, of others")
             train, validation = split(everything, shares, seed)

@@ -192,7 +192,7 @@ class Trainer:
         self.device = pick_device(configuration.device)
         self.scan = make_scan(configuration.operator)
         if train_set is None or validation_set is None:
-            train_set, validation_set = make_sets(configuration)
+            train_set, validation_set = make_sets(configuration, self.scan)
         self.train_set, self.validation_set = train_set, validation_set
         if denoiser is not None:
             section = configuration.denoiser.model_copy(update={"kind": OWN, "options": {}})
