@@ -14,10 +14,12 @@ from oder_fast.denoisers import (
     AtNoiseLevel,
     DnCNN,
     DRUNet,
+    SliceDnCNN,
     TotalVariation,
     UNet,
     frozen,
 )
+from oder_fast.denoisers.slices import background
 from oder_fast.denoisers.total_variation import differences, transposed_differences
 from oder_fast.deqred import DEQRED
 from oder_fast.fixed_point import Anderson
@@ -208,6 +210,10 @@ def test_dncnn_without_bias_is_homogeneous():
             "DRUNet: sigma must be a float or a 0-d floating-point tensor",
         ),
         (lambda: DRUNet((4, 8), blocks=0), "DRUNet: blocks must be at least 1, got 0"),
+        (lambda: SliceDnCNN((1,)), r"SliceDnCNN: dilations must be at least two, .* got \(1,\)"),
+        (lambda: SliceDnCNN((1, 0)), r"SliceDnCNN: dilations must be at least two, each at least 1"),
+        (lambda: SliceDnCNN(width=0), "SliceDnCNN: width must be at least 1 and .* got 0 and 2"),
+        (lambda: SliceDnCNN(neighbours=-1), "SliceDnCNN: .* neighbours at least 0, got 32 and -1"),
     ],
 )
 def test_bad_settings_are_named(build, message):
@@ -227,6 +233,54 @@ def test_bad_settings_are_named(build, message):
 def test_bad_images_are_named(image, error, message):
     with pytest.raises(error, match=message):
         DnCNN(2, 4)(image)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 0, 8, 8), (1, 2, 0, 8)])
+def test_volumes_without_two_channels_a_slice_are_refused(shape):
+    with pytest.raises(ValueError, match="two channels for each slice and not be empty, got shape"):
+        small_slices()(torch.zeros(shape))
+
+
+# ------------------------------------------------------------------ SliceDnCNN
+
+
+def small_slices(**options):
+    return SliceDnCNN((1, 2, 1), 6, **{"neighbours": 1, **options})
+
+
+@pytest.mark.parametrize("predicts", ["image", "residual"])
+def test_slices_are_denoised_from_themselves_and_their_neighbours(predicts):
+    torch.manual_seed(0)
+    net, x = small_slices(predicts=predicts), torch.randn(2, 10, 9, 7)
+    denoised = net(x)
+    for z in range(5):
+        # Alone with its neighbours, and the medium beyond the ends.
+        alone = net(x[:, 2 * max(z - 1, 0) : 2 * min(z + 2, 5)])
+        at = 2 * min(z, 1)
+        torch.testing.assert_close(alone[:, at : at + 2], denoised[:, 2 * z : 2 * z + 2])
+    changed = x.clone()
+    changed[:, 8:] += torch.randn(2, 2, 9, 7)
+    different = (net(changed) - denoised).abs().amax((0, 2, 3)) > 1e-6
+    assert different.tolist() == [False] * 6 + [True] * 4
+
+
+def test_volumes_are_denoised_alike_in_any_unit_and_above_any_background():
+    net, x = small_slices(), torch.randn(1, 6, 12, 10)
+    torch.testing.assert_close(net(300 * x), 300 * net(x))
+    torch.testing.assert_close(net(x + torch.arange(6.0)[:, None, None]), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_background_is_that_of_objects_over_half_a_slice():
+    image = torch.zeros(1, 2, 20, 20)
+    image[:, 0, :11] = torch.rand(11, 20)
+    image[:, 1] = 0.5
+    torch.testing.assert_close(background(image).flatten(), torch.tensor([0.0, 0.5]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (1, 4, 1, 3), (3, 2, 5, 2)])
+def test_small_volumes_are_denoised_too(shape):
+    assert small_slices()(torch.randn(shape)).shape == shape
+    assert SliceDnCNN((1, 1), 4, neighbours=0)(torch.randn(shape)).shape == shape
 
 
 # ------------------------------------------------------------------ DRUNet

@@ -10,7 +10,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
-from oder_fast.denoisers import DnCNN, DRUNet, TotalVariation, UNet, bound_lipschitz, estimate_lipschitz
+from oder_fast.denoisers import (
+    DnCNN,
+    DRUNet,
+    SliceDnCNN,
+    TotalVariation,
+    UNet,
+    bound_lipschitz,
+    estimate_lipschitz,
+)
 from oder_fast.denoisers.lipschitz import conv_norm
 from oder_fast.deqred import DEQRED
 from oder_fast.diagnosis import diagnose
@@ -322,6 +330,13 @@ def test_legacy_spectral_norm_is_seen():
     with torch.no_grad():
         layer(torch.zeros(1, 2, 3, 3))
     assert bound_lipschitz(layer) == pytest.approx(spectral(layer.weight.flatten(1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("predicts", ["image", "residual"])
+def test_the_bound_of_slices_counts_neighbours_and_background(predicts):
+    net = lengthen(SliceDnCNN((1, 2), 3, neighbours=1, predicts=predicts), 1.5).double()
+    image = torch.randn(1, 6, 3, 3, dtype=torch.float64)
+    assert spectral(dense(net, image[0])) <= bound_lipschitz(net)
 
 
 def test_residual_predictions_add_the_identity():

@@ -7,6 +7,7 @@ from .drunet import DRUNet
 from .freeze import frozen
 from .lipschitz import LipschitzEstimate, bound_lipschitz, estimate_lipschitz
 from .noise_level import AtNoiseLevel
+from .slices import SliceDnCNN
 from .total_variation import TotalVariation
 from .unet import UNet
 
@@ -17,6 +18,7 @@ __all__ = [
     "Denoiser",
     "DnCNN",
     "LipschitzEstimate",
+    "SliceDnCNN",
     "TotalVariation",
     "UNet",
     "bound_lipschitz",

@@ -68,13 +68,15 @@ LARGEST_OPTIONS: Mapping[str, int] = {
     "channels": 4096,
     "in_channels": 4096,
     "out_channels": 4096,
+    "neighbours": 64,
+    "dilations": 4096,
 }
 """Largest numbers in the options of the denoisers of this package."""
 
 MOST_LEVELS = 8
 """Of the denoisers of this package: each halves the image."""
 
-DENOISER_KINDS = ("unet", "dncnn", "drunet")
+DENOISER_KINDS = ("unet", "dncnn", "drunet", "slice_dncnn")
 """Denoisers of this package."""
 
 
@@ -233,7 +235,7 @@ class DenoiserSection(_Section):
     """The denoiser.
 
     Attributes:
-        kind: ``"unet"``, ``"dncnn"``, ``"drunet"``, or the class ``"module:Name"`` of one's own.
+        kind: ``"unet"``, ``"dncnn"``, ``"drunet"``, ``"slice_dncnn"``, or the class ``"module:Name"`` of one's own.
         options: Of its class; the channels are set to those of the images. Those of this package take at most 256
             layers, 64 blocks, 8 levels and 4096 channels.
         weights: File of a `state_dict`, or of a run of this package, to begin from.

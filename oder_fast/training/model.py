@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoisers import DnCNN, DRUNet, UNet, frozen
+from ..denoisers import DnCNN, DRUNet, SliceDnCNN, UNet, frozen
 from ..denoisers.call import memory_format
 from ..deqred import DEQRED
 from ..fixed_point import (
@@ -37,7 +37,9 @@ from .checkpoints import CheckpointError, configuration_of, load_checkpoint, rea
 from .configuration import DENOISER_KINDS, Configuration, ConfigurationError
 from .scans import Measured, Scan, make_scan
 
-DENOISERS: dict[str, type[nn.Module]] = dict(zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet), strict=True))
+DENOISERS: dict[str, type[nn.Module]] = dict(
+    zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet, SliceDnCNN), strict=True)
+)
 OWN = "own"
 """Kind of a denoiser that was given to `Trainer` as a module."""
 
