@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .denoisers import DnCNN
+from .denoisers import DnCNN, SliceDnCNN
 from .deqred import DEQRED
 
-Name = Literal["ct", "mri"]
+Name = Literal["ct", "mri", "idt"]
 
-KINDS: dict[str, type[nn.Module]] = {"dncnn": DnCNN}
+KINDS: dict[str, type[nn.Module]] = {"dncnn": DnCNN, "slice_dncnn": SliceDnCNN}
 """Networks of the models, as cards name them."""
 
 
@@ -31,14 +31,16 @@ def model_card(name: Name) -> dict[str, Any]:
 
 
 def pretrained(name: Name, *, tau: float | None = None, **options: Any) -> DEQRED:
-    r"""Return a model whose denoiser was trained through the fixed point on real images.
+    r"""Return a model whose denoiser was trained through the fixed point.
 
-    Images are attenuations, 0 in air, in any unit: the network has no biases, so that it commutes with a scale. `tau`
-    grows with the amplitude of the noise, and as 1 / size; `choose_tau` finds it from the data. `model_card` and
-    docs/models.md tell what the model was trained and tested with.
+    Images are in any unit: networks have no biases, so that they commute with a scale. Those of ``"ct"`` are
+    attenuations, 0 in air; those of ``"mri"`` complex; those of ``"idt"`` contrasts of cells in a medium, of any number
+    of slices and any size: see `SliceDnCNN`. `tau` grows with the amplitude of the noise, and for ``"ct"`` as 1 / size;
+    `choose_tau` finds it from the data. `model_card` and docs/models.md tell what the models were trained and tested
+    with.
 
     Args:
-        name: ``"ct"``.
+        name: ``"ct"``, ``"mri"`` or ``"idt"``.
         tau: In units of :math:`\|A\|^2`; by default that of the training.
         options: Of `DEQRED`.
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import oder_fast
-from oder_fast import ParallelBeamCT, model_card, pretrained
-from oder_fast.data import add_gaussian_noise, psnr, shepp_logan
+from oder_fast import DiffractionTomography, ParallelBeamCT, model_card, pretrained
+from oder_fast.data import add_gaussian_noise, cell_like, led_ring, psnr, shepp_logan
+from oder_fast.denoisers.slices import background
 from oder_fast.pretrained import Name
 
 WEIGHTS = Path(oder_fast.__file__).parent / "weights"
@@ -58,6 +59,28 @@ def test_ct_is_better_than_filtered_back_projection_in_any_unit():
     assert solution.converged.all()
     assert solution.denoiser_calls < 60
     assert psnr(solution.value, x) > psnr(ct.fbp(y, filter="hann"), x) + 3
+    assert (scaled / 1000 - solution.value).norm() < 5e-3 * solution.value.norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 64, 64), (3, 72, 60)])
+def test_idt_is_better_than_tikhonov_for_any_number_of_slices_in_any_unit(shape):
+    depths = [2.0 * (k - (shape[0] - 1) / 2) for k in range(shape[0])]
+    leds = torch.cat([led_ring(20, 0.9), led_ring(10, 0.6), led_ring(5, 0.3)])
+    optics = {"pixel_size": 0.14, "wavelength": 0.515, "numerical_aperture": 0.9, "medium_index": 1.33}
+    idt = DiffractionTomography(shape[1:], depths, leds, **optics)
+    x = cell_like(1, shape, torch.Generator().manual_seed(0), index_contrast=0.01)
+    y = add_gaussian_noise(idt(x), 15.0, torch.Generator().manual_seed(1))
+    model = pretrained("idt")
+    with torch.no_grad():
+        solution, scaled = model(y, idt, return_solution=True), model(1000 * y, idt)
+
+    def quality(value):
+        return psnr(value.real - background(value.real), x.real)
+
+    best = max(quality(idt.tikhonov(y, share * idt.norm_squared())) for share in (1e-5, 1e-4, 1e-3))
+    assert solution.converged.all()
+    assert solution.denoiser_calls < 20
+    assert quality(solution.value) > best + 2
     assert (scaled / 1000 - solution.value).norm() < 5e-3 * solution.value.norm()
 
 

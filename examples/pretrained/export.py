@@ -8,6 +8,7 @@ Writes oder_fast/weights/NAME.npz, half floats, and NAME.json: the card, with th
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 
@@ -30,11 +31,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model, _, configuration, _ = load_model(arguments.checkpoint)
     state = {key: value.numpy().astype(np.float16) for key, value in model.denoiser.state_dict().items()}
+    options = dict(configuration.denoiser.options)
+    if "in_channels" in inspect.signature(type(model.denoiser)).parameters:
+        options["in_channels"] = model.denoiser.in_channels
     card = {
-        "denoiser": {
-            "kind": configuration.denoiser.kind,
-            "options": {**configuration.denoiser.options, "in_channels": model.denoiser.in_channels},
-        },
+        "denoiser": {"kind": configuration.denoiser.kind, "options": options},
         "tau": arguments.tau,
         "nonnegative": False,
         **json.loads(arguments.card.read_text()),
