@@ -424,10 +424,9 @@ def _add_demos(demos: Any) -> None:
         "idt",
         help="intensity diffraction tomography of cells",
         description=(
-            "Simulate images of cells in a microscope under light from many sides, train a denoiser of volumes on "
-            "noise and then through the fixed point, reconstruct the refractive index by Tikhonov, total variation, "
-            "RED (all illuminations a step) and ODER (a minibatch of illuminations a step), print a table, and write "
-            "figure.png, arrays.npz and denoiser.pt."
+            "Simulate images of cells in a microscope under light from many sides, reconstruct the refractive index by "
+            "Tikhonov, total variation, RED (all illuminations a step) and ODER (a minibatch of illuminations a step), "
+            "print a table, and write figure.png, arrays.npz and denoiser.pt."
         ),
     )
 
@@ -481,7 +480,7 @@ def _add_demos(demos: Any) -> None:
         action="store_true",
         help="measure by beam propagation, not by the model that reconstructs",
     )
-    for demo in (ct, mri):
+    for demo in (ct, mri, idt):
         demo.add_argument(
             "--train",
             action="store_true",

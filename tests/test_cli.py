@@ -517,6 +517,7 @@ def test_the_noise_of_kspace_has_its_ratio():
 def idt_demo(tmp_path_factory):
     """Two runs of the demonstration in the same seed, and one of data from beam propagation."""
     tiny = [
+        "--train",
         "--steps",
         "2",
         "--fixed-point-steps",

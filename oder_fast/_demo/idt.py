@@ -49,6 +49,7 @@ class Settings(common.Settings):
     slices: int
     illuminations: int
     beam_propagation: bool
+    train: bool
 
 
 class AboveBackground(DnCNN):
@@ -206,6 +207,13 @@ def _train(settings: Settings) -> DnCNN:
     )
 
 
+def _prior(settings: Settings, idt: Microscope, y: Tensor) -> common.Prior:
+    if not settings.train:
+        return common.shipped("idt", idt, y, nonnegative=False)
+    common.say("The denoiser learns from other such phantoms, measured by the linear model.")
+    return common.Prior(_train(settings), _tau(settings), _plan(settings.slices).network)
+
+
 def _compute(settings: Settings, minibatch: int) -> common.Result:
     number = settings.illuminations
     truth = _phantoms(settings, 1, settings.size, settings.generator(4))[0]
@@ -219,10 +227,9 @@ def _compute(settings: Settings, minibatch: int) -> common.Result:
     common.say(
         f"Truth: a cell-like phantom, measured by {how}. Scan: {setting}; {minibatch} illuminations a step in ODER."
     )
-    common.say("The denoiser learns from other such phantoms, measured by the linear model.")
-    prior = common.Prior(_train(settings), _tau(settings), _plan(settings.slices).network)
-    common.say("Reconstructing")
     shown, y = idt.above_medium(truth), intensities[None]
+    prior = _prior(settings, idt, y)
+    common.say("Reconstructing")
     rows = []
     for share in WEIGHTS:
         reconstruct = partial(lambda share: idt.direct(y, share)[0], share)
