@@ -1,7 +1,8 @@
-"""Prepare folders for `oder-fast reproduce ct` and `mri` from public data.
+"""Prepare folders for `oder-fast reproduce` from public data.
 
     python examples/reproduce_data.py ct lidc0314_ct_256.npz invesalius_cranium_256.npz data/ct
     python examples/reproduce_data.py mri forrest_t1_256.npz ch2.nii.gz adi_t1_192.npz data/mri
+    python examples/reproduce_data.py idt qlsi_3d_hl60-cell_A140.tar.lzma data/idt
 
 CT: LIDC-IDRI patient 0314 (CC BY 3.0), arrays "hu" of Hounsfield units, and a head that comes with InVesalius (GPL-2),
 in means of 2 x 2 pixels: 128 x 128. Training and validation are slices of the first, with gaps of 10 slices and more
@@ -11,6 +12,9 @@ MRI: T1 volumes of three people. Trained on are studyforrest (PDDL 1.0) and Coli
 the latter, which is tested. FNNDSC's adi_brain (Apache-2.0), a person of whom nothing is trained on, is tested too, and
 slices of it, 20 and more away, choose weights. Means of 2 x 2 pixels where the slice is larger than 192, then the
 middle 128 x 128.
+
+IDT: cell-like phantoms of eight slices of 64 x 64 pixels, trained on and tested, and a real HL60 cell (CC0), tested:
+refractive index by back-projection of 140 phase images, in means of two pixels across and 17 along the light.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 TEST, STREAKS, VALIDATION = range(130, 151), 255, (112, 118)
 """Of LIDC: slices 105 to 160 train nothing."""
@@ -78,19 +83,38 @@ def mri(forrest: Path, colin: Path, adi: Path) -> dict[str, np.ndarray]:
     return {name: squared(image.clip(0, 1.3)) for name, image in images.items()}
 
 
+def idt(archive: Path) -> dict[str, np.ndarray]:
+    """Return volumes by the files they go to."""
+    from pretrained.prepare_idt import OPTIONS, SLICES, draw, real_cell
+
+    generator = torch.Generator().manual_seed(0)
+    parts = {"train": 60, "validation": 2, "test/phantoms": 5}
+    images = {f"{part}/{k:03d}": draw((64,), generator) for part, n in parts.items() for k in range(n)}
+    index = real_cell(archive)
+    layers, rows, columns = index.shape
+    each = layers // SLICES
+    index = index[: each * SLICES].reshape(SLICES, each, rows, columns).mean(1)
+    index = np.stack([halved(one) for one in index])
+    top, left = ((n - 64) // 2 for n in index.shape[1:])
+    index = index[:, top : top + 64, left : left + 64]
+    images["test/cell/hl60"] = ((2 * OPTIONS["medium_index"] + index) * index).astype(np.complex64)
+    return images
+
+
 def main() -> None:
     """Do it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("ct", "mri"))
+    parser.add_argument("what", choices=("ct", "mri", "idt"))
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    for name, image in {"ct": ct, "mri": mri}[arguments.what](*arguments.files).items():
+    for name, image in {"ct": ct, "mri": mri, "idt": idt}[arguments.what](*arguments.files).items():
         path = arguments.output / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.ascontiguousarray(image, dtype=np.float32))
+        kind = np.complex64 if np.iscomplexobj(image) else np.float32
+        np.save(path, np.ascontiguousarray(image, dtype=kind))
 
 
 if __name__ == "__main__":

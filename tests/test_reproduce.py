@@ -138,7 +138,6 @@ def few(monkeypatch, one_thread):
         "TOLERANCE": 0.1,
         "OFFICIAL_STEPS": 5,
         "UNROLLED_STEPS": 2,
-        "SMOOTH_STEPS": 5,
         "WEIGHTS": (1e-3, 1e-2),
         "TAUS": (1.0,),
         "ODER_TAUS": (1.0, 3.0),

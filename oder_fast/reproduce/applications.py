@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..data import ImageFolder, psnr, snr, ssim
 from ..data.samples import collate
-from ..denoisers import DnCNN, TotalVariation
+from ..denoisers import TotalVariation
 from ..deqred import DEQRED
 from ..fixed_point import Anderson, Nesterov, NotConvergedWarning, Solution, Solver
 from ..operators import MeasurementOperator
@@ -66,8 +66,8 @@ TAUS, ODER_TAUS = (0.3, 1.0, 3.0), (1.0, 3.0, 10.0)
 UNROLLED_TAU, UNROLLED_TIMES = 0.2, 3
 """Where the weight of the unrolled networks starts, which they learn; and their steps over those of the others."""
 
-WEIGHTS, SMOOTH_TAU, SMOOTH_STEPS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 0.03, 60
-"""Of total variation; the tau with which it is solved, and its calls."""
+WEIGHTS, SMOOTH_TAU = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 0.03
+"""Of total variation, and the tau with which it is solved."""
 
 NO_DATA = {"phantoms": {"kind": "ellipses"}}
 CONTRACTION = {"mse": 1.0, "contraction": 0.02}
@@ -111,6 +111,8 @@ class Application:
         patches: Whether training takes parts of the images.
         views: Whether the number of views goes with the size of an image, as that which sampling needs does, so that
             small images have the artefacts of whole ones; and tau with its inverse, as the norm squared does.
+        volumes: By how much fewer steps are trained, and images taken in each, as an image is one of many slices.
+        denoiser: As in a configuration, in place of a `DnCNN`.
     """
 
     operator: Mapping[str, Any]
@@ -119,6 +121,8 @@ class Application:
     direct: Mapping[str, Solve]
     patches: bool = True
     views: bool = False
+    volumes: int = 1
+    denoiser: Mapping[str, Any] | None = None
 
     def of_size(self, share: float) -> tuple[dict[str, Any], float]:
         """Return operator and tau of images of a share of the whole size."""
@@ -167,19 +171,25 @@ APPLICATIONS: dict[str, Application] = {
     "idt": Application(
         {
             "kind": "idt",
-            "depths": [-4.0, -2.0, 0.0, 2.0, 4.0],
-            "rings": [[24, 0.6], [18, 0.4], [12, 0.2]],
-            "pixel_size": 0.2,
-            "wavelength": 0.53,
-            "numerical_aperture": 0.65,
+            "depths": [2.0 * k - 7 for k in range(8)],
+            "thickness": 2.0,
+            "rings": [[21, 0.9], [17, 0.72], [13, 0.54], [9, 0.36], [4, 0.18]],
+            "pixel_size": 0.14,
+            "wavelength": 0.515,
+            "numerical_aperture": 0.9,
             "medium_index": 1.33,
-            "contrast_unit": 0.03,
-            "snr": 20,
+            "contrast_unit": 0.0266,
+            "snr": 15,
         },
-        0.1,
-        0.004,
-        {f"Tikhonov, {share:g}": partial(_tikhonov, share) for share in (1e-5, 1e-4, 1e-3, 1e-2)},
+        0.15,
+        0.00225,
+        {f"Tikhonov, {share:g}": partial(_tikhonov, share) for share in (1e-5, 1e-4, 3e-4, 1e-3, 1e-2)},
         patches=False,
+        volumes=3,
+        denoiser={
+            "kind": "slice_dncnn",
+            "options": {"dilations": [1, 2, 4, 8, 4, 2, 1], "width": 24, "neighbours": 2},
+        },
     ),
 }
 
@@ -279,11 +289,14 @@ class Experiment:
     def _configuration(self, run: str, red: Mapping[str, Any], weights: Path | None) -> Any:
         application, effort = self.application, self.effort
         first, unrolled = weights is None, red.get("differentiation") == "unrolled"
-        noise, trained = (
-            {"batch_size": size, "schedule": "cosine", "ema": None}
-            for _, size in (effort.noise, effort.trained)
+        (noise_steps, noise), (trained_steps, trained) = (
+            (
+                steps // application.volumes,
+                {"batch_size": max(1, size // application.volumes), "schedule": "cosine", "ema": None},
+            )
+            for steps, size in (effort.noise, effort.trained)
         )
-        denoiser = {"kind": "dncnn", "options": dict(effort.network)}
+        denoiser = dict(application.denoiser or {"kind": "dncnn", "options": dict(effort.network)})
         return read_configuration(
             {
                 "operator": self.small,
@@ -298,13 +311,13 @@ class Experiment:
                 "red": {"tau": self.small_tau, **red},
                 "pretraining": {
                     **noise,
-                    "steps": effort.noise[0] if first else 0,
+                    "steps": noise_steps if first else 0,
                     "learning_rate": 2e-3,
                     "sigma": [0.0, application.sigma],
                 },
                 "training": {
                     **trained,
-                    "steps": 0 if first else effort.trained[0] * (UNROLLED_TIMES if unrolled else 1),
+                    "steps": 0 if first else trained_steps * (UNROLLED_TIMES if unrolled else 1),
                     "learning_rate": 4e-4,
                     "loss": {"mse": 1.0} if unrolled else CONTRACTION,
                     "contraction": 0.95,
@@ -355,11 +368,6 @@ class Experiment:
             folder = "".join(c if c.isalnum() else "-" for c in method)
             checkpoints[method] = self.train(folder, red, first)
         return {method: load_model(path)[0] for method, path in checkpoints.items()}
-
-    def weights(self) -> int:
-        """Return how many weights the network has."""
-        network = DnCNN(in_channels=self.scan.channels, **self.effort.network)
-        return sum(p.numel() for p in network.parameters())
 
     def size(self, share: str) -> int:
         """Return the blocks of a minibatch."""
@@ -498,7 +506,7 @@ def run(name: str, data: Path, output: Path, scale: Scale = "cpu", seed: int = 0
     first = experiment.test[0]
     remarks = [
         f"{len(experiment.test)} test images of {' x '.join(map(str, first.truth.shape))}, "
-        f"{len(experiment.validation)} to choose on; the network has {experiment.weights()} weights; "
+        f"{len(experiment.validation)} to choose on; "
         f"{time.perf_counter() - start:.0f} s with what had to be trained.",
         *_unconverged(scores),
     ]
