@@ -62,10 +62,10 @@ def test_the_version_is_the_same_everywhere():
         pytest.skip("the sources are not here")
     cited = re.search(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
     assert cited == declared
-    release, dev, _ = declared.partition(".dev")
     newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
-    assert newest.startswith(f"{release} (")
-    assert ("(unreleased)" in newest) == bool(dev)
+    release, dated = re.fullmatch(r"(\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)", newest).groups()
+    assert release == declared.partition(".dev")[0]
+    assert dated == "unreleased" or release == declared, "a version that is out is no version in the making"
     assert 'version = metadata.version("oder-fast")' in (ROOT / "docs/conf.py").read_text()
 
 
