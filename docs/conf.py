@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Of the help that commands print.
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -23,6 +24,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 
 from oder_fast.cli import main as cli_main
+from without_torchvision import import_deepinv
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -60,8 +62,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 autosummary_generate = True
-# An extra that the site can do without.
-autodoc_mock_imports = ["deepinv"]
+# An extra that the site can do without. Where it is installed, it is imported without torchvision, which no page needs.
+HAS_DEEPINV = import_deepinv() is not None
+autodoc_mock_imports = [] if HAS_DEEPINV else ["deepinv"]
 autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -78,10 +81,14 @@ PACKAGES = (
     "oder_fast.reconstruction",
 )
 
+# Examples that are shown but not run: those of deepinv without it, and that of a scan whose file is not here.
+NOT_RUN = [
+    name for name, runs in {"deepinv_": HAS_DEEPINV, "ct_tooth": "TOOTH" in os.environ}.items() if not runs
+]
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_gallery",
-    "filename_pattern": r"plot_",
+    "filename_pattern": rf"plot_(?!{'|'.join(NOT_RUN) or '$'})",
     "within_subsection_order": "gallery_order.ByReading",
     "abort_on_example_error": True,
     "doc_module": ("oder_fast",),

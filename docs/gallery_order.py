@@ -3,6 +3,7 @@
 ORDER = (
     "plot_ct_dicom.py",
     "plot_ct_beamline.py",
+    "plot_ct_tooth.py",
     "plot_mri_kspace.py",
     "plot_idt_stack.py",
     "plot_choose_tau.py",
@@ -13,6 +14,8 @@ ORDER = (
     "plot_train.py",
     "plot_own_operator.py",
     "plot_own_denoiser.py",
+    "plot_deepinv_physics.py",
+    "plot_deepinv_algorithms.py",
 )
 
 

@@ -17,6 +17,7 @@ KEPT = {
     "choosing.png": "plot_choose_tau",
     "forms.png": "plot_two_forms",
     "mri.png": "plot_mri_kspace",
+    "tooth.png": "plot_ct_tooth",
 }
 # Bytes of a file, at most; widths that are tried, in pixels.
 LARGEST, WIDTHS = 150_000, (1000, 900, 800, 700, 600, 500)
@@ -35,7 +36,11 @@ def main() -> None:
     """Copy all that pages outside of the gallery show."""
     (FOLDER / "images").mkdir(exist_ok=True)
     for name, example in KEPT.items():
-        figure = Image.open(FOLDER / f"auto_gallery/images/sphx_glr_{example}_001.png").convert("RGB")
+        made = FOLDER / f"auto_gallery/images/sphx_glr_{example}_001.png"
+        if not made.exists():
+            print(f"{name} stays as it is: the last build did not run {example}")
+            continue
+        figure = Image.open(made).convert("RGB")
         sizes = (png for width in WIDTHS for png in encoded(figure, width))
         target = FOLDER / "images" / name
         target.write_bytes(next(png for png in sizes if len(png) < LARGEST))

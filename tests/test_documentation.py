@@ -7,6 +7,7 @@ import runpy
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from without_torchvision import import_deepinv
@@ -70,6 +71,20 @@ def test_the_gallery_shows_every_example_with_a_title_and_pictures():
         assert len(lines) > 3, path
         assert lines[1] == "=" * len(lines[0]), path
         assert "plt.show()" in path.read_text(), path
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("path", [p for p in GALLERY if "deepinv" in p.stem], ids=lambda path: path.stem)
+def test_examples_that_the_site_does_without_run(path, monkeypatch):
+    """The site shows them without running them where deepinv is not installed."""
+    if import_deepinv() is None:
+        pytest.skip("deepinv is not installed: see CONTRIBUTING.md")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.get_fignums()))
+    runpy.run_path(str(path))
+    plt.close("all")
+    assert shown[-1], "no figure"
 
 
 PUBLIC = ("", ".operators", ".denoisers", ".fixed_point", ".data", ".ops", ".training", ".reconstruction")
