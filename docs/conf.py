@@ -33,10 +33,22 @@ author = "the authors of oder_fast"
 copyright = "the authors of oder_fast, MIT licence"
 release = version = metadata.version("oder-fast")
 
+# Links into the documentation of others, where LINKS is 1: their inventories come from the network, and Sphinx warns
+# where that cannot be reached.
+LINKED = {
+    "python": "https://docs.python.org/3",
+    "numpy": "https://numpy.org/doc/stable",
+    "scipy": "https://docs.scipy.org/doc/scipy",
+    "torch": "https://docs.pytorch.org/docs/stable",
+}
+intersphinx_mapping = {name: (url, None) for name, url in LINKED.items() if os.environ.get("LINKS") == "1"}
+intersphinx_timeout = 20
+
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx_gallery.gen_gallery",
