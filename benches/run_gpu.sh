@@ -5,7 +5,7 @@
 #   benches/run_gpu.sh [WHEELS]
 #
 # WHEELS   folder of wheels of the Python packages that are missing, if any (the first step names them)
-# OUT      folder for <gpu>.log, <gpu>.json (the record that benches/tables.py puts into the README) and <gpu>-kernels.csv;
+# OUT      folder for <gpu>.log, <gpu>.json (a record, as benches/tables.py makes it) and <gpu>-kernels.csv;
 #          by default benches/results
 # PYTHON   by default python3: an interpreter with a CUDA build of torch
 # BUDGET   seconds in all, by default 580: a step gets what is left of them at most

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from cases import angles_over
 
 import bench_diffraction
@@ -326,3 +327,19 @@ def test_script_names_a_folder_of_wheels_that_is_not_there(tmp_path):
     done = run(tmp_path, WHEELS=str(tmp_path / "none"), PYTHON=sys.executable)
     assert done.returncode == 2
     assert "there is no folder of wheels" in done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="the workflows are not here")
+def test_the_workflow_runs_the_script_when_it_is_asked_to_alone():
+    """Where a pull request started it, its code would run on somebody's machine."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/gpu.yml").read_text())
+    assert set(workflow[True]) == {"workflow_dispatch"}  # YAML reads "on" as true
+    (job,) = workflow["jobs"].values()
+    assert job["runs-on"] == ["self-hosted", "gpu"]
+    (step,) = (step for step in job["steps"] if "run" in step)
+    assert step["run"] == SCRIPT.relative_to(ROOT).as_posix()
+    told = re.findall(r"^# ([A-Z]+) {2,}", SCRIPT.read_text(), re.MULTILINE)
+    assert set(step["env"]) <= set(told)
+    (upload,) = (step for step in job["steps"] if "upload-artifact" in step.get("uses", ""))
+    assert upload["with"]["path"] == step["env"]["OUT"]
+    assert upload["if"] == "always()"
