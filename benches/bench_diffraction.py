@@ -26,6 +26,8 @@ from oder_fast.operators import _matrices
 
 CASES = ((256, 32, 8), (512, 89, 8))
 # The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.
+# A process of its own finds modules where this one does: those of the tests, too.
+PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 OPTICS = {"wavelength": 0.6, "numerical_aperture": 0.25, "medium_index": 1.33, "pixel_size": 0.5}
 
@@ -158,7 +160,9 @@ def test_gradient(report, build, one_thread, case):
 def test_gradient_with_an_allocator_that_keeps_memory(report, case):
     report.benchmark.pedantic(lambda: None)
     command = [sys.executable, __file__, *map(str, case)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **KEEP})
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **PATH, **KEEP}
+    )
     backend = f"cpu-{oder_fast.build_info()['cpu']['isa']}"
     add_both(report, backend, f"{name_of(case)}, allocator keeps memory", json.loads(done.stdout))
 
@@ -247,9 +251,8 @@ print(peak() - before - result.numel() * 8)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 def test_peak_memory(report):
     """Beyond inputs and output: spectra of the slices, and never anything of illuminations x slices x pixels."""
-    folder = os.path.dirname(os.path.abspath(__file__))
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, cwd=folder
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, env={**os.environ, **PATH}
     )
     report.benchmark.pedantic(lambda: None)
     extra, (size, lights, slices) = int(run.stdout), CASES[1]

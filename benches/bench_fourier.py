@@ -24,6 +24,8 @@ from oder_fast import ops
 
 CASES = ((1, 16, 320, 320), (8, 16, 640, 368))
 # The C library's allocator told to keep what is freed: torch's large temporaries then cost no page faults.
+# A process of its own finds modules where this one does: those of the tests, too.
+PATH = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
@@ -135,7 +137,9 @@ def test_gradient_of_lines(report, build, one_thread, case):
 def kept(case: tuple[int, ...], points: bool) -> dict[str, float]:
     """Time in a process whose allocator keeps its memory."""
     command = [sys.executable, __file__, *map(str, case), str(int(points))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **KEEP})
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **PATH, **KEEP}
+    )
     return json.loads(done.stdout)
 
 
@@ -245,9 +249,8 @@ for case, points in ((CASES[0], False), ((1, 16, 640, 368), False), (CASES[0], T
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 def test_peak_memory(report):
     """Beyond inputs and output: the strips of a thread for lines, three planes for points."""
-    folder = os.path.dirname(os.path.abspath(__file__))
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, cwd=folder
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, env={**os.environ, **PATH}
     )
     report.benchmark.pedantic(lambda: None)
     for line in run.stdout.splitlines():
