@@ -148,7 +148,7 @@ def ct_case(nonnegative=False):
     ct = ParallelBeamCT(tuple(truth.shape[1:]), y.shape[1], y.shape[2])
     tau = ct_demo.TAU_PER_VIEW * ct.n_blocks / ct.norm_squared()
     return Case(
-        f"CT {truth.shape[1]}x{truth.shape[2]}, {y.shape[1]} views",
+        f"CT {truth.shape[1]}x{truth.shape[2]}, {y.shape[1]} views{', x >= 0' * nonnegative}",
         network_of(saved),
         ct,
         y,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -68,6 +69,8 @@ def report(benchmark) -> Report:
     benchmark.extra_info["rows"] = result.rows
     benchmark.extra_info["versions"] = {"torch": torch.__version__, "oder_fast": oder_fast.__version__}
     benchmark.extra_info["build"] = oder_fast.build_info()
+    # What else the machine does: a load above 1 is of other programs, while a bench on one thread runs.
+    benchmark.extra_info["load"] = round(os.getloadavg()[0], 1)
     if torch.cuda.is_available():
         benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
 

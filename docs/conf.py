@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from measured import put_tables, records_of
 
 from oder_fast.cli import main as cli_main
 from without_torchvision import import_deepinv
@@ -151,6 +152,13 @@ def link_to_gallery(app: Any, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("](gallery)", "](auto_gallery/index.rst)")
 
 
+def show_records(app: Any, docname: str, source: list[str]) -> None:
+    """Put tables of measurements in their places."""
+    for record in records_of(source[0]):
+        app.env.note_dependency(str(record))
+    source[0] = put_tables(source[0])
+
+
 class CommandHelp(Directive):
     """Show what ``oder-fast NAME ... --help`` prints, each in a section of its own."""
 
@@ -177,5 +185,6 @@ def setup(app: Any) -> None:
     """Register what is above."""
     app.connect("missing-reference", resolve)
     app.connect("source-read", link_to_gallery)
+    app.connect("source-read", show_records)
     app.add_directive("command-help", CommandHelp)
     app.connect("autodoc-skip-member", skip)

@@ -1,15 +1,19 @@
 """Every example in the README and in docs/ runs, in the order typed; the site leaves out no page, example or name."""
 
 import ast
+import csv
 import importlib
+import json
 import re
 import runpy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 
+import tables
 from without_torchvision import import_deepinv
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +179,90 @@ def test_what_a_solve_says_has_its_paragraph(source, words):
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     assert words in said or words in " ".join(ast.unparse(tree).split())
+
+
+def test_the_paper_cites_what_its_bibliography_has():
+    text, entries = (ROOT / "paper.md").read_text(), (ROOT / "paper.bib").read_text()
+    keys = re.findall(r"^@\w+\{(\w+),$", entries, re.MULTILINE)
+    assert len(keys) == len(set(keys)) > 10
+    assert set(re.findall(r"(?<![\w`.])@(\w+)", text)) == set(keys)
+    (figure,) = re.findall(r"\]\((docs/images/\S+)\)", text)
+    assert (ROOT / figure).exists()
+    for record in re.findall(r"`([\w/-]+\.(?:json|csv|txt))`", text):
+        assert any((folder / record).exists() for folder in (ROOT, ROOT / "benches/results")), record
+
+
+RESULTS = ROOT / "benches" / "results"
+
+
+def measured():
+    return SimpleNamespace(**runpy.run_path(str(DOCS / "measured.py")))
+
+
+def cells(table):
+    """Rows of a Markdown table, by the names of its columns."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.csv")]), ids=lambda path: path.name
+)
+def test_a_record_becomes_a_table(path):
+    found = cells(measured().table(path.name))
+    if path.suffix == ".csv":
+        header, *rows = csv.reader(path.read_text().splitlines())
+        last = header[-1]
+        assert list(found[0]) == header
+        assert [float(row[last]) for row in found] == pytest.approx(
+            [float(row[-1]) for row in rows], rel=5e-3
+        )
+        return
+    record = json.loads(path.read_text())
+    for row, shown in zip(record["rows"], found, strict=True):
+        assert shown["operator"] == f"`{row['op']}`"
+        if row["ms"] is not None:
+            assert float(shown["ms"]) == pytest.approx(row["ms"], rel=5e-3)
+        assert all(name in shown["times as fast as"] for name in row["ratio"])
+        assert row["note"].replace("|", "\\|") == shown.get("note", "")
+
+
+def test_pages_take_their_tables_from_records():
+    """Each JSON record is shown, marks name what is there, and no page has a row of a record typed in."""
+    script = measured()
+    shown = {record for page in PAGES for record in script.records_of(page.read_text())}
+    assert all(record.exists() for record in shown)
+    assert set(RESULTS.glob("*.json")) <= shown
+    for page in PAGES:
+        source = page.read_text()
+        assert source.count("<!-- table:") == len(script.records_of(source)), page
+        assert "<!-- table:" not in script.put_tables(source)
+        assert "| `radon_forward` | cpu" not in source, page
+    with pytest.raises(ValueError, match="no row"):
+        script.of_record({"machine": "", "versions": {}, "date": "", "rows": []}, "radon")
+
+
+def test_a_run_of_the_benches_becomes_a_record():
+    row = {"op": "radon", "backend": "cpu", "shape": "1", "ms": 1.0, "rate": "", "ratio": {}, "note": "a|b"}
+    extra = {"rows": [row], "versions": {"torch": "2"}, "build": {}, "load": 1.5}
+    cpu = {"brand_raw": "A processor", "count": 2, "family": 25, "model": 17}
+    run = {
+        "benchmarks": [{"extra_info": extra}, {"extra_info": {}}],
+        "machine_info": {"cpu": cpu, "machine": "x86_64", "system": "Linux", "python_version": "3.11"},
+        "datetime": "2026-11-28T12:00:00",
+    }
+    record = tables.record(run, run)
+    assert record["rows"] == [row, row]
+    table = measured().of_record(record)
+    assert table.startswith(
+        "A processor, 2 cores (family 25 model 17); torch 2; load 1.5 to 1.5; 2026-11-28. "
+    )
+    shown = {"operator": "`radon`", "backend": "cpu", "case": "1", "ms": "1", "note": "a\\|b"}
+    assert cells(table) == [shown, shown]
+    counted = measured().of_record(tables.counts(record))
+    assert "Times are left out" in counted
+    assert "ms" not in cells(counted)[0]
 
 
 def test_images_of_pages_are_small_and_shown():
