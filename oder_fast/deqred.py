@@ -51,7 +51,7 @@ class DEQRED(nn.Module):
             complex ones two (real and imaginary part) for each of theirs.
         tau: :math:`\tau` in units of :math:`\|A\|^2`, the weight of the prior: a float, which is not in the
             `state_dict`, a 0-d tensor, or a parameter to be trained.
-        step: `ProximalStep`, which converges in about ten calls of the denoiser, or `GradientStep`, the form in which
+        step: `ProximalStep`, which converges in tens of calls of the denoiser, or `GradientStep`, the form in which
             RED and ODER were published.
         solver: `Anderson`, `Nesterov` or `Picard`; by default `Anderson`, or `Picard` where gradient steps take
             minibatches.

@@ -29,7 +29,7 @@ class ProximalStep:
     .. math:: T(x) = \arg\min_u \tfrac12 \|A u - y\|^2 + \tfrac{\tau}{2} \|u - D(x)\|^2
         = (A^H A + \tau)^{-1} (A^H y + \tau D(x))
 
-    The denoiser alone limits how fast it converges: about ten calls. The inner solve stops at a tenth of the outer
+    The denoiser alone limits how fast it converges: in tens of calls. The inner solve stops at a tenth of the outer
     residual and starts at the last iterate.
 
     Args:

@@ -14,6 +14,7 @@ views that were left out. The scan is not in this repository. The figure is of a
 # The file is ``tooth.h5`` of the `repository of TomoPy <https://github.com/tomopy/tomopy>`_. Name its path by the
 # variable ``TOOTH`` of the environment; the build of this site runs the page only where it is set.
 
+# sphinx_gallery_thumbnail_path = 'images/tooth.png'
 import os
 
 import matplotlib.pyplot as plt

@@ -62,14 +62,14 @@ for name, (step, solver) in forms.items():
 # denoiser the left plot is what counts, since one call of it costs far more than one of the operator. On the right
 # the image that all of them go to.
 
-fig, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
 for (name, rows), color in zip(found.items(), ("C0", "C9", "C1", "C3"), strict=True):
     denoiser_calls, operator_calls, distances = zip(*rows, strict=True)
     axes[0].loglog(denoiser_calls, distances, "o-", color=color, label=name)
     axes[1].loglog(operator_calls, distances, "o-", color=color, label=name)
 for axis, what in zip(axes, ("denoiser", "operator"), strict=False):
     axis.set(xlabel=f"calls of the {what}", ylabel="relative distance from the fixed point", xlim=(1, 1000))
-axes[0].legend(fontsize=8, loc="lower left")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
 axes[2].imshow(exact[0], cmap="gray", vmin=0, vmax=0.5)
 axes[2].set_title(f"fixed point, {psnr(exact, x):.2f} dB")
 axes[2].set_axis_off()
