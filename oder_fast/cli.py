@@ -204,7 +204,7 @@ def _print_tree(tree: Mapping[str, Any], indent: str = "") -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     what, data = arguments.what, arguments.data
     trains = what not in MEASURED
-    needs("reproduce", "matplotlib", *(EXTRAS["train"] if trains else ["pydicom"] if what == "cost" else []))
+    needs("reproduce", *EXTRAS["train"], *(["pydicom"] if what == "cost" else []))
     from .reproduce import EXPERIMENTS, applications
 
     if trains != (data is not None):

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+from .._extras import EXTRAS, needs
+
+needs("oder_fast.reproduce", *EXTRAS["train"])
+
 from . import applications, cost, theory
 from .report import Claim, Report
 
