@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ops
+from . import viz as viz
 from .choice import Choice, choose_tau, choose_weight
 from .denoisers import (
     BM3D,

@@ -91,7 +91,17 @@ def test_examples_that_the_site_does_without_run(path, monkeypatch):
     assert shown[-1], "no figure"
 
 
-PUBLIC = ("", ".operators", ".denoisers", ".fixed_point", ".data", ".ops", ".training", ".reconstruction")
+PUBLIC = (
+    "",
+    ".operators",
+    ".denoisers",
+    ".fixed_point",
+    ".data",
+    ".ops",
+    ".training",
+    ".reconstruction",
+    ".viz",
+)
 
 
 @pytest.mark.parametrize("package", [f"oder_fast{name}" for name in PUBLIC])

@@ -33,10 +33,12 @@ MAY_IMPORT = {
     "choice": {"deqred", "fixed_point", "operators", "denoisers"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
-    "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators"},
+    "viz": set(),
+    "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators", "viz"},
     "reconstruction": {"training", "denoisers", "data", "operators"},
     "pretrained": {"deqred", "denoisers"},
     "reproduce": {
+        "viz",
         "training",
         "pretrained",
         "published",
@@ -60,6 +62,7 @@ MAY_IMPORT = {
         "data",
     },
     "_demo": {
+        "viz",
         "pretrained",
         "choice",
         "training",

@@ -12,7 +12,8 @@ import torch
 from oder_fast.cli import main
 from oder_fast.data import cell_like, random_ellipses
 from oder_fast.reproduce import EXPERIMENTS, Claim, Report, applications, cost, theory
-from oder_fast.reproduce.report import new_figure, power_law
+from oder_fast.reproduce.report import power_law
+from oder_fast.viz import new_figure
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from ..pretrained import Name, model_card, pretrained
 from ..red import GradientStep
 from ..training import Trainer, read_configuration
 from ..training.draws import seed_of
+from ..viz import largest_of, new_figure, show_error, show_image, window_of
 
 FILES = ("figure.png", "arrays.npz", "denoiser.pt")
 SMALLEST = 16
@@ -562,9 +563,6 @@ def _caveats(rows: Sequence[Row]) -> list[str]:
 
 def _figure(result: Result) -> Any:
     """Draw images, error maps on one scale, and what the solves went through."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     truth, direct = result.truth, result.direct
     smooth, red, oder = result.rows[-3:]
     views = result.views
@@ -573,23 +571,18 @@ def _figure(result: Result) -> Any:
     for view in views[1:]:
         height, width = view.pick(truth).shape
         heights.append(0.6 + 3.4 * min(height * view.aspect / width, 1.0))
-    figure = Figure(figsize=(14, 7 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 7 + sum(heights))
     figure.suptitle(result.title, fontsize=15)
     parts: Any = figure.subfigures(2, 1, height_ratios=(4 + sum(heights), 3.4))
     images, curves = parts
     axes = images.subplots(len(views) + 1, 4, height_ratios=(*heights, 4.0))
     quality, convergence = curves.subplots(1, 2)
-    low, high = (float(torch.quantile(truth.flatten(), q)) for q in (0.005, 0.995))
-    grey: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": high, "interpolation": "nearest"}
-    rows = (direct, smooth, red)
-    errors = [(views[0].pick(row.image) - views[0].pick(truth)).abs() for row in rows]
-    largest = float(torch.quantile(errors[0].flatten(), 0.98))
+    window, rows, known = window_of(truth), (direct, smooth, red), views[0].pick(truth)
+    largest = largest_of(views[0].pick(direct.image) - known)
 
     for k, (view, line) in enumerate(zip(views, axes[:-1], strict=True)):
         for axis, image in zip(line, (truth, *(row.image for row in rows)), strict=True):
-            shown = axis.imshow(view.pick(image).numpy(), aspect=view.aspect, **grey)
-            axis.set(title=view.name, xticks=[], yticks=[])
+            shown = show_image(axis, view.pick(image), window, view.name, view.aspect)
         if k == 0:
             line[0].set_title(f"Truth, {view.name}" if view.name else "Truth")
             for axis, row in zip(line[1:], rows, strict=True):
@@ -598,9 +591,8 @@ def _figure(result: Result) -> Any:
 
     last = axes[-1]
     result.draw_data(last[0])
-    for axis, row, error in zip(last[1:], rows, errors, strict=True):
-        shown = axis.imshow(error.numpy(), cmap="inferno", vmin=0, vmax=largest, interpolation="nearest")
-        axis.set(title=f"|{row.short} - truth|", xticks=[], yticks=[])
+    for axis, row in zip(last[1:], rows, strict=True):
+        shown = show_error(axis, views[0].pick(row.image), known, largest, f"|{row.short} - truth|")
     images.colorbar(shown, ax=last, label="absolute error", shrink=0.9, pad=0.01, extend="max")
 
     styles: tuple[dict[str, Any], ...] = (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._extras import needs
 
 Policy = Literal["raise", "warn", "ignore"]
 POLICIES = ("raise", "warn", "ignore")
@@ -69,6 +71,50 @@ class Solution:
     def residual(self) -> Tensor:
         """The last relative residual of each image, float64, shape ``(B,)``."""
         return last_residual(self.residuals)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the relative residual of each image over the iterations, and say how many calls they took.
+
+        Args:
+            axes: Of matplotlib; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: Where matplotlib is not installed.
+
+        Example:
+            >>> from oder_fast import DEQRED, ParallelBeamCT
+            >>> ct = ParallelBeamCT(image_size=16, angles=12)
+            >>> model = DEQRED(lambda x: 0.5 * x, tau=0.1)
+            >>> model(torch.ones(1, 12, ct.n_bins), ct, return_solution=True).plot().get_xlabel()
+            'iteration'
+        """
+        if axes is None:
+            needs("Solution.plot", "matplotlib")
+            from matplotlib.figure import Figure
+
+            axes = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
+        for image, residuals in enumerate(self.residuals.numpy().T):
+            known = np.isfinite(residuals) & (residuals > 0)
+            end = (
+                "diverged"
+                if self.diverged[image]
+                else "converged"
+                if self.converged[image]
+                else "not converged"
+            )
+            label = f"image {image}: {end}, distance {float(self.distance[image]):.1e}"
+            axes.semilogy(self.residual_iterations.numpy()[known], residuals[known], ".-", label=label)
+        axes.set(
+            xlabel="iteration",
+            ylabel="relative residual",
+            title=f"{self.denoiser_calls} calls of the denoiser, {self.operator_calls:g} of the operator",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return axes
 
     def require(self, on_failure: Policy, *, stacklevel: int = 2) -> Solution:
         """Return this solution if all images converged; else do what the policy says.

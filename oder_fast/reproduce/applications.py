@@ -44,7 +44,8 @@ from ..red import GradientStep, ProximalStep
 from ..training import Trainer, load_model, read_configuration
 from ..training.draws import seed_of
 from ..training.scans import Measured, Scan, make_scan
-from .report import Claim, Report, new_figure
+from ..viz import largest_of, new_figure, show_error, show_image, window_of
+from .report import Claim, Report
 
 Scale = Literal["cpu", "gpu"]
 Solve = Callable[[Any, Tensor], Tensor | Solution]
@@ -581,19 +582,12 @@ def _figure(truth: Tensor, images: Mapping[str, Tensor], scores: Mapping[str, Se
     above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
     axes = above.subplots(2, len(methods) + 1)
     truth = plane(truth)
-    low, high = (float(torch.quantile(truth.flatten(), q)) for q in (0.005, 0.995))
-    grey = {"cmap": "gray", "vmin": low, "vmax": high, "interpolation": "nearest"}
-    largest = float(torch.quantile((plane(images[methods[0]]) - truth).abs().flatten(), 0.98))
-    axes[0, 0].imshow(truth.numpy(), **grey)
-    axes[0, 0].set_title("truth")
+    window, largest = window_of(truth), largest_of(plane(images[methods[0]]) - truth)
+    show_image(axes[0, 0], truth, window, "truth")
     axes[1, 0].set_axis_off()
     for column, method in zip(axes[:, 1:].T, methods, strict=True):
-        column[0].imshow(plane(images[method]).numpy(), **grey)
-        column[0].set_title(f"{method}\n{scores[method][0].psnr:.2f} dB", fontsize=9)
-        error = (plane(images[method]) - truth).abs().numpy()
-        column[1].imshow(error, cmap="inferno", vmin=0, vmax=largest, interpolation="nearest")
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+        show_image(column[0], plane(images[method]), window, f"{method}\n{scores[method][0].psnr:.2f} dB")
+        show_error(column[1], plane(images[method]), truth, largest)
     bars = below.subplots()
     means, errors = ([of(scores[method], "psnr") for method in scores] for of in (_mean, _error))
     bars.barh(list(scores), means, xerr=[0.0 if math.isnan(e) else e for e in errors], color="tab:blue")

@@ -26,7 +26,8 @@ from ..fixed_point import Anderson, Nesterov, Solver
 from ..operators import ParallelBeamCT
 from ..pretrained import pretrained
 from ..red import GradientStep, ProximalStep
-from .report import Claim, Report, new_figure, power_law
+from ..viz import new_figure
+from .report import Claim, Report, power_law
 
 SIZE, SNR, MINIBATCH = 128, 50.0, 15
 VIEWS = (30, 60, 120, 240, 480)

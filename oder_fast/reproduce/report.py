@@ -88,16 +88,6 @@ class Report:
         return [*map(str, self.claims), *self.remarks]
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure that is drawn without a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Return the exponent of the power law through points, by least squares of the logarithms."""
     x, y = (np.log(np.asarray(numbers, dtype=np.float64)) for numbers in (sizes, values))

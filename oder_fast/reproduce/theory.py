@@ -36,7 +36,8 @@ from ..deqred import DEQRED
 from ..fixed_point import Implicit, Nesterov, NotConvergedWarning, Picard
 from ..operators import ParallelBeamCT
 from ..red import GradientStep
-from .report import Claim, Report, new_figure, power_law
+from ..viz import new_figure
+from .report import Claim, Report, power_law
 
 SIZE, VIEWS, SNR = 32, 90, 50.0
 SECTORS = 5

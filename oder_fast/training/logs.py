@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import atomic
+from ..viz import largest_of, new_figure, show_error, show_image, window_of
 
 SOLVED = ("iterations", "denoiser_calls", "operator_calls", "converged")
 TRAINING = (
@@ -251,27 +252,17 @@ def draw_images(path: Path, rows: Sequence[tuple[str, Tensor, Tensor, Tensor]]) 
         path: PNG file.
         rows: Name, truth, start and reconstruction, real, ``(H, W)`` each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 2.6 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    titles = ("truth", "start", "reconstruction", "|start - truth|", "|reconstruction - truth|")
+    figure = new_figure(12, 2.6 * len(rows))
     for line, (name, truth, start, image) in zip(
         figure.subplots(len(rows), 5, squeeze=False), rows, strict=True
     ):
-        low, high = float(truth.min()), float(truth.max())
-        errors = (start - truth).abs(), (image - truth).abs()
-        largest = float(errors[0].flatten().sort().values[int(0.98 * (errors[0].numel() - 1))]) or 1.0
-        for axis, picture, title in zip(line, (truth, start, image, *errors), titles, strict=True):
-            error = title.startswith("|")
-            axis.imshow(
-                picture.numpy(),
-                cmap="inferno" if error else "gray",
-                vmin=0 if error else low,
-                vmax=largest if error else high,
-            )
-            axis.set(xticks=[], yticks=[], title=title)
+        window, largest = window_of(truth), largest_of(start - truth)
+        for axis, picture, title in zip(
+            line, (truth, start, image), ("truth", "start", "reconstruction"), strict=False
+        ):
+            show_image(axis, picture, window, title)
+        show_error(line[3], start, truth, largest, "|start - truth|")
+        show_error(line[4], image, truth, largest, "|reconstruction - truth|")
         line[0].set_ylabel(name[-24:], fontsize=7)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=80)

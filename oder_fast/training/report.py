@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import atomic
+from ..viz import new_figure
 from .logs import SOLVED
 
 STYLE = (
@@ -89,12 +90,8 @@ def _image(png: bytes) -> str:
 
 def _curves(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]]) -> bytes:
     """Draw loss, quality and the solver's work along the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     solved = [row for row in training if "denoiser_calls" in row]
-    figure = Figure(figsize=(14, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 3.6)
     loss, quality, work = figure.subplots(1, 3)
     steps, losses = [row["step"] for row in training], [row["loss"] for row in training]
     loss.semilogy(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
