@@ -581,6 +581,19 @@ def test_idt_by_the_same_seed_gives_the_same_numbers(idt_demo):
     assert not np.array_equal(values[0]["intensities"], values[2]["intensities"])
 
 
+def test_idt_without_training_takes_the_denoiser_of_the_package(tmp_path):
+    scan = ["--size", 24, "--slices", 3, "--illuminations", 9]
+    run = run_demo("idt", *scan, "--output", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert "step/s" not in run.stderr
+    assert "oder_fast.pretrained('idt'); --train trains one here" in run.stderr
+    assert "The data choose tau/|A|^2 = " in run.stderr
+    saved = torch.load(tmp_path / "out/denoiser.pt", weights_only=True)
+    assert saved["arguments"] == model_card("idt")["denoiser"]["options"]
+    for name, value in pretrained("idt").denoiser.state_dict().items():
+        assert torch.equal(saved["state_dict"][name], value)
+
+
 def test_the_background_of_a_slice_does_not_matter_to_its_denoiser():
     torch.manual_seed(0)
     denoiser = idt.AboveBackground(depth=3, width=4, in_channels=4, predicts="image", bias=False)
