@@ -36,7 +36,7 @@ SMALLEST = 16
 PATCH = 64
 FIXED_POINT_BATCH = 4
 # Relative distance from the fixed point at which solves end, and that of the point they are compared with.
-TOLERANCE, EXACT = 1e-3, 1e-5
+TOLERANCE, EXACT = 1e-3, 1e-4
 # Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
 RED_ITERATIONS, ODER_ITERATIONS = 100, 400
 # Reconstructions by which the data choose the weight of total variation, and of the package's denoiser, at most.
@@ -422,12 +422,13 @@ def smooth_row(
     truth: Tensor,
     show: Callable[[Tensor], Tensor] = torch.abs,
     nonnegative: bool = False,
+    dual_iterations: int = 200,
 ) -> Row:
     """Reconstruct by total variation, whose weight the data choose."""
 
     def smooth(weight: float) -> DEQRED:
-        solver = Anderson(SMOOTH_ITERATIONS, TOLERANCE)
-        return DEQRED(TotalVariation(weight), tau=SMOOTH_TAU, solver=solver, nonnegative=nonnegative)
+        solver, denoiser = Anderson(SMOOTH_ITERATIONS, TOLERANCE), TotalVariation(weight, dual_iterations)
+        return DEQRED(denoiser, tau=SMOOTH_TAU, solver=solver, nonnegative=nonnegative)
 
     with warnings.catch_warnings():
         # The table tells of what has not converged.
