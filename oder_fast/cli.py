@@ -206,6 +206,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     trains = what not in MEASURED
     needs("reproduce", *EXTRAS["train"], *(["pydicom"] if what == "cost" else []))
     from .reproduce import EXPERIMENTS, applications
+    from .training import RunError
 
     if trains != (data is not None):
         text = f"{what} needs --data FOLDER" if trains else f"--data is not for {what}"
@@ -223,6 +224,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("oder-fast: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except RunError as error:
+        print(f"oder-fast: {error}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"oder-fast: {_said(error)}", file=sys.stderr)
         return 2

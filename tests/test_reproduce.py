@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from oder_fast import DEQRED, Picard
 from oder_fast.cli import main
 from oder_fast.data import cell_like, random_ellipses
 from oder_fast.reproduce import EXPERIMENTS, Claim, Report, applications, cost, theory
@@ -203,6 +204,22 @@ def test_folders_are_asked_for_where_they_are_needed(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_solve_that_diverges_has_no_quality_and_is_not_chosen(few, tmp_path):
+    data = write_images(tmp_path / "data", "ct")
+    experiment = applications.Experiment("ct", data, tmp_path / "runs", "cpu", 0)
+    expanding = applications.solving(
+        DEQRED(lambda x: 30 * x + 1, tau=1.0, solver=Picard(200), on_failure="ignore")
+    )
+    score, image = experiment.reconstruct(experiment.test[0], expanding)
+    assert math.isnan(score.psnr)
+    assert image.isnan().all()
+    direct = next(iter(experiment.application.direct.values()))
+    assert experiment._best({"expanding": expanding, "direct": direct})[0] == "direct"
+    scores = {name: [score] for name in (applications.SMOOTH, applications.DENOISED, applications.PROXIMAL)}
+    scores |= {"direct": [score], applications.GRADIENT: [score], experiment.oder("1/3"): [score]}
+    assert not any(claim.holds for claim in applications._claims(scores, experiment))
 
 
 def test_images_of_another_kind_are_refused(few, tmp_path, capsys):

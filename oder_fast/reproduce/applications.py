@@ -37,7 +37,7 @@ from ..data import ImageFolder, psnr, snr, ssim
 from ..data.samples import collate
 from ..denoisers import TotalVariation
 from ..deqred import DEQRED
-from ..fixed_point import Anderson, Nesterov, NotConvergedWarning, Solution, Solver
+from ..fixed_point import Anderson, DivergenceError, Nesterov, NotConvergedWarning, Solution, Solver
 from ..operators import MeasurementOperator
 from ..published import oder
 from ..red import GradientStep, ProximalStep
@@ -223,6 +223,9 @@ class Score(NamedTuple):
     converged: float
 
 
+DIVERGED = Score(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, 0.0)
+
+
 class Experiment:
     """One application: its data, its trained networks, and the methods.
 
@@ -235,7 +238,7 @@ class Experiment:
     """
 
     def __init__(self, name: str, data: Path, work: Path, scale: Scale, seed: int) -> None:
-        self.name, self.application, self.effort = name, APPLICATIONS[name], EFFORTS[scale]
+        self.application, self.effort = APPLICATIONS[name], EFFORTS[scale]
         self.data, self.work, self.seed = data, work, seed
         operator = read_configuration({"operator": dict(self.application.operator), "data": NO_DATA}).operator
         self.scan: Scan = make_scan(operator)
@@ -264,11 +267,14 @@ class Experiment:
         return self.reconstruct(case, solve)[0]
 
     def reconstruct(self, case: Case, solve: Solve) -> tuple[Score, Tensor]:
-        """Reconstruct an image, compare it, and return what is shown of it too."""
+        """Reconstruct an image, compare it, and return what is shown of it too; NaN where the solve diverges."""
         start = time.perf_counter()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConvergedWarning)
-            result = solve(case.measured.operator, case.measured.data)
+            try:
+                result = solve(case.measured.operator, case.measured.data)
+            except DivergenceError:
+                return DIVERGED, torch.full_like(self.scan.show(case.truth), math.nan)
         seconds = time.perf_counter() - start
         solution = result if isinstance(result, Solution) else None
         value = solution.value if solution is not None else result
@@ -407,9 +413,8 @@ class Experiment:
                     methods[GRADIENT] = self._fixed_point(denoiser, tau, GradientStep(), slow)
                 continue
             share = next(s for s in SHARES if self.oder(s) == method)
-            methods[method] = self._best_tau(ODER_TAUS, partial(self._published, denoiser, self.size(share)))[
-                1
-            ]
+            build = partial(self._published, denoiser, self.size(share))
+            _, methods[method] = self._best_tau(ODER_TAUS, build)
         return methods
 
     def _fixed_point(
@@ -454,7 +459,7 @@ class Experiment:
             key: statistics.fmean(self.score(case, solve).psnr for case in self.validation)
             for key, solve in methods.items()
         }
-        best = max(scores, key=scores.__getitem__)
+        best = max(scores, key=lambda key: -math.inf if math.isnan(scores[key]) else scores[key])
         return best, methods[best]
 
 
@@ -592,5 +597,6 @@ def _figure(truth: Tensor, images: Mapping[str, Tensor], scores: Mapping[str, Se
     means, errors = ([of(scores[method], "psnr") for method in scores] for of in (_mean, _error))
     bars.barh(list(scores), means, xerr=[0.0 if math.isnan(e) else e for e in errors], color="tab:blue")
     bars.invert_yaxis()
-    bars.set(xlabel="PSNR (dB), mean and standard error", xlim=(min(means) - 1, max(means) + 1))
+    known = [mean for mean in means if not math.isnan(mean)]
+    bars.set(xlabel="PSNR (dB), mean and standard error", xlim=(min(known) - 1, max(known) + 1))
     return figure
