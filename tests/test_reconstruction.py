@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,15 @@ def test_batches_give_what_single_images_do(tmp_path, checkpoints, kind, options
     # Nor do noise and masks depend on what else is reconstructed.
     reconstruct(checkpoint, tmp_path / "in/3.npy", tmp_path / "alone", **options)
     np.testing.assert_allclose(tifffile.imread(tmp_path / "alone/3.tif"), found[1][3], rtol=0, atol=2e-4)
+
+
+def test_the_live_line_tells_the_calls_of_an_image(tmp_path, ct, capsys):
+    for k, values in enumerate(sinograms(3, 3)):
+        save(tmp_path / f"in/{k}.npy", values)
+    reconstruct_files(ct, tmp_path / "in", tmp_path / "out", progress=True)
+    line = capsys.readouterr().err
+    assert "3/3" in line
+    assert re.search(r"denoiser calls=[1-9]", line)
 
 
 def test_windows(tmp_path, ct):

@@ -177,11 +177,13 @@ class Solved(NamedTuple):
         image: As it is to be written.
         converged: Whether the solve reached its tolerance.
         quality: PSNR and SSIM of the image and of its start, where the truth is known.
+        calls: Of the denoiser, for this image.
     """
 
     image: Tensor
     converged: bool
     quality: list[float] | None
+    calls: int
 
 
 def escaped(text: str) -> str:

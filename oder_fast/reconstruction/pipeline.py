@@ -125,12 +125,13 @@ class Pipeline:
                 self.waiting = [item]
                 self._flush()
             return
-        for item, (image, converged, quality) in zip(items, results, strict=True):
+        for item, (image, converged, quality, calls) in zip(items, results, strict=True):
             job = item.job
             job.images[item.number] = image
             job.converged &= converged
             if quality is not None:
                 job.quality.append(quality)
+            self.bar.set_postfix({"denoiser calls": calls}, refresh=False)
             self.bar.update()
             if len(job.images) == job.count:
                 self.writes.append((job, self.writer.submit(self._write, job)))

@@ -436,7 +436,7 @@ class _Run(Task):
         item.job.note(f"of {item.job.count} images without signal, which became {item.low:g}", 1)
         shape = item.job.image_shape if item.sample is None else tuple(item.sample.image.shape)
         image = torch.full(shape, item.low, dtype=torch.complex64 if item.job.complex else torch.float32)
-        return Solved(image, True, [math.nan] * len(MEASURES) if self.choices.simulate else None)
+        return Solved(image, True, [math.nan] * len(MEASURES) if self.choices.simulate else None, 0)
 
     def _solve(self, items: Sequence[Item]) -> list[Solved]:
         measured, low, span = self._measure(items)
@@ -458,7 +458,8 @@ class _Run(Task):
             # Of a real image's phase nothing is known.
             image = image.abs() if image.is_complex() and not item.job.complex else image
             image = image * span[k] + low[k] if low[k] else image * span[k]
-            results.append(Solved(image, bool(solution.converged[k]), quality))
+            calls = int(solution.iterations[k])
+            results.append(Solved(image, bool(solution.converged[k]), quality, calls))
         return results
 
     def _measure(self, items: Sequence[Item]) -> tuple[Measured, list[float], list[float]]:
