@@ -85,7 +85,7 @@ def test_files_that_are_refused(tmp_path, name, text, message):
         ("denoiser=3", "denoiser: must hold settings by name, got 3"),
         (
             "training.loss=mae",
-            "training.loss.mae: input should be 'mse', 'l1', 'ssim', 'splitting' or 'sure'",
+            "training.loss.mae: input should be 'mse', 'l1', 'ssim', 'splitting', 'sure' or 'contraction'",
         ),
         ("operator.kind=pet", "operator.kind: must be ct, mri or idt, got 'pet'"),
         ("training.loss={}", "training.loss: "),
