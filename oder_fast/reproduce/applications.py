@@ -593,10 +593,11 @@ def _figure(truth: Tensor, images: Mapping[str, Tensor], scores: Mapping[str, Se
     for column, method in zip(axes[:, 1:].T, methods, strict=True):
         show_image(column[0], plane(images[method]), window, f"{method}\n{scores[method][0].psnr:.2f} dB")
         show_error(column[1], plane(images[method]), truth, largest)
-    bars = below.subplots()
+    quality = below.subplots()
     means, errors = ([of(scores[method], "psnr") for method in scores] for of in (_mean, _error))
-    bars.barh(list(scores), means, xerr=[0.0 if math.isnan(e) else e for e in errors], color="tab:blue")
-    bars.invert_yaxis()
-    known = [mean for mean in means if not math.isnan(mean)]
-    bars.set(xlabel="PSNR (dB), mean and standard error", xlim=(min(known) - 1, max(known) + 1))
+    widths = [0.0 if math.isnan(error) else error for error in errors]
+    quality.errorbar(means, list(scores), xerr=widths, fmt="o", capsize=3)
+    quality.invert_yaxis()
+    quality.grid(axis="x", alpha=0.3)
+    quality.set(xlabel="PSNR (dB), mean and standard error")
     return figure
