@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._extras import needs
 from ._numpy import takes_numpy
+from .operators import as_operator
 
 __all__ = ["compare", "largest_of", "new_figure", "show_error", "show_image", "window_of"]
 
@@ -38,15 +39,19 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def _array(image: Tensor) -> Any:
+    return image.detach().cpu().double().numpy()
+
+
 def window_of(image: Tensor) -> Window:
     """Return the least and the largest value that is shown of an image: a few extreme pixels are left out."""
-    low, high = (float(q) for q in np.quantile(image.detach().cpu().double().numpy(), WINDOW))
+    low, high = (float(q) for q in np.quantile(_array(image), WINDOW))
     return (low, high) if high > low else (low, low + 1)
 
 
 def largest_of(error: Tensor) -> float:
     """Return the error at which the scale of errors ends."""
-    return float(np.quantile(error.detach().cpu().double().abs().numpy(), ERRORS)) or 1.0
+    return float(np.quantile(_array(error.abs()), ERRORS)) or 1.0
 
 
 def show_image(
@@ -66,7 +71,7 @@ def show_image(
     """
     low, high = window
     shown = axes.imshow(
-        image.detach().cpu().numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect
+        _array(image), cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=aspect
     )
     axes.set(xticks=[], yticks=[], title=title)
     return shown
@@ -75,7 +80,7 @@ def show_image(
 def show_error(axes: Any, image: Tensor, truth: Tensor, largest: float, title: str | None = None) -> Any:
     """Draw :math:`|x - x^*|` of real images ``(H, W)``, from 0 to `largest`; see `show_image`."""
     shown = axes.imshow(
-        (image - truth).abs().detach().cpu().numpy(),
+        _array((image - truth).abs()),
         cmap="inferno",
         vmin=0,
         vmax=largest,
@@ -98,10 +103,12 @@ def compare(
 
     The second row has their errors, on one scale, where the truth is known. The third has the data, and what each
     image leaves of them, :math:`|A x - y|`, on one scale: a sinogram, the logarithm of k-space of the first coil, or
-    the first illumination. A complex image is shown by its magnitude, of a volume the middle slice.
+    the first illumination. A complex image is shown by its magnitude, of a volume the middle slice, of a batch
+    the middle image.
 
     Args:
-        images: By what is written above them; ``(H, W)`` or ``(Z, H, W)``, or a batch of one of these.
+        images: By what is written above them; ``(H, W)`` or ``(Z, H, W)``, or a batch
+            (with data, of one).
         truth: The same shape.
         y: Data, ``(1, *data_shape)``, with `operator`.
         operator: As of `DEQRED`; it takes a batch of one.
@@ -125,18 +132,20 @@ def compare(
         >>> len(figure.axes)
         6
     """
-    if not images:
-        raise ValueError("compare: images must hold at least one")
+    if not isinstance(images, Mapping) or not images:
+        raise ValueError(
+            f'compare: images must hold at least one by its name, as {{"RED": x}}, got {type(images).__name__}'
+        )
     if (y is None) != (operator is None):
         raise ValueError("compare: y and operator go together")
-    images = {name: torch.as_tensor(image) for name, image in images.items()}
-    shapes = {name: tuple(image.shape) for name, image in images.items()}
-    if truth is not None:
-        shapes["truth"] = tuple(truth.shape)
+    measurement = None if operator is None else as_operator(operator)
+    images = {name: _tensor(str(name), image) for name, image in images.items()}
+    truth = None if truth is None else _tensor("truth", truth)
+    everything = {**images, **({} if truth is None else {"truth": truth})}
+    shapes = {name: tuple(image.shape) for name, image in everything.items()}
     planes = {name: _plane(image) for name, image in images.items()}
     known = None if truth is None else _plane(truth)
-    sizes = {tuple(p.shape) for p in (*planes.values(), *(() if known is None else (known,)))}
-    if len(sizes) > 1:
+    if len({shape[1:] if shape[:1] == (1,) else shape for shape in shapes.values()}) > 1:
         raise ValueError(f"compare: images and truth must have one shape, got {shapes}")
     first = next(iter(planes.values()))
     shown = window_of(first if known is None else known) if window is None else window
@@ -153,13 +162,22 @@ def compare(
         if known is not None:
             show_error(column[1], plane, known, largest_of(first - known), "error")
     if y is not None:
-        _draw_residuals(axes[-1], images, y, operator)
+        _draw_residuals(axes[-1], images, y, measurement)
     return figure
+
+
+def _tensor(name: str, image: Any) -> Tensor:
+    try:
+        return torch.as_tensor(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"compare: {name} must be an image, got {type(image).__name__}") from error
 
 
 def _draw_residuals(line: Any, images: Mapping[str, Tensor], y: Tensor, operator: Any) -> None:
     with torch.no_grad():
-        left = [_of_data(operator(_batch(image, y)) - y).abs() for image in images.values()]
+        left = [
+            _of_data(operator(_batch(image, operator.image_shape)) - y).abs() for image in images.values()
+        ]
     data = _of_data(y)
     # K-space falls off over decades.
     data = data.abs().clamp(min=1e-6 * float(data.abs().max()) or 1).log10() if y.is_complex() else data
@@ -171,10 +189,11 @@ def _draw_residuals(line: Any, images: Mapping[str, Tensor], y: Tensor, operator
         axes.set_aspect("auto")
 
 
-def _batch(image: Tensor, y: Tensor) -> Tensor:
-    """Return an image as a batch of one, as complex as data are."""
-    wanted = 4 if image.ndim == 4 else 3
-    return image if image.ndim == wanted and len(image) == 1 else image[None]
+def _batch(image: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """Return an image as a batch of one."""
+    if shape is not None:
+        return image.reshape(1, *shape)
+    return image if image.ndim > 2 and len(image) == 1 else image[None]
 
 
 def _plane(image: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "choice": {"deqred", "fixed_point", "operators", "denoisers"},
     "diagnosis": {"deqred", "red", "fixed_point", "operators", "denoisers"},
     "data": {"operators"},
-    "viz": set(),
+    "viz": {"operators"},
     "training": {"deqred", "red", "denoisers", "data", "fixed_point", "operators", "viz"},
     "reconstruction": {"training", "denoisers", "data", "operators"},
     "pretrained": {"deqred", "denoisers"},

@@ -84,6 +84,8 @@ def test_arrays_of_numpy_are_drawn():
     ("arguments", "options", "message"),
     [
         (({},), {}, "images must hold at least one"),
+        ((torch.ones(1, 4, 4),), {}, 'at least one by its name, as {"RED": x}, got Tensor'),
+        (({"a": torch.ones(3, 4, 4)}, torch.ones(1, 4, 4)), {}, "must have one shape"),
         (({"a": torch.ones(4, 4)}, torch.ones(4, 5)), {}, r"must have one shape, got .*\(4, 5\)"),
         (({"a": torch.ones(4, 4)},), {"y": torch.ones(1, 2, 3)}, "y and operator go together"),
         (({"a": torch.ones(4)},), {}, r"at least two dimensions, got shape \(4,\)"),
@@ -92,6 +94,39 @@ def test_arrays_of_numpy_are_drawn():
 def test_what_cannot_be_compared_is_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         viz.compare(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "operator", "message"),
+    [
+        ({"a": "b"}, None, "a must be an image, got str"),
+        ({"a": torch.ones(4, 4)}, 3, "operator must be a MeasurementOperator, or have A"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(images, operator, message):
+    y = None if operator is None else torch.ones(1, 2, 7)
+    with pytest.raises(TypeError, match=message):
+        viz.compare(images, y=y, operator=operator)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool])
+def test_images_of_every_kind_of_number_are_drawn(dtype):
+    image = shepp_logan(8).to(dtype)
+    axes = viz.compare({"a": image.requires_grad_(dtype.is_floating_point)}).axes[1]
+    np.testing.assert_array_equal(drawn(axes), image.detach().double().numpy())
+
+
+def test_operators_of_others_leave_residuals_too():
+    class Physics:
+        def A(self, x):
+            return 2 * x
+
+        def A_adjoint(self, y):
+            return 2 * y
+
+    x = shepp_logan(8)[None, None]
+    figure = viz.compare({"x": x}, x, y=2 * x, operator=Physics())
+    assert drawn(figure.axes[5]).max() == 0
 
 
 def test_a_solution_draws_its_residuals():
