@@ -143,6 +143,8 @@ class ParallelBeamCT(MeasurementOperator):
     def _check(self, name: str, value: Tensor, shape: tuple[int, int]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"ParallelBeamCT: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise TypeError(f"ParallelBeamCT: {name} must be real, got {value.dtype}")
         if value.ndim != 3 or tuple(value.shape[1:]) != shape:
             raise ValueError(
                 f"ParallelBeamCT: {name} must have shape (B, {shape[0]}, {shape[1]}), got {tuple(value.shape)}"
