@@ -1,6 +1,7 @@
 """Packages that only parts of oder_fast need, the extras that install them, and what is said where one is missing."""
 
 from importlib.util import find_spec
+from typing import Any
 
 EXTRAS = {
     "io": ("pydicom", "h5py", "nibabel", "tifffile", "PIL", "skimage"),
@@ -18,6 +19,21 @@ NAMES = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml"}
 
 class MissingPackageError(ImportError):
     """A package that only some of oder_fast needs is not installed."""
+
+
+def new_axes(what: str) -> Any:
+    """Return the axes of a new figure of matplotlib, for something that draws itself.
+
+    Args:
+        what: Who asks, as ``"Solution.plot"``.
+
+    Raises:
+        MissingPackageError: Where matplotlib is not installed.
+    """
+    needs(what, "matplotlib")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
 
 
 def needs(what: str, *modules: str) -> None:

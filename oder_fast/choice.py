@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._extras import needs
+from ._extras import new_axes
 from ._numpy import takes_numpy
 from .denoisers import TotalVariation
 from .deqred import DEQRED
@@ -99,10 +99,7 @@ class Choice:
             ImportError: Where matplotlib is not installed.
         """
         if axes is None:
-            needs("Choice.plot", "matplotlib")
-            from matplotlib.figure import Figure
-
-            axes = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
+            axes = new_axes("Choice.plot")
         finite = [trial for trial in self.tried if math.isfinite(trial.score)]
         axes.plot([t.value for t in finite], [t.score for t in finite], "o-")
         axes.axvline(self.value, linestyle="--", label=f"{self.name} = {self.value:.3g}")

@@ -9,15 +9,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
 
-from .denoisers import DnCNN, SliceDnCNN
+from .denoisers import KINDS
 from .deqred import DEQRED
 
 Name = Literal["ct", "mri", "idt"]
-
-KINDS: dict[str, type[nn.Module]] = {"dncnn": DnCNN, "slice_dncnn": SliceDnCNN}
-"""Networks of the models, as cards name them."""
 
 
 def model_card(name: Name) -> dict[str, Any]:

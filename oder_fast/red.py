@@ -206,7 +206,7 @@ class REDMap(FixedPointMap):
 
     def jacobian_free(self, gradient: Tensor) -> Tensor:
         """Return what the adjoint equation gives where the denoiser's derivative is 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define jacobian_free(gradient)")
 
 
 def _versions(operator: MeasurementOperator) -> list[tuple[Tensor, int]]:

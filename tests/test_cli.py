@@ -168,16 +168,25 @@ def test_the_same_seed_gives_the_same_numbers(demo):
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
-def test_without_training_a_demo_takes_the_denoiser_of_the_package(tmp_path):
-    run = run_demo("--views", "20", "--input", disc(tmp_path, 40, 40), "--output", tmp_path / "out")
+SMALL = {
+    "ct": ["--views", "20"],
+    "mri": ["--phantom", "--size", "40"],
+    "idt": ["--size", "24", "--slices", "3", "--illuminations", "9"],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_without_training_a_demo_takes_the_denoiser_of_the_package(tmp_path, name):
+    scan = [*SMALL[name], *(["--input", disc(tmp_path, 40, 40)] if name == "ct" else [])]
+    run = run_demo(name, *scan, "--output", tmp_path / "out")
     assert run.returncode == 0, run.stderr
     assert "step/s" not in run.stderr
-    assert "oder_fast.pretrained('ct'); --train trains one here" in run.stderr
+    assert f"oder_fast.pretrained('{name}'); --train trains one here" in run.stderr
     assert "The data choose tau/|A|^2 = " in run.stderr
     saved = torch.load(tmp_path / "out/denoiser.pt", weights_only=True)
-    assert saved["arguments"] == model_card("ct")["denoiser"]["options"]
-    for name, value in pretrained("ct").denoiser.state_dict().items():
-        assert torch.equal(saved["state_dict"][name], value)
+    assert saved["arguments"] == model_card(name)["denoiser"]["options"]
+    for key, value in pretrained(name).denoiser.state_dict().items():
+        assert torch.equal(saved["state_dict"][key], value)
 
 
 @pytest.mark.exhaustive
@@ -579,19 +588,6 @@ def test_idt_by_the_same_seed_gives_the_same_numbers(idt_demo):
     assert all(np.array_equal(values[0][name], values[1][name]) for name in values[0])
     assert np.array_equal(values[0]["truth"], values[2]["truth"])
     assert not np.array_equal(values[0]["intensities"], values[2]["intensities"])
-
-
-def test_idt_without_training_takes_the_denoiser_of_the_package(tmp_path):
-    scan = ["--size", 24, "--slices", 3, "--illuminations", 9]
-    run = run_demo("idt", *scan, "--output", tmp_path / "out")
-    assert run.returncode == 0, run.stderr
-    assert "step/s" not in run.stderr
-    assert "oder_fast.pretrained('idt'); --train trains one here" in run.stderr
-    assert "The data choose tau/|A|^2 = " in run.stderr
-    saved = torch.load(tmp_path / "out/denoiser.pt", weights_only=True)
-    assert saved["arguments"] == model_card("idt")["denoiser"]["options"]
-    for name, value in pretrained("idt").denoiser.state_dict().items():
-        assert torch.equal(saved["state_dict"][name], value)
 
 
 def test_the_background_of_a_slice_does_not_matter_to_its_denoiser():

@@ -36,7 +36,7 @@ SMALLEST = 16
 PATCH = 64
 FIXED_POINT_BATCH = 4
 # Relative distance from the fixed point at which solves end, and that of the point they are compared with.
-TOLERANCE, EXACT = 1e-3, 1e-4
+TOLERANCE, EXACT = 1e-3, 1e-5
 # Calls of the denoiser in a solve of RED, in training too, and in one of ODER, at most.
 RED_ITERATIONS, ODER_ITERATIONS = 100, 400
 # Reconstructions by which the data choose the weight of total variation, and of the package's denoiser, at most.
@@ -97,7 +97,7 @@ class Prior(NamedTuple):
     """What the images are expected to look like.
 
     Attributes:
-        denoiser: A `DnCNN` trained through the fixed point.
+        denoiser: Trained through the fixed point.
         tau: Its weight, in units of |A|^2.
         arguments: Of the denoiser.
     """

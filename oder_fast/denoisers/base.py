@@ -54,11 +54,11 @@ class Denoiser(nn.Module):
 
     def network(self, image: Tensor) -> Tensor:
         """Return the raw prediction N(x), shape ``(B, C, H, W)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define network(image)")
 
     def network_lipschitz_bound(self) -> float:
         """Return an upper bound of the Lipschitz constant of `network`, see `bound_lipschitz`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no network_lipschitz_bound()")
 
     def lipschitz_bound(self) -> float:
         """Return an upper bound of the Lipschitz constant of the denoiser, see `bound_lipschitz`."""

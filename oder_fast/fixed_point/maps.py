@@ -70,7 +70,7 @@ class FixedPointMap:
 
     def __call__(self, point: Tensor) -> Tensor:
         """Return ``T(point)``, shape ``(B, ...)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(point)")
 
     def step(
         self,
@@ -119,7 +119,7 @@ class FixedPointMap:
 
     def draw(self) -> Tensor:
         """Draw a minibatch of blocks; only of a stochastic map."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no minibatches")
 
     def calls(self) -> Calls:
         """Return what the evaluations so far have cost."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._extras import needs
+from .._extras import new_axes
 
 Policy = Literal["raise", "warn", "ignore"]
 POLICIES = ("raise", "warn", "ignore")
@@ -92,10 +92,7 @@ class Solution:
             'iteration'
         """
         if axes is None:
-            needs("Solution.plot", "matplotlib")
-            from matplotlib.figure import Figure
-
-            axes = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
+            axes = new_axes("Solution.plot")
         for image, residuals in enumerate(self.residuals.numpy().T):
             known = np.isfinite(residuals) & (residuals > 0)
             end = (

@@ -24,6 +24,7 @@ from pydantic import (
 
 from .._extras import needs
 from ..data.kspace import COUNTERS
+from ..denoisers import KINDS
 
 
 def _named(name: str) -> str:
@@ -75,9 +76,6 @@ LARGEST_OPTIONS: Mapping[str, int] = {
 
 MOST_LEVELS = 8
 """Of the denoisers of this package: each halves the image."""
-
-DENOISER_KINDS = ("unet", "dncnn", "drunet", "slice_dncnn")
-"""Denoisers of this package."""
 
 
 class ConfigurationError(ValueError):
@@ -247,7 +245,7 @@ class DenoiserSection(_Section):
 
     @model_validator(mode="after")
     def _bounded(self) -> DenoiserSection:
-        for name, value in self.options.items() if self.kind in DENOISER_KINDS else ():
+        for name, value in self.options.items() if self.kind in KINDS else ():
             numbers = value if isinstance(value, list | tuple) else [value]
             if len(numbers) > MOST_LEVELS:
                 raise ValueError(f"options.{name} must name at most {MOST_LEVELS} levels, got {len(numbers)}")

@@ -257,9 +257,8 @@ def draw_images(path: Path, rows: Sequence[tuple[str, Tensor, Tensor, Tensor]]) 
         figure.subplots(len(rows), 5, squeeze=False), rows, strict=True
     ):
         window, largest = window_of(truth), largest_of(start - truth)
-        for axis, picture, title in zip(
-            line, (truth, start, image), ("truth", "start", "reconstruction"), strict=False
-        ):
+        pictures = {"truth": truth, "start": start, "reconstruction": image}
+        for axis, (title, picture) in zip(line[:3], pictures.items(), strict=True):
             show_image(axis, picture, window, title)
         show_error(line[3], start, truth, largest, "|start - truth|")
         show_error(line[4], image, truth, largest, "|reconstruction - truth|")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoisers import DnCNN, DRUNet, SliceDnCNN, UNet, frozen
+from ..denoisers import KINDS, UNet, frozen
 from ..denoisers.call import memory_format
 from ..deqred import DEQRED
 from ..fixed_point import (
@@ -34,12 +34,9 @@ from ..fixed_point.differentiation import ADJOINT_SOLVER
 from ..red import GradientStep, ProximalStep
 from . import configuration as settings
 from .checkpoints import CheckpointError, configuration_of, load_checkpoint, read_tensors
-from .configuration import DENOISER_KINDS, Configuration, ConfigurationError
+from .configuration import Configuration, ConfigurationError
 from .scans import Measured, Scan, make_scan
 
-DENOISERS: dict[str, type[nn.Module]] = dict(
-    zip(DENOISER_KINDS, (UNet, DnCNN, DRUNet, SliceDnCNN), strict=True)
-)
 OWN = "own"
 """Kind of a denoiser that was given to `Trainer` as a module."""
 
@@ -59,7 +56,7 @@ def make_denoiser(section: settings.DenoiserSection, channels: int) -> nn.Module
     Raises:
         ConfigurationError: For a kind, class or option that is not known, or weights that do not fit.
     """
-    kind = DENOISERS.get(section.kind) or _import_class(section.kind)
+    kind = KINDS.get(section.kind) or _import_class(section.kind)
     known = inspect.signature(kind).parameters
     options = dict(section.options)
     if "in_channels" in known:
@@ -82,10 +79,10 @@ def make_denoiser(section: settings.DenoiserSection, channels: int) -> nn.Module
 def _import_class(kind: str) -> type[nn.Module]:
     module, colon, name = kind.partition(":")
     if not colon:
-        near = difflib.get_close_matches(kind, DENOISERS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigurationError(
-            f"denoiser.kind: must be one of {', '.join(DENOISERS)}, or the class module:Name, got {kind!r}{hint}"
+            f"denoiser.kind: must be one of {', '.join(KINDS)}, or the class module:Name, got {kind!r}{hint}"
         )
     try:
         found = getattr(importlib.import_module(module), name)
@@ -318,7 +315,7 @@ def _own_denoiser(
     """Return a checkpoint's denoiser, without its weights; the class of a user's own where it is named."""
     # The weights come from the checkpoint.
     section = section.model_copy(update={"weights": None})
-    if section.kind in DENOISERS and named is None:
+    if section.kind in KINDS and named is None:
         _require_stored(path, section, channels)
     elif named is None and section.kind == OWN:
         raise ConfigurationError(
@@ -340,7 +337,7 @@ def _own_denoiser(
 def _require_stored(path: Path, section: settings.DenoiserSection, channels: int) -> None:
     """Check that a file is as large as the weights that its configuration asks for."""
     options = section.options
-    if "spectral_norm" in inspect.signature(DENOISERS[section.kind]).parameters:
+    if "spectral_norm" in inspect.signature(KINDS[section.kind]).parameters:
         # Its vectors are small against the weights, and take time.
         options = options | {"spectral_norm": False}
     with torch.device("meta"):
